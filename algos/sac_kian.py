@@ -1,0 +1,511 @@
+"""SAC-KIAN: soft actor-critic whose actor fuses its own policy with external knowledge policies by attention.
+
+Chiu et al., "Flexible Attention-Based Multi-Policy Fusion for Efficient Deep RL", NeurIPS 2023 (arXiv 2210.03729).
+The query of a state meets one key per policy, the inner (trained) one included; the softmax of the scores says how
+likely each policy acts (Eqs. 1-2). One is drawn per step, its action is executed, and the entropy bonus scores every
+policy at its own action, lest it drown the rules. Critics are SAC's, with hindsight goals (HER) on goal
+environments. `--knowledge none` and `--actor plain` are SAC + HER itself.
+
+Departures from the paper, each undone by a flag; docs/sac_kian.md has the measurements and the reasons:
+- external log-std 0.3, not -1: with -1 the entropy bonus alone moves all weight to a fresh inner policy;
+- attention scores are 3 cos(query, key), not dot products, so that no weight can vanish early;
+- 32 environments and 0.1 updates per step, small networks, normalised inputs, a share of uniform actions, initial
+  temperature 0.1: minutes on a laptop, where the paper's sizes take days.
+
+python algos/sac_kian.py --env FetchPickAndPlace-v2
+"""
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils._pytree import tree_map
+
+import envs
+import knowledge
+from runtime import ArgError, Run, load_run, pick_device, require_positive, use_fast_matmul
+
+ALGO = "sac_kian"
+LOG_EVERY = 1000  # environment steps
+KEY_DIM = 4  # width m of keys and query
+
+
+@dataclass
+class Args:
+    """SAC + HER with external knowledge policies fused by attention (KIAN)."""
+    # twin: run arguments
+    env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
+    seed: int = 1  # of networks, environments, exploration and batches
+    total_timesteps: int = 300_000  # environment steps, summed over environments
+    num_envs: int = 32  # environments stepped together
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
+    run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
+    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    evaluate: str = ""  # run folder to evaluate; no training
+    eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
+    eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
+    checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
+    video: int = 0  # episodes to film after training, or with --evaluate
+    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    # twin end
+
+    # algorithm: SAC + HER; the paper's values are those of its Fetch experiments
+    bf16: bool = False  # hidden layers of the update in bfloat16: for GPUs and CPUs with avx512_bf16 or AMX
+    hidden: str = "256x3"  # hidden layers of actor and critics, width x depth (paper: 512x3)
+    batch_size: int = 512  # transitions per update (paper: 2048)
+    learning_rate: float = 1e-3  # Adam, for actor, critics and temperature (paper: 5e-4, Slide 4e-4)
+    gamma: float = 0.95  # discount per step
+    tau: float = 0.05  # share of the critics that enters their targets per update
+    updates_per_step: float = 0.1  # updates per environment step (paper: 1)
+    her_goals: int = 4  # hindsight goals per real one, strategy "future", on goal environments; 0: no HER
+    initial_temperature: float = 0.1  # alpha at the start, then tuned to an entropy of -d (paper: 1)
+    random_actions: float = 0.2  # share of executed actions replaced by uniform ones (paper: 0)
+    normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5 (paper: off)
+
+    # method: KIAN
+    actor: Literal["kian", "plain", "kogun", "a2t"] = "kian"  # attention; none; advice as input; naive mixture
+    knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>; comma-separated
+    inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
+    cosine_scale: float = 3.0  # attention scores are this times cos(query, key); 0: dot products (paper)
+    ext_action: Literal["mean", "sample"] = "mean"  # a drawn external policy executes its mean, or a sample around it
+    ext_log_std: float = 0.3  # log-std with which external policies enter the entropy (paper: -1)
+    entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
+    save_keys: str = ""  # JSON file to write the learned keys to, by policy name
+    load_keys: str = ""  # keys to start from: such a file, or a run folder
+    warm: Literal["keys", "keys+query", "all"] = "keys"  # what a run folder gives; all: the inner policy as well
+
+
+
+# twin: replay buffer
+class ReplayBuffer:
+    """Complete episodes of at most `horizon` transitions; the oldest goes first. Open episodes wait aside, one per
+    environment, and are never sampled. With horizon 1 every transition is an episode of its own.
+
+    A transition is one row: features (f) | action (d) | reward | terminated | next features (f).
+    """
+
+    def __init__(self, capacity: int, horizon: int, num_envs: int, width: int):
+        self.rows = torch.zeros(max(capacity // horizon, num_envs), horizon, width)
+        self.lengths = torch.zeros(len(self.rows), dtype=torch.long)
+        self.open_rows = torch.zeros(num_envs, horizon, width)
+        self.open_lengths = torch.zeros(num_envs, dtype=torch.long)
+        self.stored = 0  # episodes completed so far
+
+    def add(self, rows: torch.Tensor, ended: torch.Tensor) -> None:
+        """One step of every environment: rows (num_envs, width); ended (num_envs,) bool, the episode is over."""
+        self.open_rows[torch.arange(len(rows)), self.open_lengths] = rows
+        self.open_lengths += 1
+        done = (ended | (self.open_lengths == self.rows.shape[1])).nonzero().squeeze(1)
+        slots = (self.stored + torch.arange(len(done))) % len(self.rows)
+        self.rows[slots], self.lengths[slots] = self.open_rows[done], self.open_lengths[done]
+        self.open_lengths[done] = 0
+        self.stored += len(done)
+
+    def sample(self, batch_size: int, relabelled: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random transitions (B, width), and for the first `relabelled` a later row of the same episode, whose
+        achieved goal is to become theirs (HER, strategy "future")."""
+        episode = torch.randint(min(self.stored, len(self.rows)), (batch_size,))
+        length, u = self.lengths[episode], torch.rand(2, batch_size)
+        t, last = (u[0] * length).long(), length[:relabelled] - 1
+        t[:relabelled] = (u[0, :relabelled] * last).long()  # the last step has no later one
+        later = t[:relabelled] + 1 + (u[1, :relabelled] * (last - t[:relabelled])).long()
+        return self.rows[episode, t], self.rows[episode[:relabelled], later.minimum(last)]
+
+    def transitions(self) -> int:
+        return int(self.lengths.sum())
+
+    def state_dict(self) -> dict:
+        n = min(self.stored, len(self.rows))
+        return {"rows": self.rows[:n], "lengths": self.lengths[:n], "stored": self.stored,
+                "open_rows": self.open_rows, "open_lengths": self.open_lengths}
+
+    def load_state_dict(self, state: dict) -> None:
+        n = len(state["rows"])
+        self.rows[:n], self.lengths[:n], self.stored = state["rows"], state["lengths"], state["stored"]
+        self.open_rows, self.open_lengths = state["open_rows"], state["open_lengths"]
+# twin end
+
+
+# Networks are dicts of tensors, {"inner.0.weight": ..., "inner.0.bias": ...}, and losses are functions of them: what
+# torch.func differentiates, and what torch.compile turns into one graph with both optimisers inside.
+def init_mlp(name: str, sizes: list[int], stack: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
+    """Parameters of a ReLU network in PyTorch's default initialisation; `stack=(2,)` makes two side by side."""
+    params = {}
+    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
+        bound = fan_in ** -0.5
+        params[f"{name}.{i}.weight"] = torch.empty(*stack, fan_in, fan_out).uniform_(-bound, bound)
+        params[f"{name}.{i}.bias"] = torch.empty(*stack, *(1,) * len(stack), fan_out).uniform_(-bound, bound)
+    return params
+
+
+def mlp(params: dict[str, torch.Tensor], name: str, x: torch.Tensor, bf16: bool = False) -> torch.Tensor:
+    """(B, in) -> (B, out), or (2, B, out) of two networks side by side. bf16 spares the output layer: a Q-value in
+    bfloat16 has three digits."""
+    depth = sum(key.startswith(f"{name}.") for key in params) // 2
+    for i in range(depth):
+        weight, bias = params[f"{name}.{i}.weight"], params[f"{name}.{i}.bias"]
+        if bf16 and i < depth - 1:
+            weight, bias = weight.bfloat16(), bias.bfloat16()
+        x = torch.matmul(x.to(weight.dtype), weight) + bias
+        x = F.relu(x) if i < depth - 1 else x
+    return x
+
+
+def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor | float) -> torch.Tensor:
+    """Log-density of a diagonal Gaussian, (..., d) -> (...)."""
+    std = log_std.exp() if torch.is_tensor(log_std) else math.exp(log_std)
+    return (-0.5 * ((x - mean) / std).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def squash_log_prob(log_prob: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """Log-density of action = tanh(u) (B, d) from that of u (B,)."""
+    return log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)
+
+
+def attention_scores(query: torch.Tensor, keys: torch.Tensor, cosine_scale: float) -> torch.Tensor:
+    """Query (B, m), keys (n+1, m) or (B, n+1, m), inner first -> scores (B, n+1) whose softmax is the weight (Eqs. 1-2)."""
+    if cosine_scale > 0:
+        query, keys = cosine_scale * F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
+    return (query.unsqueeze(1) * keys).sum(-1)  # (B, 1, m) * (n+1, m) -> (B, n+1)
+
+
+def select(scores: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
+    """One-hot draw from softmax(scores) (B, n+1), straight-through gradient; without noise, the argmax.
+
+    Noise is added to raw scores: added to their softmax, the draw would be flatter than the weights say.
+    """
+    soft = torch.softmax(scores + gumbel, -1)
+    return F.one_hot((scores + gumbel).argmax(-1), scores.shape[-1]) + (soft - soft.detach())
+
+
+def surrogate_log_prob(log_weights: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """log sum_i w_i p_i(a_i), every policy scored at its *own* action a_i: (B, n+1), (B, n+1) -> (B,).
+
+    It is not the density of the executed action: under that one, entropy is highest when the widest policy has all
+    the weight, whatever it is worth.
+    """
+    return torch.logsumexp(log_weights + log_probs.clamp(min=-18.0), -1)
+
+
+class Noise(NamedTuple):
+    gaussian: torch.Tensor  # (B, n+1, d)
+    gumbel: torch.Tensor  # (B, n+1)
+
+
+class Decision(NamedTuple):
+    action: torch.Tensor  # (B, d)
+    log_prob: torch.Tensor  # (B,)
+    weights: torch.Tensor  # (B, n+1), inner policy first
+    selected: torch.Tensor  # (B, n+1), one-hot
+    inner_log_prob: torch.Tensor  # (B,)
+    query: torch.Tensor  # (B, m)
+
+
+def draw_noise(batch: int, n: int, d: int, generator: torch.Generator | None = None) -> Noise:
+    """Fresh noise for `decide`: n external policies, d action dimensions."""
+    uniform = torch.rand(batch, n + 1, generator=generator).clamp(1e-10, 1 - 1e-7)
+    return Noise(torch.randn(batch, n + 1, d, generator=generator), -(-uniform.log()).log())
+
+
+def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noise, args: Args) -> Decision:
+    """Features (B, f) and the actions of n external policies (B, n, d) -> who acts, what is done, its log-prob."""
+    inputs = torch.cat([features, advice.flatten(1)], 1) if args.actor == "kogun" else features
+    mean, log_std = mlp(actor, "inner", inputs, args.bf16).chunk(2, -1)
+    log_std = log_std.clamp(-20, 2)
+    u = mean + log_std.exp() * noise.gaussian[:, 0]
+    inner_action = torch.tanh(u)
+    inner_log_prob = squash_log_prob(gaussian_log_prob(u, mean, log_std), inner_action)
+    if advice.shape[1] == 0 or args.actor in ("plain", "kogun"):  # nothing to attend to: SAC
+        one = torch.ones_like(mean[:, :1])
+        return Decision(inner_action, inner_log_prob, one, one, inner_log_prob, one)
+
+    query = mlp(actor, "query", features)
+    if args.actor == "a2t":
+        scores = query  # (B, n+1)
+    else:
+        keys = actor["keys"]  # (n+1, m)
+        if args.inner_key == "head":  # the query network ends in query | key of the inner policy
+            query, inner_key = query.chunk(2, -1)
+            keys = torch.cat([inner_key.unsqueeze(1), keys[1:].expand(len(query), -1, -1)], 1)  # (B, n+1, m)
+        scores = attention_scores(query, keys, args.cosine_scale)
+    log_weights = torch.log_softmax(scores, -1)
+    selected = select(scores, noise.gumbel)
+
+    naive = args.actor == "a2t" or args.entropy_fix == "off"
+    external = advice
+    if naive or args.ext_action == "sample":
+        external = (advice + math.exp(args.ext_log_std) * noise.gaussian[:, 1:]).clamp(-1, 1)
+    action = (selected.unsqueeze(-1) * torch.cat([inner_action.unsqueeze(1), external], 1)).sum(1)  # (B, d)
+    if naive:  # every policy scored at the executed action; rules reach +-1, where atanh is infinite
+        inside = action.clamp(-1 + 1e-6, 1 - 1e-6)
+        inner = squash_log_prob(gaussian_log_prob(torch.atanh(inside), mean, log_std), inside)
+        others = gaussian_log_prob(inside.unsqueeze(1), advice, args.ext_log_std)  # (B, n)
+        log_prob = torch.logsumexp(log_weights + torch.cat([inner.unsqueeze(1), others], 1), -1)
+    else:
+        others = gaussian_log_prob(external, advice, args.ext_log_std)  # (B, n); at the mean, a constant
+        log_prob = surrogate_log_prob(log_weights, torch.cat([inner_log_prob.unsqueeze(1), others], 1))
+    return Decision(action, log_prob, log_weights.exp(), selected, inner_log_prob, query)
+
+
+def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args: Args) -> torch.Tensor:
+    q = mlp(critic, "q", inputs, args.bf16).squeeze(-1)  # (2, B)
+    return 0.5 * (q - target_q).square().mean(1).sum()
+
+
+def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice, noise: Noise, args: Args):
+    decision = decide(actor, features, advice, noise, args)
+    q = mlp(critic, "q", torch.cat([features, decision.action], 1), args.bf16).squeeze(-1).amin(0)  # (B,)
+    return (alpha * decision.log_prob - q).mean(), (decision, q)
+
+
+def adam(params: dict, grads: dict, moments: dict, count: torch.Tensor, learning_rate: float) -> None:
+    """Adam in place, all tensors at once. `count` is a tensor: as a number it would be compiled in as a constant."""
+    p, g = list(params.values()), [grads[name] for name in params]
+    m, v = list(moments["mean"].values()), list(moments["square"].values())
+    torch._foreach_lerp_(m, g, 1 - 0.9)
+    torch._foreach_mul_(v, 0.999)
+    torch._foreach_addcmul_(v, g, g, 1 - 0.999)
+    scale = torch._foreach_sqrt(v)
+    torch._foreach_div_(scale, (1 - 0.999 ** count).sqrt())
+    torch._foreach_add_(scale, 1e-8)
+    step = torch._foreach_div(m, scale)
+    torch._foreach_mul_(step, learning_rate / (1 - 0.9 ** count))
+    torch._foreach_sub_(p, step)
+
+
+def update(agent: dict, batch: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, advice: torch.Tensor,
+           next_advice: torch.Tensor, noise: Noise, next_noise: Noise, args: Args) -> dict[str, torch.Tensor]:
+    """One step of critics, actor, temperature and targets, in this order, on a batch (B, width) of raw rows. Changes
+    `agent` in place, returns what is logged. The two noises are independent: a draw is never used in two places."""
+    actor, critic, target, moments = (agent[k] for k in ("actor", "critic", "target", "moments"))
+    f, d = len(mean), advice.shape[-1]
+    features = ((batch[:, :f] - mean) / std).clamp(-5, 5)
+    next_features = ((batch[:, f + d + 2:] - mean) / std).clamp(-5, 5)
+    action, reward, terminated = batch[:, f:f + d], batch[:, f + d], batch[:, f + d + 1]
+    alpha = agent["temperature"]["log_alpha"].exp()  # all losses see it as it was before its own step
+    agent["count"] += 1
+
+    following = decide(actor, next_features, next_advice, next_noise, args)
+    next_q = mlp(target, "q", torch.cat([next_features, following.action], 1), args.bf16).squeeze(-1).amin(0)  # (B,)
+    target_q = reward + args.gamma * (1 - terminated) * (next_q - alpha * following.log_prob)  # truncation bootstraps
+    grads, q_loss = torch.func.grad_and_value(critic_loss)(critic, torch.cat([features, action], 1), target_q, args)
+    adam(critic, grads, moments["critic"], agent["count"], args.learning_rate)
+
+    grads, (pi_loss, (decision, q)) = torch.func.grad_and_value(actor_loss, has_aux=True)(
+        actor, critic, alpha, features, advice, noise, args)
+    adam(actor, grads, moments["actor"], agent["count"], args.learning_rate)
+    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
+    adam(agent["temperature"], grads, moments["temperature"], agent["count"], args.learning_rate)
+    torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
+    return {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
+            "entropy": -decision.log_prob.mean(), "inner_log_prob": decision.inner_log_prob.mean(),
+            "query_norm": decision.query.norm(dim=-1).mean(), "attention": decision.weights.mean(0),
+            "selected": decision.selected.mean(0)}
+
+
+def relabel(batch: torch.Tensor, later: torch.Tensor, f: int, g: int, d: int, vec: envs.VectorEnv) -> None:
+    """Give the first rows of `batch` the goals that `later` achieved, and the rewards they then earn. In place."""
+    r, goal, start = len(later), later[:, :g], f + d + 2  # start: of the next features
+    batch[:r, g:2 * g] = batch[:r, start + g:start + 2 * g] = goal
+    reward = vec.compute_reward(batch[:r, start:start + g].numpy(), goal.numpy())
+    batch[:r, f + d] = torch.as_tensor(reward, dtype=torch.float32)
+
+
+def by_name(totals: dict, updates: int, names: list[str], actor: dict) -> dict[str, float]:
+    """Means of the logged scalars; those of each policy by its name, with the norm of its key."""
+    scalars = {}
+    for key, total in totals.items():
+        values = (total / updates).reshape(-1).tolist()
+        scalars |= {key: values[0]} if total.dim() == 0 else {f"{key}/{k}": x for k, x in zip(names, values)}
+    keys = actor["keys"].norm(dim=-1).tolist() if "keys" in actor else []
+    return scalars | {f"key_norm/{name}": x for name, x in zip(names, keys)}
+
+
+def make_agent(args: Args, f: int, d: int, n: int) -> dict:
+    """Fresh parameters and optimiser state. Critics and inner policy come first: one seed, one start for any actor."""
+    width, depth = map(int, args.hidden.split("x"))
+    critic = init_mlp("q", [f + d, *[width] * depth, 1], stack=(2,))
+    actor = init_mlp("inner", [f + (n * d if args.actor == "kogun" else 0), *[width] * depth, 2 * d])
+    if n and args.actor == "a2t":
+        actor |= init_mlp("query", [f, 64, 64, n + 1])
+    if n and args.actor == "kian":
+        actor |= init_mlp("query", [f, 64, 64, 2 * KEY_DIM if args.inner_key == "head" else KEY_DIM])
+        actor["keys"] = torch.randn(n + 1, KEY_DIM)
+    trained = {"actor": actor, "critic": critic,
+               "temperature": {"log_alpha": torch.tensor(math.log(args.initial_temperature))}}
+    moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
+               for group, params in trained.items()}
+    return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
+
+
+@torch.no_grad()  # gradients are taken by torch.func, inside `update`
+def main(args: Args) -> dict[str, float]:
+    """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
+    saved = None
+    if args.resume or args.evaluate:
+        stored, saved = load_run(args.resume or args.evaluate, ALGO, Args)
+        args = replace(stored, resume=args.resume) if args.resume else replace(
+            stored, evaluate=args.evaluate, eval_episodes=args.eval_episodes, video=args.video, device=args.device)
+    require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "learning_rate",
+                     "updates_per_step", "initial_temperature")
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.hidden):
+        raise ArgError(f"--hidden is width x depth, as in 256x3, not {args.hidden!r}")
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    use_fast_matmul()
+
+    vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads())
+    if not isinstance(vec.action_space, gym.spaces.Box):
+        raise ArgError(f"{args.env} has {vec.action_space} actions; {ALGO} needs continuous ones (Box)")
+    obs = vec.reset(args.seed)
+    features = envs.flatten(obs)
+    f, d, g = features.shape[1], vec.action_space.shape[0], obs["desired_goal"].shape[1] if vec.is_goal_env else 0
+    external = {} if args.actor == "plain" else knowledge.load(args.knowledge, args.env, d, envs.unflatten(features, g))
+    n, names = len(external), ["inner", *external]
+
+    agent = make_agent(args, f, d, n)
+    if args.load_keys:
+        knowledge.take_over(agent["actor"], names, args.load_keys, args.warm)
+    relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
+    buffer = ReplayBuffer(min(args.total_timesteps, 1_000_000), vec.max_episode_steps if relabelled else 1,
+                          args.num_envs, 2 * f + d + 2)
+    normalizer = envs.Normalizer(f, args.normalize)
+    step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: scalars summed since the last log
+    if saved:
+        step, debt, updates, totals = (saved[k] for k in ("step", "debt", "updates", "totals"))
+        agent, features = saved["agent"], saved["features"]
+        normalizer.load_state_dict(saved["normalizer"])
+        if args.resume and step >= args.total_timesteps:
+            raise ArgError(f"{args.resume} is finished at {step} steps; --evaluate {args.resume} plays it")
+    agent = tree_map(lambda x: x.to(device), agent)
+
+    def choose(features: torch.Tensor, noise: Noise) -> Decision:
+        mean, std = normalizer.stats()
+        advice = knowledge.advise(external, envs.unflatten(features, g), d)
+        inputs = (((features - mean) / std).clamp(-5, 5), advice, noise)
+        return tree_map(lambda x: x.cpu(), decide(agent["actor"], *tree_map(lambda x: x.to(device), inputs), args))
+
+    def player(draw: bool, log: list) -> envs.Act:
+        """The agent without exploration; with `draw`, who acts is still drawn. Appends weights and who acts to `log`."""
+        generator = torch.Generator().manual_seed(args.seed)  # training's own stream must not notice evaluations
+
+        def play(obs: envs.Observation) -> np.ndarray:
+            features = envs.flatten(obs)
+            gumbel = draw_noise(len(features), n, d, generator).gumbel * draw
+            decision = choose(features, Noise(torch.zeros(len(features), n + 1, d), gumbel))
+            log.append((decision.weights[0].numpy(), decision.selected[0].argmax().item()))
+            return vec.to_box(decision.action.numpy())
+        return play
+
+    slots = max(k for k in range(1, 33) if args.eval_episodes % k == 0)
+    eval_vec = envs.make_vec(args.env, slots, threads=torch.get_num_threads())
+
+    def evaluate(episodes: int, draw: bool = args.eval_select == "sample") -> dict[str, float]:
+        return envs.evaluate(player(draw, []), eval_vec, episodes, args.seed + 1_000_000)
+
+    def film(folder: Path) -> None:
+        log, k = [], 0
+        play = player(args.eval_select == "sample", log)
+        for i, frames in enumerate(envs.record(play, args.env, args.video, args.seed + 2_000_000, folder)):
+            if n and args.actor in ("kian", "a2t"):
+                weights, acting = zip(*log[k:k + len(frames)])
+                envs.draw_timeline(frames, weights, acting, names, folder / f"attention-{i}.png")
+            k += len(frames)
+
+    if args.evaluate:
+        for draw in (True, False) if n and args.actor in ("kian", "a2t") else (False,):
+            result = evaluate(args.eval_episodes, draw)
+            print(f"{args.env} after {step} steps, {'sampled' if draw else 'heaviest'} policy acts: "
+                  + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+        film(Path(args.evaluate, "video"))
+        return result
+
+    if saved:
+        buffer.load_state_dict(saved["buffer"])
+        envs.restore(vec, saved["envs"])
+        torch.set_rng_state(saved["rng"])
+    run = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0)
+    learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile else update
+
+    def policy() -> dict:
+        return knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)
+
+    def save() -> None:
+        run.save({"step": step, "wall_s": run.wall_s(), "debt": debt, "updates": updates, "totals": totals,
+                  "agent": agent, "features": features, "normalizer": normalizer.state_dict(),
+                  "buffer": buffer.state_dict(), "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
+                  "policy": policy()})
+
+    if step == 0:
+        result = evaluate(args.eval_episodes)  # the untrained agent
+        run.log_evaluation(0, result)
+    while step < args.total_timesteps and not run.stop:
+        learning = buffer.transitions() >= args.batch_size  # until then, uniform actions
+
+        # act
+        action = 2 * torch.rand(args.num_envs, d) - 1
+        if learning:
+            ours = torch.rand(args.num_envs, 1) >= args.random_actions
+            action = torch.where(ours, choose(features, draw_noise(args.num_envs, n, d)).action, action)
+        obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
+
+        # store: where an episode ended, obs already belongs to the next one, and final_obs to this one
+        flags = torch.from_numpy(np.stack([reward, terminated], 1).astype(np.float32))  # (num_envs, 2)
+        rows = torch.cat([features, action, flags, envs.flatten(info["final_obs"])], 1)
+        buffer.add(rows, torch.from_numpy(terminated | truncated))
+        normalizer.add(features)
+        features = envs.flatten(obs)
+        before, step = step, step + args.num_envs
+
+        # update
+        debt += learning * args.num_envs * args.updates_per_step
+        while debt >= 1:
+            batch, later = buffer.sample(args.batch_size, relabelled)
+            if relabelled:
+                relabel(batch, later, f, g, d, vec)
+            advice, next_advice = (knowledge.advise(external, envs.unflatten(x, g), d)
+                                   for x in (batch[:, :f], batch[:, f + d + 2:]))  # of the new goals
+            noise, next_noise = draw_noise(args.batch_size, n, d), draw_noise(args.batch_size, n, d)
+            inputs = (batch, *normalizer.stats(), advice, next_advice, noise, next_noise)
+            scalars = learn(agent, *tree_map(lambda x: x.to(device), inputs), args)
+            totals = {name: totals.get(name, 0.0) + x for name, x in scalars.items()}
+            debt, updates = debt - 1, updates + 1
+
+        # log, evaluate, save
+        over = step >= args.total_timesteps
+        run.bar.update(args.num_envs)
+        if updates and step // LOG_EVERY > before // LOG_EVERY:
+            run.log(step, by_name(totals, updates, names, agent["actor"]))
+            updates, totals = 0, {}
+        if over or args.eval_every and step // args.eval_every > before // args.eval_every:
+            result = evaluate(args.eval_episodes * (2 if over else 1))
+            run.log_evaluation(step, result)
+        if over or run.stop or args.checkpoint_every and step // args.checkpoint_every > before // args.checkpoint_every:
+            save()
+    if over and args.save_keys:
+        knowledge.save_keys(args.save_keys, policy())
+    if over and args.video:
+        film(run.folder / "video")
+    run.close()
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (ArgError, envs.EnvError, knowledge.KnowledgeError) as error:
+        print(f"{ALGO}: {error}", file=sys.stderr)
+        sys.exit(2)

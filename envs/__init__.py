@@ -1,0 +1,55 @@
+"""Environments: ids, fast vector stepping, exact snapshots, evaluation, video.
+
+    vec = envs.make_vec("FetchPush-v2", num_envs=16, seed=1)
+    obs, reward, terminated, truncated, info = vec.step(action)   # info["final_obs"]: the true next observations
+"""
+import re
+
+import gymnasium as gym
+
+from envs.evaluation import Act, draw_timeline, evaluate, record
+from envs.features import Normalizer, flatten, unflatten
+from envs.fetch import FetchVectorEnv
+from envs.ids import EnvError, resolve
+from envs.vector import GymVectorEnv, Observation, VectorEnv
+
+__all__ = ["Act", "EnvError", "Normalizer", "Observation", "VectorEnv", "draw_timeline", "evaluate", "flatten", "make",
+           "make_vec", "record", "resolve", "restore", "snapshot", "unflatten"]
+
+def make(env_id: str, **kwargs) -> gym.Env:
+    """One gymnasium environment, ids resolved as in `resolve`. Raises EnvError for an unknown id or missing package."""
+    try:
+        return gym.make(resolve(env_id), **kwargs)
+    except (gym.error.Error, ImportError) as error:
+        raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+
+
+def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int = 1, fast: bool = True,
+             **kwargs) -> VectorEnv:
+    """`num_envs` copies of `env_id`, the fast class where there is one (`fast=False`: never), reset when seeded.
+
+    Raises EnvError for an unknown id, a missing package or `num_envs` < 1.
+    """
+    if num_envs < 1:
+        raise EnvError(f"num_envs must be at least 1, not {num_envs}")
+    resolved = resolve(env_id)
+    try:
+        if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
+            vec = FetchVectorEnv(resolved, num_envs, threads=threads, **kwargs)
+        else:
+            vec = GymVectorEnv(resolved, num_envs, **kwargs)
+    except (gym.error.Error, ImportError) as error:
+        raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+    if seed is not None:
+        vec.reset(seed)
+    return vec
+
+
+def snapshot(vec: VectorEnv) -> dict:
+    """State of every copy as plain numbers and arrays: simulator, random streams, goals, elapsed steps."""
+    return vec.snapshot()
+
+
+def restore(vec: VectorEnv, snap: dict) -> None:
+    """Put `snap` back: stepping continues bit by bit as it would have."""
+    vec.restore(snap)

@@ -1,0 +1,115 @@
+"""Evaluation without bias to short episodes, and video without a display."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from envs.ids import resolve
+from envs.vector import GymVectorEnv, Observation, VectorEnv
+
+Act = Callable[[Observation], np.ndarray]  # a batch of observations -> (num_envs, d) actions
+
+
+def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, float]:
+    """Run `episodes` episodes of `act` on `vec`, the same number in every copy, from the start states of `seed`.
+
+    Stopping at the first `episodes` finished ones would favour short episodes; here each copy plays its share to the
+    end. `vec` should be kept for evaluation alone. Success is that of an episode's last step.
+
+    Returns episodes, return_mean, return_std, success_rate (NaN without a notion of success), length_mean.
+    Raises ValueError unless `episodes` is a positive multiple of `vec.num_envs`.
+    """
+    share, rest = divmod(episodes, vec.num_envs)
+    if rest or episodes < 1:
+        raise ValueError(f"episodes ({episodes}) must be a positive multiple of num_envs ({vec.num_envs})")
+    obs = vec.reset(seed)
+    finished = np.zeros(vec.num_envs, np.int64)
+    running_return, running_length = np.zeros(vec.num_envs), np.zeros(vec.num_envs, np.int64)
+    returns, lengths, successes = [], [], []
+    while (finished < share).any():
+        obs, reward, terminated, truncated, info = vec.step(act(obs))
+        running_return += reward
+        running_length += 1
+        for i in np.flatnonzero(terminated | truncated):
+            if finished[i] < share:
+                returns.append(running_return[i])
+                lengths.append(running_length[i])
+                successes.append(info["success"][i])
+            finished[i] += 1
+            running_return[i] = running_length[i] = 0
+    return {"episodes": episodes, "return_mean": float(np.mean(returns)), "return_std": float(np.std(returns)),
+            "success_rate": float(np.mean(successes)), "length_mean": float(np.mean(lengths))}
+
+
+def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, **kwargs) -> list[list[np.ndarray]]:
+    """Play `episodes` episodes, write `folder/episode-<k>.mp4` and return their frames (height, width, 3) uint8.
+
+    Episode k starts as a reset with `seed + k` does. Without any working renderer, says on stderr what to install and
+    returns [].
+    """
+    if not find_renderer():
+        print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
+              "libosmesa6", file=sys.stderr)
+        return []
+    import imageio.v2 as imageio  # only recording needs it, and it is slow to import
+
+    vec = GymVectorEnv(resolve(env_id), 1, render_mode="rgb_array", **kwargs)
+    fps = vec.env.metadata.get("render_fps", 25)
+    all_frames = []
+    for k in range(episodes):
+        obs, ended, frames = vec.reset(seed + k), False, [vec.render()]
+        while not ended:
+            obs, _, terminated, truncated, _ = vec.step(act(obs))
+            ended = bool(terminated[0] or truncated[0])
+            if not ended:  # after the last step the copy has been reset: its frame belongs to the next episode
+                frames.append(vec.render())
+        folder.mkdir(parents=True, exist_ok=True)
+        imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=fps, macro_block_size=1)
+        all_frames.append(frames)
+    vec.close()
+    return all_frames
+
+
+def draw_timeline(frames: list[np.ndarray], weights: np.ndarray, acting: np.ndarray, names: list[str],
+                  path: Path) -> None:
+    """Draw who decides when: a strip of the frames, below it the weights (T, n) of `names` stacked to 1, and a band of
+    who acts (T,), indices into `names`. The three share one time axis, in environment steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, shown = len(weights), ((np.arange(8) + 0.5) * len(frames) / 8).astype(int)
+    colors = [plt.get_cmap("tab10")(i % 10) for i in range(len(names))]
+    figure, (strip, area, band) = plt.subplots(3, 1, figsize=(10, 5.2), height_ratios=[3, 4, 0.5], sharex=True,
+                                               constrained_layout=True)
+    for k, frame in enumerate(frames[i] for i in shown):
+        strip.imshow(frame, extent=(k * steps / 8, (k + 1) * steps / 8, 0, 1), aspect="auto")
+        strip.text((k + 0.04) * steps / 8, 0.04, f"step {shown[k]}", color="white", fontsize=8)
+    strip.set_axis_off()
+    area.stackplot(np.arange(steps) + 0.5, np.asarray(weights).T, labels=names, colors=colors, alpha=0.85)
+    area.set(xlim=(0, steps), ylim=(0, 1), ylabel="attention weight")
+    area.legend(loc="upper right", fontsize=8)
+    for step, who in enumerate(acting):
+        band.axvspan(step, step + 1, color=colors[who])
+    band.set(xlabel="environment step", yticks=[], ylabel="acts")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def find_renderer() -> str | None:
+    """Name of a MuJoCo renderer that works without a display ("egl", "osmesa"), set in MUJOCO_GL; None if none does.
+
+    A failed attempt poisons a process (PyOpenGL fixes its platform at import), so each is tried in one of its own.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    for name in [chosen] if chosen else ["egl", "osmesa"]:
+        probe = f"from mujoco.{name} import GLContext; c = GLContext(64, 64); c.make_current(); c.free()"
+        if subprocess.run([sys.executable, "-c", probe], env={**os.environ, "MUJOCO_GL": name},
+                          capture_output=True).returncode == 0:
+            os.environ["MUJOCO_GL"] = name
+            return name
+    return None

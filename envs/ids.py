@@ -1,0 +1,38 @@
+"""Environment ids: old ones become today's, unknown ones get a hint."""
+import difflib
+import re
+import sys
+
+import gymnasium as gym
+import gymnasium_robotics
+
+gym.register_envs(gymnasium_robotics)
+_announced: set[str] = set()
+
+
+class EnvError(ValueError):
+    """An environment that cannot be had as asked; the message is one line that names the remedy."""
+
+
+def resolve(env_id: str) -> str:
+    """The registered id behind `env_id`; old versions (FetchPush-v2) become today's (-v4), which stderr is told once.
+
+    Raises EnvError, with the nearest known ids, for an unknown one.
+    """
+    base, _, version = env_id.partition("-v")
+    installed = sorted((int(m[1]), known) for known in gym.registry
+                       if (m := re.fullmatch(re.escape(base) + r"-v(\d+)", known)))
+    fetch = base.startswith("Fetch")
+    if env_id in gym.registry and not (fetch and version == "1"):  # Fetch v1 needs the retired mujoco-py
+        return env_id
+    if installed and fetch:
+        current = installed[-1][1]
+        if env_id not in _announced:
+            print(f"{env_id} is {current} in the installed gymnasium-robotics: dynamics and start states differ from "
+                  f"published {env_id} numbers", file=sys.stderr)
+            _announced.add(env_id)
+        return current
+    names = difflib.get_close_matches(env_id, [*gym.registry, *(f"Fetch{t}{d}-v2" for d in ("", "Dense") for t in
+                                      ("Reach", "Push", "Slide", "PickAndPlace"))], n=3)
+    hint = f"; did you mean {' or '.join(names)}?" if names else ""
+    raise EnvError(f"unknown environment id {env_id!r}{hint}")

@@ -1,0 +1,176 @@
+"""Thin vector environments: plain arrays in, plain arrays out, autoreset in the same step.
+
+They follow gymnasium's SAME_STEP convention: when an episode ends, `obs` is already the first observation of the next
+episode and the true next observation is in `info["final_obs"]`. Here `final_obs` is always a full batch (equal to
+`obs` where no episode ended), so that a replay buffer stores it without looking at flags.
+"""
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+Observation = np.ndarray | dict[str, np.ndarray]
+
+STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+# mj_step leaves in mjData the kinematics of *before* its last integration, and environments read them: Fetch puts its
+# mocap body at xpos, Ant takes its torso's xpos for the position before a step. These arrays make a restore exact.
+STALE = ("xpos", "xquat", "xipos", "geom_xpos", "site_xpos", "site_xmat", "cinert", "cvel", "cfrc_ext",
+         "qfrc_actuator")
+
+
+def mujoco_snapshot(model: mujoco.MjModel, data: mujoco.MjData) -> dict[str, np.ndarray]:
+    """Copy of the simulator's integration state (positions, velocities, warm start, ...) and its stale kinematics."""
+    state = np.empty(mujoco.mj_stateSize(model, STATE))
+    mujoco.mj_getState(model, data, state, STATE)
+    return {"state": state, **{name: getattr(data, name).copy() for name in STALE}}
+
+
+def mujoco_restore(model: mujoco.MjModel, data: mujoco.MjData, snapshot: dict[str, np.ndarray]) -> None:
+    """Inverse of `mujoco_snapshot`: every later mj_step gives the same bits as without the interruption."""
+    mujoco.mj_setState(model, data, np.asarray(snapshot["state"]), STATE)
+    for name in STALE:
+        getattr(data, name)[:] = np.asarray(snapshot[name])
+
+
+class VectorEnv:
+    """Stepping, autoreset, time limit and time feature for `num_envs` copies of one environment.
+
+    A subclass keeps the current observation of every copy, and says how to reset copy i, how to step all and how to
+    observe all. The time feature appends 1 - t/T to "observation" of goal environments (1 after a reset, 0 at the
+    end): with a time limit the value of a state depends on the steps left.
+
+    Attributes: num_envs; observation_space, action_space of one copy; max_episode_steps (None without a time limit);
+    is_goal_env; elapsed (num_envs,), steps since each reset; env, a gymnasium environment of the same id.
+    """
+
+    def __init__(self, env: gym.Env, num_envs: int, time_feature: bool):
+        self.env, self.num_envs = env, num_envs
+        self.max_episode_steps = env.spec.max_episode_steps
+        self.action_space, self.observation_space = env.action_space, env.observation_space
+        self.is_goal_env = isinstance(env.observation_space, gym.spaces.Dict)
+        self.time_feature = time_feature and self.is_goal_env and self.max_episode_steps is not None
+        if self.time_feature:
+            wider = gym.spaces.Box(-np.inf, np.inf, (env.observation_space["observation"].shape[0] + 1,), np.float64)
+            self.observation_space = gym.spaces.Dict({**env.observation_space.spaces, "observation": wider})
+        self.elapsed = np.zeros(num_envs, np.int64)
+
+    def reset(self, seed: int | None = None) -> Observation:
+        """Reset all copies; with a seed, copy i is seeded with `seed + i`."""
+        self.elapsed[:] = 0
+        for i in range(self.num_envs):
+            self._reset(i, None if seed is None else seed + i)
+        return self._observe_with_time()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """(num_envs, d) actions -> obs, reward, terminated, truncated (num_envs,), info.
+
+        info: `final_obs` (see the module) and `success` (num_envs,), NaN for tasks without a notion of success.
+        """
+        reward, terminated, truncated, success = self._step(action)
+        self.elapsed += 1
+        if self.max_episode_steps is not None:
+            truncated = truncated | (self.elapsed >= self.max_episode_steps)
+        final_obs = self._observe_with_time()
+        ended = np.flatnonzero(terminated | truncated)
+        for i in ended:
+            self._reset(i, None)
+            self.elapsed[i] = 0
+        obs = self._observe_with_time() if len(ended) else final_obs
+        return obs, reward, terminated, truncated, {"final_obs": final_obs, "success": success}
+
+    def to_box(self, action: np.ndarray) -> np.ndarray:
+        """Actions in [-1, 1] (num_envs, d), as learners have them, in the bounds of the action space."""
+        low, high = self.action_space.low, self.action_space.high
+        return action * ((high - low) / 2) + (high + low) / 2
+
+    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray) -> np.ndarray:
+        """Reward (B,) of a goal environment for goals (B, g): what hindsight relabelling asks."""
+        return self.env.unwrapped.compute_reward(achieved_goal, desired_goal, {})
+
+    def snapshot(self) -> dict:
+        """Everything a later `restore` needs to continue bit by bit: plain numbers and arrays."""
+        return {"elapsed": self.elapsed.copy(), "copies": [self._snapshot(i) for i in range(self.num_envs)]}
+
+    def restore(self, snapshot: dict) -> None:
+        """Continue from a `snapshot` of an environment of the same id and the same number of copies."""
+        if len(snapshot["copies"]) != self.num_envs:
+            raise ValueError(f"snapshot of {len(snapshot['copies'])} copies, environment has {self.num_envs}")
+        self.elapsed[:] = np.asarray(snapshot["elapsed"])
+        for i, copy in enumerate(snapshot["copies"]):
+            self._restore(i, copy)
+
+    def close(self) -> None:
+        """Free simulators, windows and threads."""
+        self.env.close()
+
+    def _observe_with_time(self) -> Observation:
+        obs = self._observe()
+        if self.time_feature:
+            left = 1.0 - self.elapsed / self.max_episode_steps
+            obs["observation"] = np.concatenate([obs["observation"], left[:, None]], axis=1)  # (num_envs, n + 1)
+        return obs
+
+
+class GymVectorEnv(VectorEnv):
+    """Any gymnasium id, one copy after another: the reference for the fast classes, and the way to render."""
+
+    def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, **kwargs):
+        self.envs = [gym.make(env_id, disable_env_checker=True, **kwargs) for _ in range(num_envs)]
+        super().__init__(self.envs[0], num_envs, time_feature)
+        self.current = [None] * num_envs
+
+    def render(self) -> np.ndarray:
+        """Frame (height, width, 3) uint8 of the first copy; needs `render_mode="rgb_array"`."""
+        return self.envs[0].render()
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+    def _reset(self, i: int, seed: int | None) -> None:
+        self.current[i], _ = self.envs[i].reset(seed=seed)
+
+    def _step(self, action):
+        steps = [env.step(a) for env, a in zip(self.envs, action)]
+        self.current = [step[0] for step in steps]
+        reward, terminated, truncated = (np.array(column) for column in list(zip(*steps))[1:4])
+        success = [step[4].get("is_success", step[4].get("success", np.nan)) for step in steps]
+        return reward, terminated, truncated, np.array(success, np.float64)
+
+    def _observe(self) -> Observation:
+        if self.is_goal_env:
+            return {key: np.stack([obs[key] for obs in self.current]) for key in self.current[0]}
+        return np.stack(self.current)
+
+    def _snapshot(self, i: int) -> dict:
+        env = self.envs[i].unwrapped
+        # The simulator aside, a task keeps its state in plain attributes: CartPole's `state`, Reacher's `goal`.
+        plain = {k: v for k, v in vars(env).items() if isinstance(v, (np.ndarray, int, float, type(None)))
+                 and not (isinstance(v, np.ndarray) and v.dtype == object)}
+        plain |= {k: list(map(float, v)) for k, v in vars(env).items()
+                  if isinstance(v, tuple) and all(isinstance(x, (int, float, np.number)) for x in v)}
+        snapshot = {"plain": plain, "rng": env.np_random.bit_generator.state, "current": self.current[i]}
+        if hasattr(env, "model"):
+            snapshot["mujoco"] = mujoco_snapshot(env.model, env.data)
+        return snapshot
+
+    def _restore(self, i: int, snapshot: dict) -> None:
+        self.envs[i].reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
+        env = self.envs[i].unwrapped
+        for key, value in snapshot["plain"].items():
+            kind = type(getattr(env, key, None))
+            if kind is tuple or isinstance(value, list):
+                value = tuple(value)
+            elif hasattr(value, "shape"):
+                value = np.array(value)
+            setattr(env, key, value)
+        env.np_random.bit_generator.state = snapshot["rng"]
+        current = snapshot["current"]
+        self.current[i] = ({k: np.asarray(v) for k, v in current.items()} if isinstance(current, dict)
+                           else np.asarray(current))
+        if "mujoco" in snapshot:
+            mujoco_restore(env.model, env.data, snapshot["mujoco"])
+        wrapper = self.envs[i]
+        while wrapper is not env:  # gymnasium's own time limit counts in a wrapper
+            if isinstance(wrapper, gym.wrappers.TimeLimit):
+                wrapper._elapsed_steps = int(self.elapsed[i])
+            wrapper = wrapper.env

@@ -1,0 +1,143 @@
+"""Knowledge policies: named functions of a batch of observations.
+
+A policy takes observations, a tensor (B, n) or a dict of tensors, and returns (B, d) in [-1, 1] for continuous
+actions, or (B, A) multi-hot advice for discrete ones, zeros where it has none. Goal tasks give a dict of
+`observation` (B, n), `achieved_goal` and `desired_goal` (B, 3); `observation` may end with a time feature, so
+rules index it from the front.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+import torch
+
+from knowledge import fetch, run  # noqa: F401  (importing fetch registers its rules)
+from knowledge.keys import save_keys, take_over
+from knowledge.registry import KnowledgeError, Obs, Policy, groups_for, rule, rules_for
+from knowledge.run import freeze
+
+__all__ = ["KnowledgeError", "Obs", "Policy", "advise", "freeze", "groups_for", "load", "rule", "rules_for", "save_keys",
+           "take_over"]
+
+
+def advise(policies: dict[str, Policy], obs: Obs, action_dim: int) -> torch.Tensor:
+    """What each of n policies would do, (B, n, action_dim). Goals enter it: after relabelling, ask again."""
+    batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
+    actions = [policy(obs) for policy in policies.values()]
+    return torch.stack(actions, 1) if actions else batch.new_zeros(len(batch), 0, action_dim)
+
+
+def load(spec: str, env_id: str, action_dim: int, example: Obs) -> dict[str, Policy]:
+    """The policies that `spec` names, {name: policy}, in the order given.
+
+    `spec` is `none`, `auto` (the default rules of the environment) or a comma-separated list of
+    rules (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public
+    function defined there, `mine.py:push` for one) and trained agents (`run:<RUN_DIR>`).
+    Each policy is called once, on `example`: a batch of two or more observations as it will meet them.
+
+    Raises KnowledgeError, a ValueError whose message is one line, for whatever cannot be used.
+    """
+    return _load(spec, env_id, action_dim, example, runs=())
+
+
+def _load(spec: str, env_id: str, action_dim: int, example: Obs, runs: tuple[Path, ...]) -> dict[str, Policy]:
+    """As `load`; `runs` are the folders being loaded, outermost first."""
+    policies: dict[str, Policy] = {}
+    for item in (item.strip() for item in spec.split(",") if spec.strip() != "none"):
+        if item.startswith("llm:"):
+            raise KnowledgeError(f"knowledge {item}: generated code is not available in this version; use a .py file")
+        if item.startswith("run:"):
+            found = _load_run(Path(item.removeprefix("run:")), action_dim, example, runs)
+        elif item.partition(":")[0].endswith(".py"):
+            found = _load_file(item)
+        else:
+            found = _load_rules(item, env_id)
+        for name, policy in found.items():
+            if name in policies:
+                raise KnowledgeError(f"knowledge {name} comes twice in '{spec}'; name each policy once")
+            _check(policy, f"knowledge {name} (from '{item}')", action_dim, example)
+            policies[name] = policy
+    return policies
+
+
+def _load_rules(item: str, env_id: str) -> dict[str, Policy]:
+    """One rule, or the rules of one group."""
+    rules, groups = rules_for(env_id), groups_for(env_id)
+    if item in groups:
+        return {name: rules[name] for name in groups[item]}
+    if item in rules:
+        return {item: rules[item]}
+    if not rules:
+        remedy = "no rules are registered for it; name a Python file of yours, run:<RUN_DIR> or none"
+    elif close := difflib.get_close_matches(item, [*groups, *rules], n=1):
+        remedy = f"did you mean {close[0]}?"
+    else:
+        remedy = f"known are {', '.join([*groups, *rules])}"
+    raise KnowledgeError(f"knowledge '{item}' is unknown for {env_id}: {remedy}")
+
+
+def _load_file(item: str) -> dict[str, Policy]:
+    """Public functions that a user's file defines, {<file stem>.<function>: policy}."""
+    path, _, wanted = item.partition(":")
+    if not Path(path).is_file():
+        raise KnowledgeError(f"knowledge file {path} does not exist; check the path")
+    stem = Path(path).stem
+    source = importlib.util.spec_from_file_location(f"knowledge.file.{stem}", path)
+    module = importlib.util.module_from_spec(source)
+    sys.modules[module.__name__] = module  # dataclasses look their module up; the prefix keeps `torch.py` harmless
+    try:
+        source.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise KnowledgeError(f"knowledge file {path} fails to import: {_one_line(error)}; correct it") from error
+    found = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+    if not found:
+        raise KnowledgeError(f"knowledge file {path} defines no public function; add one")
+    if wanted and wanted not in found:
+        raise KnowledgeError(f"knowledge file {path} defines no public function '{wanted}'; it has {', '.join(found)}")
+    return {f"{stem}.{name}": value for name, value in found.items() if wanted in ("", name)}
+
+
+def _load_run(folder: Path, action_dim: int, example: Obs, runs: tuple[Path, ...]) -> dict[str, Policy]:
+    """A frozen agent, together with the knowledge it was trained with."""
+    runs = (*runs, folder.resolve())
+    if runs[-1] in runs[:-1]:
+        raise KnowledgeError(f"run {folder} has itself as knowledge: {' -> '.join(path.name for path in runs)}")
+    return run.load(folder, lambda spec, env_id: _load(spec, env_id, action_dim, example, runs))
+
+
+def _check(policy: Policy, what: str, action_dim: int, example: Obs) -> None:
+    """Raise KnowledgeError unless `policy` returns usable actions for the example batch."""
+    tensors = list(example.values()) if isinstance(example, dict) else [example]
+    shape = (len(tensors[0]), action_dim)
+    dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.get_default_dtype())
+    try:
+        with torch.no_grad():
+            action = policy(example)
+    except KnowledgeError:
+        raise
+    except Exception as error:
+        remedy = "take a batch of observations; start the name of a helper function with _"
+        raise KnowledgeError(f"{what} fails on {shape[0]} observations: {_one_line(error)}; {remedy}") from error
+    if not isinstance(action, torch.Tensor):
+        raise KnowledgeError(f"{what} returns a {type(action).__name__}; return a tensor of shape {shape}")
+    if tuple(action.shape) != shape:
+        raise KnowledgeError(f"{what} returns shape {tuple(action.shape)}; return {shape}, one action per observation")
+    if action.dtype != dtype:
+        raise KnowledgeError(f"{what} returns {action.dtype}; return {dtype}, the type of the observations")
+    if not action.isfinite().all():
+        value = action[~action.isfinite()][0].item()
+        raise KnowledgeError(f"{what} returns {value}; return finite numbers, look for a division by zero")
+    if action.abs().max() > 1:
+        value = action.flatten()[action.abs().argmax()].item()
+        raise KnowledgeError(f"{what} returns {value:.4g}; return numbers in [-1, 1], for example with .clamp(-1, 1)")
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

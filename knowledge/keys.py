@@ -1,0 +1,58 @@
+"""Attention keys by policy name: written by one run, taken over by the next (KIAN's incremental learning)."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from knowledge.registry import KnowledgeError
+
+PARTS = {"keys": [], "keys+query": ["query"], "all": ["query", "inner"]}  # networks that --warm takes along
+
+
+def query_hash(query: list[Tensor]) -> str:
+    """Fingerprint of a query network [W, b, ...]: keys mean something only to the query they were learned with."""
+    return hashlib.sha256(b"".join(p.contiguous().numpy().tobytes() for p in query)).hexdigest()[:16]
+
+
+def save_keys(file: str, policy: dict) -> None:
+    """Write the keys of a frozen `policy` (format in knowledge/run.py) as JSON, with their query's fingerprint."""
+    keys = {name: key.tolist() for name, key in policy["keys"].items()}
+    facts = {"key_dim": len(keys["inner"]), "query": query_hash(policy["query"]), "keys": keys}
+    Path(file).write_text(json.dumps(facts, indent=1))
+
+
+def take_over(actor: dict[str, Tensor], names: list[str], source: str, warm: str) -> None:
+    """Overwrite, in place, the keys of `actor` whose names `source` knows; others keep their fresh ones.
+
+    `actor` is as in `knowledge.freeze`. `source` is a file of `save_keys`, which holds keys alone, or the folder of a
+    run, from which `warm` also takes the query network ("keys+query") and the inner policy ("all").
+    Raises KnowledgeError for a source that cannot be read or does not fit.
+    """
+    path = Path(source)
+    if "keys" not in actor:
+        raise KnowledgeError(f"keys {source} have nowhere to go: use --actor kian with at least one knowledge policy")
+    if PARTS[warm] and not path.is_dir():
+        raise KnowledgeError(f"keys {source}: --warm {warm} needs a run folder, a file holds keys alone")
+    try:
+        if path.is_dir():
+            policy = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["policy"]
+            keys = {name: key.clone() for name, key in policy["keys"].items()}
+        else:
+            keys = {name: torch.tensor(key) for name, key in json.loads(path.read_text())["keys"].items()}
+    except Exception as error:  # a foreign file raises anything
+        raise KnowledgeError(f"keys {source} cannot be read ({type(error).__name__}); name a KIAN run or its --save-keys file") from error
+    for i, name in enumerate(names):
+        if name not in keys:
+            continue
+        if keys[name].shape != actor["keys"][i].shape:
+            raise KnowledgeError(f"keys {source}: {name} has {keys[name].numel()} numbers, not {actor['keys'].shape[1]}")
+        actor["keys"][i] = keys[name]
+    for part in PARTS[warm]:
+        ours = [p for name, p in actor.items() if name.startswith(f"{part}.")]
+        if [p.shape for p in ours] != [p.shape for p in policy[part]]:
+            raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use the run's --hidden and task")
+        for p, theirs in zip(ours, policy[part]):
+            p.copy_(theirs)

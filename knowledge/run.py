@@ -1,0 +1,164 @@
+"""A trained agent, frozen, as a knowledge policy: `run:<RUN_DIR>`.
+
+Reads the entry `policy` of RUN_DIR/checkpoint.pt, tensors and plain types only:
+
+    format          1
+    env             environment id the agent was trained in
+    inputs          observation entries, concatenated in this order to x (B, n)
+    mean, std       (n,); the networks see clip((x - mean) / std, -clip, clip)
+    clip            float
+    actor           plain | kian | kogun | a2t
+    inner           [W, b, W, b, ...], W (in, out), ReLU between; output (B, 2 d) is mean | log std
+    query           [W, b, ...] or None; for a2t its output is the n + 1 logits, inner first
+    keys            {name: (m,)}, inner first, or None; for kian
+    inner_key_head  [W, b] or absent: makes the inner key from the query network's last hidden layer
+    score           cosine | dot
+    knowledge       what the run was given as --knowledge
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from knowledge.registry import KnowledgeError, Obs, Policy
+
+ENTRIES = {"env", "inputs", "mean", "std", "clip", "actor", "inner", "query", "keys", "score", "knowledge"}
+ACTORS = ("plain", "kian", "kogun", "a2t")
+
+
+def load(folder: Path, load_knowledge: Callable[[str, str], dict[str, Policy]]) -> dict[str, Policy]:
+    """The agent trained in `folder`, {run.<folder name>: policy}.
+
+    `load_knowledge(spec, env_id)` loads the policies that the agent itself was given.
+    Raises KnowledgeError if there is no such run, or none that can be frozen.
+    """
+    file = folder / "checkpoint.pt"
+    if not file.is_file():
+        raise KnowledgeError(f"run {folder} has no checkpoint.pt; name the folder of a run that has saved one")
+    try:
+        # Mapped, not read: most of the file is the replay buffer.
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a cut or foreign file raises anything from EOFError to UnpicklingError
+        raise KnowledgeError(f"{file} is damaged or no checkpoint ({type(error).__name__}); name another") from error
+    policy = checkpoint.get("policy") if isinstance(checkpoint, dict) else None
+    if not isinstance(policy, dict) or policy.get("format") != 1:
+        raise KnowledgeError(f"{file} holds no policy of format 1; name a run of an algorithm that writes one")
+    if missing := ENTRIES - policy.keys():
+        raise KnowledgeError(f"{file} has no {', '.join(sorted(missing))} in its policy; name another run")
+    if policy["actor"] not in ACTORS:
+        raise KnowledgeError(f"{file} has an actor '{policy['actor']}'; known are {', '.join(ACTORS)}")
+    knowledge = {} if policy["actor"] == "plain" else load_knowledge(policy["knowledge"], policy["env"])
+    agent = FrozenAgent(folder, owned(policy), knowledge)
+    if not agent.fits():
+        now = f"'{policy['knowledge']}' gives {', '.join(knowledge) or 'nothing'}"
+        raise KnowledgeError(f"run {folder} was trained with other knowledge than {now}; restore what it had")
+    return {f"run.{folder.resolve().name}": agent}
+
+
+@dataclass
+class FrozenAgent:
+    """The deterministic policy of a trained agent; where it attends, the most attended policy acts."""
+
+    folder: Path
+    policy: dict
+    knowledge: dict[str, Policy]
+
+    @torch.no_grad()
+    def __call__(self, obs: Obs) -> Tensor:
+        """Actions (B, d). Raises KnowledgeError for observations unlike those of the run."""
+        x, actor, inner = self.normalised(obs), self.policy["actor"], self.policy["inner"]
+        external = [policy(obs) for policy in self.knowledge.values()]
+        output, _ = mlp(inner, torch.cat([x, *external], -1) if actor == "kogun" else x)
+        action = output.chunk(2, -1)[0].tanh()  # of mean | log std
+        if actor in ("plain", "kogun"):
+            return action
+        actions = torch.stack([action, *external], 1)  # (B, n+1, d)
+        chosen = self.scores(x).argmax(-1)  # (B,)
+        return actions[torch.arange(len(x), device=x.device), chosen]
+
+    def normalised(self, obs: Obs) -> Tensor:
+        """Network input (B, n)."""
+        entries, mean, clip = self.policy["inputs"], self.policy["mean"], self.policy["clip"]
+        obs = obs if isinstance(obs, dict) else {"observation": obs}
+        if absent := [entry for entry in entries if entry not in obs]:
+            raise KnowledgeError(f"run {self.folder} needs {', '.join(absent)}, not observed here; name another")
+        x = torch.cat([obs[entry] for entry in entries], -1)
+        if x.shape[-1] != len(mean):
+            trained = f"was trained in {self.policy['env']} on {len(mean)} inputs"
+            raise KnowledgeError(f"run {self.folder} {trained} and {x.shape[-1]} are observed here; name another")
+        return ((x - mean.to(x)) / self.policy["std"].to(x)).clamp(-clip, clip)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Attention before its scale and softmax, neither of which moves the largest, (B, n+1), inner first."""
+        query, hidden = mlp(self.policy["query"], x)
+        if self.policy["actor"] == "a2t":
+            return query
+        named = self.policy["keys"]
+        head = self.policy.get("inner_key_head")
+        keys = [mlp(head, hidden)[0] if head else named["inner"], *(named[name] for name in self.knowledge)]
+        keys = torch.stack([key.to(x).expand_as(query) for key in keys], 1)  # (B, n+1, m)
+        if self.policy["score"] == "cosine":
+            return cosine_similarity(query[:, None], keys, dim=-1)
+        return (query[:, None] * keys).sum(-1)
+
+    def fits(self) -> bool:
+        """Whether the knowledge is what the networks were made for; a rule or a file may have changed since."""
+        p, n = self.policy, len(self.knowledge)
+        match p["actor"]:
+            case "kian":
+                return p["keys"].keys() - {"inner"} == self.knowledge.keys()
+            case "kogun":
+                return len(p["inner"][0]) == len(p["mean"]) + n * len(p["inner"][-1]) // 2
+            case "a2t":
+                return len(p["query"][-1]) == n + 1
+        return True
+
+
+def owned(value):
+    """A copy of nested tensors that no longer needs the mapped file."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: owned(item) for name, item in value.items()}
+    return [owned(item) for item in value] if isinstance(value, list) else value
+
+
+def mlp(weights: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of the layers [W, b, W, b, ...] with ReLU between, and what the last of them was given."""
+    for i in range(0, len(weights), 2):
+        hidden = x.relu() if i else x
+        x = hidden @ weights[i].to(x) + weights[i + 1].to(x)
+    return x, hidden
+
+
+def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor, Tensor], goal_dim: int) -> dict:
+    """The acting part of an agent in the format above, for its checkpoint.
+
+    `actor` holds "inner.<i>.weight", ... and, with knowledge, "query.<i>..." and "keys" (n+1, m), in the order of
+    `names`; with `args.inner_key == "head"` the query network ends in query | inner key, (B, 2 m).
+    """
+    inner, query = ([p.cpu().clone() for k, p in actor.items() if k.startswith(part)] for part in ("inner.", "query."))
+    policy = {
+        "format": 1,
+        "env": args.env,
+        "inputs": ["achieved_goal", "desired_goal", "observation"] if goal_dim else ["observation"],
+        "mean": stats[0],
+        "std": stats[1],
+        "clip": 5.0,
+        "actor": args.actor if len(names) > 1 else "plain",
+        "inner": inner,
+        "query": query or None,
+        "keys": dict(zip(names, actor["keys"].cpu().clone())) if "keys" in actor else None,
+        "score": "cosine" if args.cosine_scale > 0 else "dot",
+        "knowledge": args.knowledge,
+    }
+    if policy["keys"] and args.inner_key == "head":
+        width = actor["keys"].shape[1]
+        weight, bias = query[-2:]
+        query[-2:] = weight[:, :width].clone(), bias[:width].clone()
+        policy["inner_key_head"] = [weight[:, width:].clone(), bias[width:].clone()]
+    return policy

@@ -1,0 +1,191 @@
+"""What surrounds every run: its folder, checkpoints, signals, progress line, and the machine it runs on.
+
+A run folder holds
+
+    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware
+    scalars.csv     step, wall_s, name, value
+    eval.csv        step, wall_s, episodes, return_mean, return_std, success_rate, length_mean
+    checkpoint.pt   everything `--resume` needs, tensors and plain types only
+    events...       TensorBoard
+    video/          episodes, and what else a script draws
+"""
+import csv
+import json
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
+PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco"]
+
+
+class ArgError(ValueError):
+    """Arguments that cannot work; the message is one line with the value and the remedy."""
+
+
+class Run:
+    """Writes a run folder. `stop` is 0 until SIGINT or SIGTERM asks the run to save and end, then that signal."""
+
+    def __init__(self, algo: str, args: Any, env_id: str, step: int = 0, wall_s: float = 0.0):
+        """Start a run of `args` (a dataclass with env, seed, total_timesteps, run_dir, resume, track), or with
+        `args.resume` continue at `step` after `wall_s` seconds. Raises ArgError for a folder that is in use."""
+        name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.run_dir or Path("runs", algo, args.env, name))
+        if not args.resume:
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise ArgError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
+            write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+        if args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ArgError("--track needs Weights & Biases: pip install wandb") from error
+            wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
+        self.resumable, self.stop = f"{sys.argv[0]} --resume {self.folder}", 0
+        self.start = time.monotonic() - wall_s
+        self.board = SummaryWriter(str(self.folder), purge_step=step)
+        self.scalars = self._csv("scalars.csv", ["step", "wall_s", "name", "value"], step)
+        self.evals = self._csv("eval.csv", ["step", "wall_s", *EVALUATION], step)
+        self.handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+
+    def _ask(self, signum: int, _frame) -> None:
+        self.stop = signum
+        signal.signal(signum, self.handlers[signum])  # a second one does not wait
+
+    def _csv(self, name: str, columns: list[str], step: int):
+        path, old = self.folder / name, []
+        if path.exists():  # rows later than the checkpoint will be made again, a last one may be cut
+            with path.open() as file:
+                old = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdigit()
+                       and int(row[0]) <= step]
+        write_whole(path, lambda p: p.write_text("".join(",".join(row) + "\n" for row in [columns, *old])))
+        return path.open("a", newline="", buffering=1)  # line-buffered: a killed run keeps its curve
+
+    def wall_s(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return round(time.monotonic() - self.start, 1)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Append scalars to scalars.csv and TensorBoard."""
+        wall_s = self.wall_s()
+        for name, value in scalars.items():
+            self.scalars.write(f"{step},{wall_s},{name},{value:.6g}\n")
+            self.board.add_scalar(name, value, step)
+
+    def log_evaluation(self, step: int, result: dict[str, float]) -> None:
+        """Append what `envs.evaluate` returned to eval.csv, and show it in the progress line."""
+        values = ",".join(f"{result[name]:.6g}" for name in EVALUATION)
+        self.evals.write(f"{step},{self.wall_s()},{values}\n")
+        self.log(step, {f"eval/{name}": value for name, value in result.items()})
+        self.bar.set_postfix_str(f"return {result['return_mean']:.1f}, success {result['success_rate']:.2f}")
+
+    def save(self, checkpoint: dict) -> None:
+        """Write checkpoint.pt: whole, or not at all."""
+        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
+
+    def close(self) -> None:
+        """Close the files and give the signals back. A stopped run says how to resume and exits with 128 + signal."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        for thing in (self.bar, self.board, self.scalars, self.evals):
+            thing.close()
+        if self.stop:
+            print(f"saved; continue with: python {self.resumable}", file=sys.stderr)
+            sys.exit(128 + self.stop)
+
+
+def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
+    """(arguments, checkpoint) of a run folder. Raises ArgError if it is none, another algorithm's, or damaged."""
+    config, checkpoint = Path(folder, "config.json"), Path(folder, "checkpoint.pt")
+    if not config.is_file():
+        raise ArgError(f"{folder} is not a run folder: it has no config.json; runs are kept under runs/{algo}")
+    if not checkpoint.is_file():
+        raise ArgError(f"{folder} has no checkpoint.pt: it was cut before its first one; start it anew")
+    try:
+        saved = json.loads(config.read_text())
+        owner, args = saved["algo"], args_type(**saved["args"]) if saved["algo"] == algo else None
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ArgError(f"{folder} is damaged or of another version ({type(error).__name__}); start it anew") from error
+    if owner != algo:
+        raise ArgError(f"{folder} is a run of {owner}, not of {algo}; use algos/{owner}.py")
+    return args, state
+
+
+def write_whole(path: Path, write) -> None:
+    """Call `write` on a temporary path and rename it to `path`: a reader, or a kill, never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def to_plain(tree: Any) -> Any:
+    """Nested dicts and lists with arrays turned to tensors: `torch.load(weights_only=True)` reads these without
+    executing code."""
+    if isinstance(tree, dict):
+        return {key: to_plain(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [to_plain(value) for value in tree]
+    if isinstance(tree, np.generic):
+        return tree.item()
+    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+
+
+def describe_machine() -> dict:
+    """Commit, package versions and hardware: what a number needs beside it."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    return {"commit": git.stdout.strip() or None, "python": platform.python_version(),
+            "versions": {name: version(name) for name in PACKAGES},
+            "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def require_positive(args: Any, *names: str) -> None:
+    """Raise ArgError unless all these numbers of `args` are greater than zero."""
+    for name in names:
+        if not getattr(args, name) > 0:
+            raise ArgError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
+
+
+def pick_device(name: str) -> torch.device:
+    """"cpu", "cuda", or "auto": a GPU if torch sees one. Raises ArgError for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ArgError("--device cuda: torch sees no GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def use_fast_matmul() -> bool:
+    """Let oneDNN do float32 matrix products where that is faster *and* as accurate; returns whether it is used.
+
+    torch's "medium" precision hands products to oneDNN: on AMD CPUs with AVX-512 twice the rate of MKL, still in true
+    float32. On CPUs with AMX the same setting may compute in bfloat16, so the accuracy is tested, not assumed. Without
+    AVX-512 it gains nothing.
+    """
+    torch.set_float32_matmul_precision("highest")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    a = torch.linspace(-1, 1, 512 * 512).view(512, 512).sin()
+    exact = a.double() @ a.double().T
+    torch.set_float32_matmul_precision("medium")
+    error = ((a @ a.T).double() - exact).abs().max() / exact.abs().max()
+    if error > 1e-5:  # bfloat16 is at 4e-3, float32 below 1e-6
+        torch.set_float32_matmul_precision("highest")
+    return bool(error <= 1e-5)

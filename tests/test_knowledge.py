@@ -1,0 +1,356 @@
+"""knowledge/: the Fetch rules' values, what --knowledge may name, and each way it can be wrong."""
+
+import math
+
+import pytest
+import torch
+
+import knowledge
+from knowledge import KnowledgeError
+
+PICK, PUSH, SLIDE = "FetchPickAndPlace-v4", "FetchPush-v4", "FetchSlide-v4"
+
+
+def fetch_obs(p, o, g=(0.0, 0.0, 0.0), h=0.024, dtype=torch.float64):
+    """One observation with the time feature, as a batch of one."""
+    p, o, g = (torch.tensor([v], dtype=dtype) for v in (p, o, g))
+    fingers, rest = torch.full((1, 2), h, dtype=dtype), torch.zeros(1, 15, dtype=dtype)
+    return {"observation": torch.cat([p, o, o - p, fingers, rest], -1), "achieved_goal": o, "desired_goal": g}
+
+
+def batch(size=8, dtype=torch.float32):
+    """Random observations, the first all zeros, where every distance is zero."""
+    torch.manual_seed(0)
+    widths = {"observation": 26, "achieved_goal": 3, "desired_goal": 3}
+    some = (torch.arange(size) > 0)[:, None]
+    return {name: torch.randn(size, width, dtype=dtype) * some for name, width in widths.items()}
+
+
+def load(spec, env_id=PICK, example=None):
+    return knowledge.load(spec, env_id, 4, example or batch())
+
+
+def assert_action(policy, obs, expected):
+    torch.testing.assert_close(policy(obs), torch.tensor([expected], dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+# ---- rules ---------------------------------------------------------------------------------------
+
+
+def test_official_pick_and_place():
+    go_to_object, go_to_target = load("fetch.official").values()
+    far = fetch_obs(p=(0, 0, 0), o=(0.10, -0.20, -0.05))
+    assert_action(go_to_object, far, (0.10, -0.20, -0.05, 1))
+    assert_action(go_to_target, far, (0, 0, 0, 0.024))
+    near = fetch_obs(p=(1.3, 0.75, 0.43), o=(1.31, 0.75, 0.45), g=(1.4, 0.8, 0.6))
+    assert_action(go_to_object, near, (0, 0, 0, 0.024))
+    assert_action(go_to_target, near, (0.1, 0.05, 0.17, -1))
+
+
+def test_official_push():
+    go_to_object, go_to_target = load("fetch.official", PUSH).values()
+    far = fetch_obs(p=(0, 0, 0), o=(0.10, -0.20, -0.05), g=(1, 1, 1))
+    assert_action(go_to_object, far, (0.10, -0.20, -0.05, 0))
+    assert_action(go_to_target, far, (0, 0, 0, 0))
+    near = fetch_obs(p=(0, 0, 0), o=(0.01, 0, 0), g=(0.5, 0, 2))  # out of the box: the whole row is halved
+    assert_action(go_to_object, near, (0, 0, 0, 0))
+    assert_action(go_to_target, near, (0.25, 0, 1, 0))
+
+
+def test_official_slide():
+    go_to_object, go_to_target = load("fetch.official", SLIDE).values()
+    behind = fetch_obs(p=(1.00, 0.75, 0.41), o=(1.10, 0.75, 0.42), g=(1.40, 0.75, 0.42))
+    assert_action(go_to_object, behind, (0, 0, 0, 0))
+    assert_action(go_to_target, behind, (0.4, 0, 0.01, 0))
+    aside = fetch_obs(p=(1.00, 0.65, 0.42), o=(1.10, 0.75, 0.42), g=(1.40, 0.75, 0.42))
+    assert_action(go_to_object, aside, (0, 0.1, 0, 0))
+    assert_action(go_to_target, aside, (0, 0, 0, 0))
+
+
+def test_box_keeps_direction():
+    row = torch.tensor([[2, -0.5, 0.25, 1], [0.5, 0, 0, 1]])
+    expected = torch.tensor([[1, -0.25, 0.125, 0.5], [0.5, 0, 0, 1]])
+    torch.testing.assert_close(knowledge.fetch.into_box(row), expected)
+
+
+def test_v4_pick_and_place():
+    reach, carry = load("fetch.v4").values()
+    above = fetch_obs(p=(0, 0, 0.05), o=(0, 0, 0))
+    assert_action(reach, above, (0, 0, -0.5, 1))
+    assert_action(carry, above, (0, 0, 0, 1))
+    aside = fetch_obs(p=(0.1, 0, 0), o=(0, 0, 0))  # rises by the 0.1 m that it has to go aside
+    assert_action(reach, aside, (-1, 0, 1, 1))
+    held = fetch_obs(p=(0, 0, 0), o=(0.01, 0, 0), g=(0.06, 0, 0))
+    assert_action(reach, held, (0, 0, 0, -1))
+    assert_action(carry, held, (0.5, 0, 0, -1))
+
+
+def test_v4_push():
+    get_behind, push = load("fetch.v4", PUSH).values()
+    behind = fetch_obs(p=(-0.07, 0, 0), o=(0, 0, 0), g=(0.06, 0, 0.2))
+    assert_action(get_behind, behind, (0, 0, 0, 0))
+    assert torch.equal(push(behind)[:, :3].sign(), torch.tensor([[1.0, 0, 1]], dtype=torch.float64))
+    before = fetch_obs(p=(0.07, 0, 0), o=(0, 0, 0), g=(0.06, 0, 0))  # between object and goal: over it, no push
+    assert get_behind(before)[0, 0] < 0 < get_behind(before)[0, 2]
+    assert_action(push, before, (0, 0, 0, 0))
+
+
+def test_v4_slide_strikes_until_fast_enough():
+    strike = load("fetch.strike_to_goal", SLIDE)["fetch.strike_to_goal"]
+    obs = fetch_obs(p=(-0.07, 0, 0), o=(0, 0, 0), g=(0.32, 0, 0))  # sqrt(2 * 0.32) = 0.8 m/s
+    assert_action(strike, obs, (0.76, 0, 0, 0))
+    obs["observation"][0, 14] = 0.03  # relative to the gripper ...
+    assert strike(obs)[0, 0] == 0  # 0.75 m/s
+    obs["observation"][0, 20] = -0.02  # ... which moves back: 0.25 m/s
+    assert_action(strike, obs, (0.76, 0, 0, 0))
+
+
+@pytest.mark.parametrize("task", ["Reach", "Push", "Slide", "PickAndPlace", "PushDense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_rule_is_in_the_box_and_row_by_row(task, dtype):
+    obs = batch(16, dtype)
+    for name, policy in knowledge.rules_for(f"Fetch{task}-v4").items():
+        action = policy(obs)
+        assert action.dtype == dtype and action.abs().max() <= 1, name
+        rows = [policy({key: x[i : i + 1] for key, x in obs.items()}) for i in range(16)]
+        torch.testing.assert_close(action, torch.cat(rows), msg=name)
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def test_names_and_order():
+    reach, carry = "fetch.reach_object", "fetch.carry_to_goal"
+    assert list(load("auto")) == list(load("fetch.v4")) == [reach, carry]
+    assert list(load(f" {carry}, {reach}")) == [carry, reach]
+    assert load(f"{carry},{reach}")[reach] is load("auto")[reach]
+    assert list(load(f"{carry},fetch.official")) == [carry, "fetch.go_to_object", "fetch.go_to_target"]
+    assert load("none") == load("none", "HalfCheetah-v5") == {}
+
+
+def test_one_name_per_family():
+    assert list(load("auto", "FetchPushDense-v4")) == ["fetch.get_behind_object", "fetch.push_to_goal"]
+    assert list(load("auto", SLIDE)) == ["fetch.get_behind_object", "fetch.strike_to_goal"]
+    assert list(load("auto", "FetchReach-v4")) == ["fetch.move_to_goal"]
+    name = "fetch.go_to_object"
+    assert load(name, PUSH)[name] is load(name, "FetchPushDense-v4")[name] is not load(name, SLIDE)[name]
+
+
+def error(spec, *parts, env_id=PICK, example=None):
+    """`spec` fails with one line that has all `parts`."""
+    with pytest.raises(KnowledgeError) as caught:
+        load(spec, env_id, example)
+    message = str(caught.value)
+    assert "\n" not in message and all(str(part) in message for part in parts), message
+
+
+def test_bad_names():
+    error("fetch.reach_objct", "fetch.reach_objct", PICK, "did you mean fetch.reach_object?")
+    error("fetch.push_to_goal", PICK)  # a rule of another task
+    error("zzz", "known are", "fetch.official", "fetch.carry_to_goal")
+    error("auto,", "''")
+    error("fetch.v4,fetch.reach_object", "fetch.reach_object comes twice")
+    error("llm:rules.json", "llm:rules.json", "not available")
+    error("auto", "HalfCheetah-v5", "none", env_id="HalfCheetah-v5")
+    error("fetch.official", "FetchReach-v4", env_id="FetchReach-v4")
+    assert issubclass(KnowledgeError, ValueError)
+
+
+def test_a_rule_cannot_be_defined_twice():
+    with pytest.raises(ValueError, match="twice"):
+        knowledge.rule("fetch.reach_object", envs="FetchPickAndPlace", group="mine")(lambda obs: obs)
+
+
+# ---- a user's file -------------------------------------------------------------------------------
+
+
+def write(tmp_path, text, name="mine.py"):
+    (tmp_path / name).write_text("import torch\nfrom math import sqrt\n" + text)
+    return str(tmp_path / name)
+
+
+def test_file(tmp_path):
+    text = (
+        "def b(obs): return _like(obs) + 0.5\n"
+        "def a(obs): return _like(obs) - sqrt(0.25)\n"
+        "def _like(obs): return torch.zeros(len(obs['observation']), 4)\n"
+    )
+    path = write(tmp_path, text)
+    policies = load(path)
+    assert list(policies) == ["mine.b", "mine.a"]  # as written; neither the helper nor the import
+    assert policies["mine.a"](batch(3)).tolist() == [[-0.5] * 4] * 3
+    assert list(load(f"fetch.reach_object,{path}:a")) == ["fetch.reach_object", "mine.a"]
+    error(f"{path},{path}:a", "mine.a comes twice")
+    error(f"{path}:sqrt", path, "'sqrt'", "b, a")
+
+
+@pytest.mark.parametrize(
+    "body, parts",
+    [
+        ("return torch.zeros(8, 3)", ("mine.push", "(8, 3)", "(8, 4)")),
+        ("return torch.zeros(4)", ("(4,)", "(8, 4)")),
+        ("return torch.zeros(8, 4).double()", ("torch.float64", "torch.float32")),
+        ("return torch.zeros(8, 4, dtype=torch.long)", ("torch.int64",)),
+        ("return torch.zeros(8, 4) / 0", ("nan", "finite")),
+        ("return torch.full((8, 4), -2.5)", ("-2.5", "[-1, 1]")),
+        ("return [0.0] * 4", ("list", "tensor")),
+        ("return 1 if obs['observation'] > 0 else 0", ("fails on 8 observations", "RuntimeError", "batch")),
+        ("raise KeyError('a\\nb')", ("KeyError",)),
+    ],
+)
+def test_file_with_bad_policy(tmp_path, body, parts):
+    path = write(tmp_path, f"def push(obs): {body}")
+    error(path, path, *parts)
+
+
+def test_bad_file(tmp_path):
+    error(str(tmp_path / "absent.py"), "absent.py", "does not exist")
+    error(write(tmp_path, "x = 1"), "no public function")
+    error(write(tmp_path, "def f(:"), "fails to import", "SyntaxError")
+    error(write(tmp_path, "import absent_module"), "fails to import", "absent_module")
+    error(write(tmp_path, "raise SystemExit(3)"), "fails to import", "SystemExit")
+
+
+# ---- a trained agent -----------------------------------------------------------------------------
+
+
+def example(width=2):
+    return torch.linspace(-1, 1, 3 * width).view(3, width)
+
+
+def save_run(tmp_path, name="seed1", **changes):
+    """A run on 2 inputs with 1 action: the inner mean is relu(x) W + b, the query x itself."""
+    policy = {
+        "format": 1,
+        "env": "Toy-v0",
+        "inputs": ["observation"],
+        "mean": torch.tensor([1.0, 0.0]),
+        "std": torch.tensor([2.0, 1.0]),
+        "clip": 5.0,
+        "actor": "plain",
+        "inner": [torch.eye(2), torch.zeros(2), torch.tensor([[1.0, 9.0], [-0.5, 9.0]]), torch.tensor([0.1, 9.0])],
+        "query": [torch.eye(2), torch.zeros(2)],
+        "keys": None,
+        "score": "dot",
+        "knowledge": "none",
+    }
+    (tmp_path / name).mkdir(exist_ok=True)
+    policy |= changes
+    torch.save({"policy": {k: v for k, v in policy.items() if v != "absent"}}, tmp_path / name / "checkpoint.pt")
+    return f"run:{tmp_path / name}"
+
+
+def load_run(spec, obs=None):
+    """The policy of a run on the toy environment, and its actions on `obs`."""
+    ((name, policy),) = knowledge.load(spec, "Toy-v0", 1, example() if obs is None else obs).items()
+    return name, policy
+
+
+def advice(tmp_path):
+    text = "def up(obs): return torch.ones(len(obs), 1)\ndef down(obs): return -torch.ones(len(obs), 1) / 2\n"
+    return write(tmp_path, text, "advice.py")
+
+
+OBS = torch.tensor([[3.0, 1.0], [-1.0, 1.0], [101.0, 2.0]])  # normalised: (1, 1), (-1, 1), (5, 2)
+
+
+def test_run_plain(tmp_path):
+    name, policy = load_run(save_run(tmp_path))
+    assert name == "run.seed1"
+    # relu(x) (1, -0.5) + 0.1: 1 - 0.5 + 0.1, 0 - 0.5 + 0.1, 5 - 1 + 0.1 (clipped from 50)
+    torch.testing.assert_close(policy(OBS)[:, 0], torch.tensor([math.tanh(v) for v in (0.6, -0.4, 4.1)]))
+    assert torch.equal(policy({"observation": OBS}), policy(OBS))
+
+
+def test_run_kian(tmp_path):
+    # In another order than the file gives them: keys go by name.
+    keys = {"inner": [1.0, 0.0], "advice.down": [-2.0, 0.0], "advice.up": [0.9, 0.3]}
+    keys = {name: torch.tensor(key) for name, key in keys.items()}
+    run = save_run(tmp_path, actor="kian", keys=keys, knowledge=advice(tmp_path))
+    # dot (inner, up, down): (1, 1.2, -2), (-1, -.6, 2), (5, 5.1, -10): up, down, up
+    assert load_run(run)[1](OBS).flatten().tolist() == [1, -0.5, 1]
+    # cosine: (.71, .89, -.71), (-.71, -.45, .71), (.93, .997, -.93), and with a long inner key the same
+    keys["inner"] *= 100
+    run = save_run(tmp_path, actor="kian", keys=keys, knowledge=advice(tmp_path), score="cosine")
+    assert load_run(run)[1](OBS).flatten().tolist() == [1, -0.5, 1]
+    run = save_run(tmp_path, actor="kian", keys=keys, knowledge=advice(tmp_path))  # dot: the inner wins where x_1 > 0
+    torch.testing.assert_close(load_run(run)[1](OBS)[:, 0], torch.tensor([math.tanh(0.6), -0.5, math.tanh(4.1)]))
+
+
+def test_run_kian_inner_key_head(tmp_path):
+    keys = {"advice.up": torch.tensor([0.0, 0.0]), "advice.down": torch.tensor([0.0, -1.0])}
+    head = [-torch.eye(2), torch.tensor([0.0, 3.0])]  # inner score: -x_1^2 - x_2^2 + 3 x_2 = 1, 1, -23
+    run = save_run(tmp_path, actor="kian", keys=keys, inner_key_head=head, knowledge=advice(tmp_path))
+    torch.testing.assert_close(load_run(run)[1](OBS)[:, 0], torch.tensor([math.tanh(0.6), math.tanh(-0.4), 1.0]))
+
+
+def test_run_without_advice_is_plain(tmp_path):
+    plain = load_run(save_run(tmp_path))[1]
+    kian = load_run(save_run(tmp_path, actor="kian", keys={"inner": torch.ones(2)}))[1]
+    assert torch.equal(kian(OBS), plain(OBS))
+
+
+def test_run_kogun_and_a2t(tmp_path):
+    first = torch.tensor([[1.0, 0], [0, 0], [2.0, 0], [4.0, 0]])  # x_1 + 2 up + 4 down = x_1
+    inner = [first, torch.zeros(2)]
+    kogun = load_run(save_run(tmp_path, actor="kogun", inner=inner, knowledge=advice(tmp_path)))[1]
+    torch.testing.assert_close(kogun(OBS)[:, 0], torch.tensor([1.0, -1.0, 5.0]).tanh())
+    query = [torch.tensor([[1.0, 0, -1], [0, 0, 0]]), torch.tensor([0, 3.0, 2.5])]
+    # logits (inner, up, down): (1, 3, 1.5), (-1, 3, 3.5), (5, 3, -2.5)
+    a2t = load_run(save_run(tmp_path, actor="a2t", query=query, knowledge=advice(tmp_path)))[1]
+    torch.testing.assert_close(a2t(OBS)[:, 0], torch.tensor([1.0, -0.5, math.tanh(4.1)]))
+
+
+def test_run_on_a_goal_task(tmp_path):
+    """A nested run: its rules are those of its own environment, not of the one it is used in."""
+    inputs = ["achieved_goal", "desired_goal", "observation"]
+    inner = [torch.zeros(32, 8), torch.zeros(8)]
+    common = dict(env=PUSH, inputs=inputs, mean=torch.zeros(32), std=torch.ones(32), inner=inner)
+    query = [torch.zeros(32, 1), torch.ones(1)]
+    keys = {"inner": torch.zeros(1), "fetch.get_behind_object": torch.ones(1), "fetch.push_to_goal": -torch.ones(1)}
+    run = save_run(tmp_path, "push", actor="kian", query=query, keys=keys, knowledge="auto", **common)
+    policy = load(f"fetch.reach_object,{run}")["run.push"]
+    assert torch.equal(policy(batch()), load("auto", PUSH)["fetch.get_behind_object"](batch()))
+    keys = {"inner": -torch.ones(1), "run.push": torch.ones(1)}
+    outer = save_run(tmp_path, "pick", actor="kian", query=query, keys=keys, knowledge=run, **common)
+    assert torch.equal(load(outer)["run.pick"](batch()), policy(batch()))
+
+
+def test_bad_run(tmp_path):
+    def bad(spec, *parts, obs=None):
+        with pytest.raises(KnowledgeError) as caught:
+            load_run(spec, obs)
+        message = str(caught.value)
+        assert "\n" not in message and all(str(part) in message for part in parts), message
+
+    bad(f"run:{tmp_path}/absent", "absent", "no checkpoint.pt")
+    run = save_run(tmp_path)
+    bad(run, "seed1", "on 2 inputs and 3", obs=example(3))
+    bad(run, "needs observation", obs={"image": example()})
+    bad(save_run(tmp_path, actor="magic"), "'magic'", "kian")
+    bad(save_run(tmp_path, std="absent", clip="absent"), "clip, std")
+    bad(save_run(tmp_path, format=2), "format 1")
+    bad(save_run(tmp_path, inner=[torch.zeros(2, 6), torch.zeros(6)]), "(3, 3)", "(3, 1)")
+    for actor in ("kian", "kogun", "a2t"):  # none of which has room for two policies
+        other = save_run(tmp_path, actor=actor, keys={"inner": torch.ones(2)}, knowledge=advice(tmp_path))
+        bad(other, "other knowledge", "advice.up, advice.down")
+    bad(save_run(tmp_path, actor="kian", keys={}, knowledge="absent.py"), "absent.py")
+
+    file = tmp_path / "seed1" / "checkpoint.pt"
+    torch.save({"step": 3}, file)
+    bad(run, "no policy")
+    torch.save([torch.zeros(1)], file)
+    bad(run, "no policy")
+    file.write_bytes(file.read_bytes()[:100])
+    bad(run, file, "damaged")
+    file.write_text("hello")
+    bad(run, file, "damaged")
+
+
+def test_run_of_itself(tmp_path):
+    keys = {"inner": torch.ones(2)}
+    first, second = f"run:{tmp_path / 'a'}", f"run:{tmp_path / 'b'}"
+    save_run(tmp_path, "a", actor="kian", keys=keys, knowledge=second)
+    save_run(tmp_path, "b", actor="kian", keys=keys, knowledge=first)
+    with pytest.raises(KnowledgeError, match="a -> b -> a"):
+        load_run(first)
