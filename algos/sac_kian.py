@@ -82,6 +82,8 @@ class Args:
     ext_action: Literal["mean", "sample"] = "mean"  # a drawn external policy executes its mean, or a sample around it
     ext_log_std: float = 0.3  # log-std with which external policies enter the entropy (paper: -1)
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
+    credit: Literal["expected", "drawn"] = "expected"  # who earns Q in the actor loss: all by weight; drawn (paper)
+    lead_episodes: float = 0.25  # share of training episodes led by external policies alone, drawn anew every 5 steps
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
@@ -206,7 +208,8 @@ class Noise(NamedTuple):
 
 
 class Decision(NamedTuple):
-    action: torch.Tensor  # (B, d)
+    action: torch.Tensor  # (B, d), executed
+    actions: torch.Tensor  # (B, n+1, d), what each policy would do, inner first
     log_prob: torch.Tensor  # (B,)
     weights: torch.Tensor  # (B, n+1), inner policy first
     selected: torch.Tensor  # (B, n+1), one-hot
@@ -230,7 +233,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
     inner_log_prob = squash_log_prob(gaussian_log_prob(u, mean, log_std), inner_action)
     if advice.shape[1] == 0 or args.actor in ("plain", "kogun"):  # nothing to attend to: SAC
         one = torch.ones_like(mean[:, :1])
-        return Decision(inner_action, inner_log_prob, one, one, inner_log_prob, one)
+        return Decision(inner_action, inner_action.unsqueeze(1), inner_log_prob, one, one, inner_log_prob, one)
 
     query = mlp(actor, "query", features)
     if args.actor == "a2t":
@@ -248,7 +251,8 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
     external = advice
     if naive or args.ext_action == "sample":
         external = (advice + math.exp(args.ext_log_std) * noise.gaussian[:, 1:]).clamp(-1, 1)
-    action = (selected.unsqueeze(-1) * torch.cat([inner_action.unsqueeze(1), external], 1)).sum(1)  # (B, d)
+    actions = torch.cat([inner_action.unsqueeze(1), external], 1)  # (B, n+1, d)
+    action = (selected.unsqueeze(-1) * actions).sum(1)  # (B, d)
     if naive:  # every policy scored at the executed action; rules reach +-1, where atanh is infinite
         inside = action.clamp(-1 + 1e-6, 1 - 1e-6)
         inner = squash_log_prob(gaussian_log_prob(torch.atanh(inside), mean, log_std), inside)
@@ -257,7 +261,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
     else:
         others = gaussian_log_prob(external, advice, args.ext_log_std)  # (B, n); at the mean, a constant
         log_prob = surrogate_log_prob(log_weights, torch.cat([inner_log_prob.unsqueeze(1), others], 1))
-    return Decision(action, log_prob, log_weights.exp(), selected, inner_log_prob, query)
+    return Decision(action, actions, log_prob, log_weights.exp(), selected, inner_log_prob, query)
 
 
 def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args: Args) -> torch.Tensor:
@@ -267,8 +271,20 @@ def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args
 
 def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice, noise: Noise, args: Args):
     decision = decide(actor, features, advice, noise, args)
-    q = mlp(critic, "q", torch.cat([features, decision.action], 1), args.bf16).squeeze(-1).amin(0)  # (B,)
-    return (alpha * decision.log_prob - q).mean(), (decision, q)
+
+    def q_of(actions: torch.Tensor) -> torch.Tensor:  # (B, k, d) -> (B, k)
+        inputs = torch.cat([features.unsqueeze(1).expand(-1, actions.shape[1], -1), actions], -1).flatten(0, 1)
+        return mlp(critic, "q", inputs, args.bf16).amin(0).view(len(features), -1)
+
+    if args.credit == "drawn" or decision.actions.shape[1] == 1:
+        q = q_of(decision.action.unsqueeze(1)).squeeze(1)
+        return (alpha * decision.log_prob - q).mean(), (decision, q)
+    # The expectation over who acts, instead of a draw of it: weights compare what all policies are worth here, and the
+    # inner policy learns in every state, not only where it was drawn.
+    inner_q, external_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:])  # (B, 1), (B, n)
+    worth = torch.cat([inner_q, external_q], 1).detach()
+    q = (decision.weights * worth).sum(1)
+    return (alpha * decision.log_prob - q - inner_q.squeeze(1)).mean(), (decision, q)
 
 
 def adam(params: dict, grads: dict, moments: dict, count: torch.Tensor, learning_rate: float) -> None:
@@ -384,7 +400,9 @@ def main(args: Args) -> dict[str, float]:
                           args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: scalars summed since the last log
+    leader = torch.full((args.num_envs,), -1)  # external policy that leads the episode; -1: the agent acts
     if saved:
+        leader = saved["leader"]
         step, debt, updates, totals = (saved[k] for k in ("step", "debt", "updates", "totals"))
         agent, features = saved["agent"], saved["features"]
         normalizer.load_state_dict(saved["normalizer"])
@@ -445,7 +463,7 @@ def main(args: Args) -> dict[str, float]:
 
     def save() -> None:
         run.save({"step": step, "wall_s": run.wall_s(), "debt": debt, "updates": updates, "totals": totals,
-                  "agent": agent, "features": features, "normalizer": normalizer.state_dict(),
+                  "agent": agent, "features": features, "leader": leader, "normalizer": normalizer.state_dict(),
                   "buffer": buffer.state_dict(), "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
                   "policy": policy()})
 
@@ -458,14 +476,24 @@ def main(args: Args) -> dict[str, float]:
         # act
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
-            ours = torch.rand(args.num_envs, 1) >= args.random_actions
-            action = torch.where(ours, choose(features, draw_noise(args.num_envs, n, d)).action, action)
+            decision = choose(features, draw_noise(args.num_envs, n, d))
+            explore = (torch.rand(args.num_envs) < args.random_actions) & (decision.selected[:, 0] > 0.5)
+            action = torch.where(explore.unsqueeze(1), action, decision.action)  # a rule that acts is not disturbed
+            if n:
+                changed = (leader >= 0) & (torch.rand(args.num_envs) < 0.2)
+                leader = torch.where(changed, torch.randint(n, (args.num_envs,)), leader)
+                led = decision.actions[torch.arange(args.num_envs), leader + 1]
+                action = torch.where((leader >= 0).unsqueeze(1), led, action)
         obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
         # store: where an episode ended, obs already belongs to the next one, and final_obs to this one
         flags = torch.from_numpy(np.stack([reward, terminated], 1).astype(np.float32))  # (num_envs, 2)
         rows = torch.cat([features, action, flags, envs.flatten(info["final_obs"])], 1)
-        buffer.add(rows, torch.from_numpy(terminated | truncated))
+        ended = torch.from_numpy(terminated | truncated)
+        buffer.add(rows, ended)
+        if n:
+            begun = torch.where(torch.rand(args.num_envs) < args.lead_episodes, torch.randint(n, (args.num_envs,)), -1)
+            leader = torch.where(ended, begun, leader)
         normalizer.add(features)
         features = envs.flatten(obs)
         before, step = step, step + args.num_envs

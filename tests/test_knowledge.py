@@ -78,8 +78,8 @@ def test_v4_pick_and_place():
     above = fetch_obs(p=(0, 0, 0.05), o=(0, 0, 0))
     assert_action(reach, above, (0, 0, -0.5, 1))
     assert_action(carry, above, (0, 0, 0, 1))
-    aside = fetch_obs(p=(0.1, 0, 0), o=(0, 0, 0))  # rises by the 0.1 m that it has to go aside
-    assert_action(reach, aside, (-1, 0, 1, 1))
+    aside = fetch_obs(p=(0.05, 0, 0), o=(0, 0, 0))  # on its way to 2 * 0.05 - 0.02 m above
+    assert_action(reach, aside, (-0.5, 0, 0.8, 1))
     held = fetch_obs(p=(0, 0, 0), o=(0.01, 0, 0), g=(0.06, 0, 0))
     assert_action(reach, held, (0, 0, 0, -1))
     assert_action(carry, held, (0.5, 0, 0, -1))
@@ -87,9 +87,11 @@ def test_v4_pick_and_place():
 
 def test_v4_push():
     get_behind, push = load("fetch.v4", PUSH).values()
-    behind = fetch_obs(p=(-0.07, 0, 0), o=(0, 0, 0), g=(0.06, 0, 0.2))
+    behind = fetch_obs(p=(-0.08, 0, 0), o=(0, 0, 0), g=(0.06, 0, 0))
     assert_action(get_behind, behind, (0, 0, 0, 0))
-    assert torch.equal(push(behind)[:, :3].sign(), torch.tensor([[1.0, 0, 1]], dtype=torch.float64))
+    assert_action(push, behind, (0.6, 0, 0, 0))
+    touching = fetch_obs(p=(-0.045, 0.01, 0), o=(0, 0, 0), g=(0.06, 0, 0))  # slower, and back onto the line
+    assert_action(push, touching, (0.25, -0.1, 0, 0))
     before = fetch_obs(p=(0.07, 0, 0), o=(0, 0, 0), g=(0.06, 0, 0))  # between object and goal: over it, no push
     assert get_behind(before)[0, 0] < 0 < get_behind(before)[0, 2]
     assert_action(push, before, (0, 0, 0, 0))
@@ -156,23 +158,30 @@ def test_bad_names():
     assert issubclass(KnowledgeError, ValueError)
 
 
-def test_a_rule_cannot_be_defined_twice():
+def test_rule(monkeypatch):
+    for table in ("_rules", "_groups"):
+        monkeypatch.setattr(knowledge.registry, table, {})
+    for envs in ("Toy", ("ToyHard", "Game")):  # the longer prefix is the better fit
+        knowledge.rule("toy.up", envs=envs, group="toy")(lambda obs, envs=envs: envs)
+    assert knowledge.rules_for("Toy-v0")["toy.up"](None) == "Toy"
+    assert knowledge.rules_for("ToyHard-v0")["toy.up"](None) == ("ToyHard", "Game")
+    assert knowledge.groups_for("Game-v0") == {"toy": ["toy.up"]} and knowledge.rules_for("Other-v0") == {}
     with pytest.raises(ValueError, match="twice"):
-        knowledge.rule("fetch.reach_object", envs="FetchPickAndPlace", group="mine")(lambda obs: obs)
+        knowledge.rule("toy.up", envs="Game", group="toy")(lambda obs: obs)
 
 
 # ---- a user's file -------------------------------------------------------------------------------
 
 
 def write(tmp_path, text, name="mine.py"):
-    (tmp_path / name).write_text("import torch\nfrom math import sqrt\n" + text)
+    (tmp_path / name).write_text("import torch\nfrom statistics import mean\n" + text)
     return str(tmp_path / name)
 
 
 def test_file(tmp_path):
     text = (
         "def b(obs): return _like(obs) + 0.5\n"
-        "def a(obs): return _like(obs) - sqrt(0.25)\n"
+        "def a(obs): return _like(obs) - mean([0, 1])\n"
         "def _like(obs): return torch.zeros(len(obs['observation']), 4)\n"
     )
     path = write(tmp_path, text)
@@ -181,7 +190,7 @@ def test_file(tmp_path):
     assert policies["mine.a"](batch(3)).tolist() == [[-0.5] * 4] * 3
     assert list(load(f"fetch.reach_object,{path}:a")) == ["fetch.reach_object", "mine.a"]
     error(f"{path},{path}:a", "mine.a comes twice")
-    error(f"{path}:sqrt", path, "'sqrt'", "b, a")
+    error(f"{path}:mean", path, "'mean'", "b, a")
 
 
 @pytest.mark.parametrize(
@@ -278,10 +287,15 @@ def test_run_kian(tmp_path):
 
 
 def test_run_kian_inner_key_head(tmp_path):
-    keys = {"advice.up": torch.tensor([0.0, 0.0]), "advice.down": torch.tensor([0.0, -1.0])}
-    head = [-torch.eye(2), torch.tensor([0.0, 3.0])]  # inner score: -x_1^2 - x_2^2 + 3 x_2 = 1, 1, -23
-    run = save_run(tmp_path, actor="kian", keys=keys, inner_key_head=head, knowledge=advice(tmp_path))
-    torch.testing.assert_close(load_run(run)[1](OBS)[:, 0], torch.tensor([math.tanh(0.6), math.tanh(-0.4), 1.0]))
+    keys = {"advice.up": torch.tensor([-1.5]), "advice.down": torch.tensor([-3.0])}
+    query = [torch.eye(2), torch.zeros(2), torch.tensor([[-1.0], [0]]), torch.tensor([2.0])]  # 2 - relu(x_1) = 1, 2, -3
+    head = [torch.tensor([[-2.0], [0]]), torch.tensor([1.0])]  # of the hidden layer: 1 - 2 relu(x_1) = -1, 1, -9
+    run = save_run(tmp_path, actor="kian", query=query, keys=keys, inner_key_head=head, knowledge=advice(tmp_path))
+    # scores (inner, up, down): (-1, -1.5, -3), (2, -3, -6), (27, 4.5, 9)
+    torch.testing.assert_close(load_run(run)[1](OBS)[:, 0], torch.tensor([0.6, -0.4, 4.1]).tanh())
+    head[1] += 12  # inner scores 11, 26, -9
+    run = save_run(tmp_path, actor="kian", query=query, keys=keys, inner_key_head=head, knowledge=advice(tmp_path))
+    torch.testing.assert_close(load_run(run)[1](OBS)[:, 0], torch.tensor([math.tanh(0.6), math.tanh(-0.4), -0.5]))
 
 
 def test_run_without_advice_is_plain(tmp_path):
@@ -321,11 +335,12 @@ def test_bad_run(tmp_path):
         with pytest.raises(KnowledgeError) as caught:
             load_run(spec, obs)
         message = str(caught.value)
-        assert "\n" not in message and all(str(part) in message for part in parts), message
+        assert "\n" not in message and "KnowledgeError" not in message  # nor wrapped in another
+        assert all(str(part) in message for part in parts), message
 
     bad(f"run:{tmp_path}/absent", "absent", "no checkpoint.pt")
     run = save_run(tmp_path)
-    bad(run, "seed1", "on 2 inputs and 3", obs=example(3))
+    bad(run, f"run {tmp_path}/seed1 was trained in Toy-v0 on 2 inputs and 3", obs=example(3))
     bad(run, "needs observation", obs={"image": example()})
     bad(save_run(tmp_path, actor="magic"), "'magic'", "kian")
     bad(save_run(tmp_path, std="absent", clip="absent"), "clip, std")
@@ -341,6 +356,8 @@ def test_bad_run(tmp_path):
     bad(run, "no policy")
     torch.save([torch.zeros(1)], file)
     bad(run, "no policy")
+    torch.save({"policy": tmp_path}, file)  # not a plain type: never unpickled
+    bad(run, file, "damaged")
     file.write_bytes(file.read_bytes()[:100])
     bad(run, file, "damaged")
     file.write_text("hello")

@@ -1,0 +1,39 @@
+# Two commands, each enough by itself on a fresh machine: make train, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help train test setup gl twins speed clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## virtual environment with the pinned packages
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+train: setup  ## SAC-KIAN on FetchPickAndPlace; ARGS="--total-timesteps 20000" adds flags
+	$(BIN)/python algos/sac_kian.py --env FetchPickAndPlace-v2 $(ARGS)
+
+gl:  ## libraries for rendering without a display (Debian, Ubuntu; needs root, skipped without it)
+	@ldconfig -p 2>/dev/null | grep -q libEGL.so || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq libegl1 libgl1 libosmesa6; } || \
+	  echo "no EGL library: tests that film are skipped; apt-get install libegl1 libgl1 libosmesa6"
+
+test: setup gl  ## all tests, about 6 minutes on two cores
+	$(BIN)/python -m pytest $(ARGS)
+
+twins: setup  ## rewrite every marked twin block from its first copy
+	$(BIN)/python tests/test_twins.py --write
+
+speed: setup  ## updates/s and steps/s beside stable-baselines3
+	$(BIN)/python benchmarks/speed.py sac $(ARGS)
+
+clean:  ## remove the virtual environment and caches, keep runs/
+	rm -rf $(VENV) .pytest_cache .hypothesis $$(find . -name __pycache__ -not -path './runs/*')

@@ -1,0 +1,240 @@
+"""Runs as a user makes them: equal twice, exact after a cut, clear about mistakes."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from algos import sac_kian
+from runtime import ArgError
+import envs
+import knowledge
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(env="FetchPickAndPlace-v2", num_envs=4, hidden="16x1", batch_size=32, updates_per_step=0.05,
+             compile=False, eval_every=400, eval_episodes=4, checkpoint_every=400)
+FLAGS = ["--num-envs", "4", "--hidden", "16x1", "--batch-size", "32", "--updates-per-step", "0.05", "--no-compile",
+         "--eval-every", "400", "--eval-episodes", "4", "--checkpoint-every", "400"]
+
+
+def train(folder, **kwargs):
+    return sac_kian.main(sac_kian.Args(**{**SMALL, "run_dir": str(folder), **kwargs}))
+
+
+def rows(path, columns):
+    """A CSV's rows without its wall time."""
+    return [[row[c] for c in columns] for row in csv.DictReader(Path(path).open())]
+
+
+def curve(folder):
+    evals = rows(folder / "eval.csv", ["step", "episodes", "return_mean", "return_std", "success_rate", "length_mean"])
+    return evals, rows(folder / "scalars.csv", ["step", "name", "value"])
+
+
+def start(folder, *flags):
+    command = [sys.executable, "algos/sac_kian.py", "--env", "FetchPickAndPlace-v2", "--run-dir", str(folder), *FLAGS]
+    return subprocess.Popen([*command, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "uncut"
+    result = train(folder, total_timesteps=2000, save_keys=str(folder.parent / "keys.json"))
+    return folder, result
+
+
+def test_run_folder(uncut):
+    folder, result = uncut
+    evals, scalars = curve(folder)
+    assert [row[0] for row in evals] == ["0", "400", "800", "1200", "1600", "2000"]
+    assert evals[-1][1] == "8" and float(evals[-1][2]) == pytest.approx(result["return_mean"], rel=1e-5)
+    names = {row[1] for row in scalars}
+    policies = ["inner", "fetch.reach_object", "fetch.carry_to_goal"]
+    assert names >= {f"{kind}/{p}" for kind in ("attention", "selected", "key_norm") for p in policies}
+    assert names >= {"critic_loss", "actor_loss", "alpha", "entropy", "inner_log_prob", "query_norm", "q"}
+    for step in {row[0] for row in scalars if row[1] == "attention/inner"}:
+        weights = [float(r[2]) for r in scalars if r[0] == step and r[1].startswith("attention/")]
+        assert sum(weights) == pytest.approx(1, abs=1e-4)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["algo"] == "sac_kian" and config["env_id"] == "FetchPickAndPlace-v4" and config["versions"]["mujoco"]
+    torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def test_same_seed_same_run_other_seed_other_run(uncut, tmp_path):
+    train(tmp_path / "again", total_timesteps=2000)
+    assert curve(tmp_path / "again") == curve(uncut[0])
+    train(tmp_path / "other", total_timesteps=2000, seed=2)
+    assert curve(tmp_path / "other")[1] != curve(uncut[0])[1]
+
+
+def test_kill_9_and_resume_equals_uncut(uncut, tmp_path):
+    folder = tmp_path / "cut"
+    process = start(folder, "--total-timesteps", "2000")
+    wait_for(lambda: (folder / "checkpoint.pt").exists() and len(curve(folder)[0]) >= 3, process)
+    process.kill()
+    process.wait()
+    sac_kian.main(sac_kian.Args(resume=str(folder)))
+    assert curve(folder) == curve(uncut[0])
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_say_how_to_resume_and_lose_nothing(signum, code, uncut, tmp_path):
+    folder = tmp_path / "cut"
+    process = start(folder, "--total-timesteps", "2000", "--checkpoint-every", "0")
+    wait_for(lambda: (folder / "eval.csv").exists() and len(curve(folder)[0]) >= 2, process)
+    process.send_signal(signum)
+    message = process.communicate()[1]
+    assert process.returncode == code and f"--resume {folder}" in message
+    sac_kian.main(sac_kian.Args(resume=str(folder)))
+    evals, scalars = curve(folder)
+    assert (evals, scalars) == curve(uncut[0])
+
+
+@pytest.mark.parametrize("kwargs", [dict(actor="plain"), dict(actor="kogun"), dict(actor="a2t"), dict(knowledge="none"),
+                                    dict(knowledge="fetch.official", cosine_scale=0.0, ext_log_std=-1.0, credit="drawn",
+                                         initial_temperature=1.0, random_actions=0.0, normalize=False),
+                                    dict(inner_key="head", ext_action="sample"), dict(entropy_fix="off"),
+                                    dict(her_goals=0), dict(env="FetchReachDense-v2"), dict(env="Pendulum-v1", knowledge="none"),
+                                    dict(bf16=True)])
+def test_every_variant_trains_evaluates_and_becomes_knowledge(kwargs, tmp_path):
+    result = train(tmp_path / "run", **{"total_timesteps": 600, "eval_every": 0, **kwargs})
+    assert all(x == x for x in list(result.values())[:3])  # no NaN
+    result = sac_kian.main(sac_kian.Args(evaluate=str(tmp_path / "run"), eval_episodes=2))
+    assert result["episodes"] == 2
+    env = kwargs.get("env", SMALL["env"])
+    if kwargs.get("ext_action") != "sample":
+        train(tmp_path / "next", env=env, total_timesteps=400, eval_every=0, knowledge=f"run:{tmp_path / 'run'}")
+
+
+def test_frozen_agent_acts_as_the_agent(uncut, capsys):
+    """`run:` plays the same actions as --evaluate with the heaviest policy."""
+    sac_kian.main(sac_kian.Args(evaluate=str(uncut[0]), eval_episodes=4))
+    heaviest = float(capsys.readouterr().out.splitlines()[-1].split("return_mean ")[1].split(",")[0])
+    vec = envs.make_vec("FetchPickAndPlace-v2", 4)
+    example = envs.unflatten(envs.flatten(vec.reset(0)), 3)
+    policy, = knowledge.load(f"run:{uncut[0]}", "FetchPickAndPlace-v2", 4, example).values()
+
+    def act(obs):
+        return policy(envs.unflatten(envs.flatten(obs), 3)).numpy()
+    assert envs.evaluate(act, vec, 4, 1 + 1_000_000)["return_mean"] == pytest.approx(heaviest, abs=1e-3)
+
+
+def test_keys_are_taken_over_by_name(uncut, tmp_path):
+    keys = json.loads((uncut[0].parent / "keys.json").read_text())["keys"]
+    args = sac_kian.Args(hidden="16x1", load_keys=str(uncut[0]), warm="all")
+    torch.manual_seed(5)
+    actor = sac_kian.make_agent(args, 32, 4, 2)["actor"]
+    fresh = actor["keys"].clone()
+    with torch.no_grad():
+        knowledge.take_over(actor, ["inner", "new_rule", "fetch.carry_to_goal"], str(uncut[0]), "all")
+    assert actor["keys"][2].tolist() == pytest.approx(keys["fetch.carry_to_goal"])
+    assert torch.equal(actor["keys"][1], fresh[1])  # a new name keeps its fresh key
+    trained = torch.load(uncut[0] / "checkpoint.pt", weights_only=True)["agent"]["actor"]
+    assert torch.equal(actor["inner.0.weight"], trained["inner.0.weight"])
+    assert torch.equal(actor["query.2.weight"], trained["query.2.weight"])
+    train(tmp_path / "warm", total_timesteps=400, load_keys=str(uncut[0].parent / "keys.json"))
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    (dict(env="FetchPickAndPlce-v2"), "FetchPickAndPlace-v2"),
+    (dict(env="CartPole-v1", knowledge="none"), "Box"),
+    (dict(env="Pendulum-v1", knowledge="auto"), "none"),
+    (dict(knowledge="fetch.reach_objct"), "fetch.reach_object"),
+    (dict(knowledge="missing.py"), "missing.py"),
+    (dict(knowledge="run:missing"), "missing"),
+    (dict(num_envs=0), "--num-envs"), (dict(batch_size=-1), "--batch-size"), (dict(learning_rate=0.0), "--learning-rate"),
+    (dict(hidden="256"), "--hidden"), (dict(load_keys="missing.json"), "missing.json"),
+    (dict(actor="plain", load_keys="missing.json"), "kian")])
+def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
+    with pytest.raises((ArgError, envs.EnvError, knowledge.KnowledgeError)) as error:
+        train(tmp_path / "run", total_timesteps=400, **kwargs)
+    message = str(error.value)
+    assert words in message and "\n" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_folders(uncut, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps({"algo": "ppo_kian", "args": {}}))
+    (tmp_path / "foreign" / "checkpoint.pt").write_bytes(b"")
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "config.json").write_text((uncut[0] / "config.json").read_text())
+    (tmp_path / "corrupt" / "checkpoint.pt").write_bytes((uncut[0] / "checkpoint.pt").read_bytes()[:1000])
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_text((uncut[0] / "config.json").read_text())
+    for name, words in (("missing", "not a run folder"), ("foreign", "ppo_kian"), ("corrupt", "damaged"), ("cut", "cut before")):
+        for flag in ("resume", "evaluate"):
+            with pytest.raises(ArgError, match=words):
+                sac_kian.main(sac_kian.Args(**{flag: str(tmp_path / name)}))
+    with pytest.raises(ArgError, match="not empty"):
+        train(uncut[0])
+    with pytest.raises(ArgError, match="finished"):
+        sac_kian.main(sac_kian.Args(resume=str(uncut[0])))
+
+
+def test_command_line_exits_2_with_one_line(tmp_path):
+    command = [sys.executable, "algos/sac_kian.py", "--env", "FetchPickAndPlce-v2", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
+    line, = done.stderr.splitlines()
+    assert line.startswith("sac_kian: ") and "FetchPickAndPlace-v2" in line
+
+
+def test_video_and_attention_figure(uncut):
+    if not envs.find_renderer():
+        pytest.skip("no EGL or OSMesa on this machine: make gl installs them")
+    sac_kian.main(sac_kian.Args(evaluate=str(uncut[0]), eval_episodes=2, video=1))
+    assert (uncut[0] / "video" / "episode-0.mp4").stat().st_size > 1000
+    assert (uncut[0] / "video" / "attention-0.png").stat().st_size > 10_000
+
+
+def test_compiled_update_is_the_eager_one():
+    """1e-5 after 20 updates, from equal weights, batches and noise."""
+    agents = []
+    for step in (sac_kian.update, torch.compile(sac_kian.update, fullgraph=True, dynamic=False)):
+        torch.manual_seed(0)
+        args = sac_kian.Args(hidden="32x2", batch_size=64)
+        agent = sac_kian.make_agent(args, 31, 4, 2)
+        with torch.no_grad():
+            for _ in range(20):
+                batch = torch.randn(64, 68)
+                batch[:, 36] = 0
+                inputs = [batch, torch.zeros(31), torch.ones(31), torch.rand(64, 2, 4), torch.rand(64, 2, 4)]
+                step(agent, *inputs, sac_kian.draw_noise(64, 2, 4), sac_kian.draw_noise(64, 2, 4), args)
+        agents.append(agent)
+    for group in ("actor", "critic", "target"):
+        for name, eager in agents[0][group].items():
+            assert torch.allclose(eager, agents[1][group][name], atol=1e-5), name
+
+
+def test_evaluation_gives_every_copy_the_same_number_of_episodes():
+    """Two copies whose episodes last 1 and 3 steps: a first-come rule would count the short one more often."""
+    class Uneven:
+        num_envs, length = 2, [1, 3]
+
+        def reset(self, seed):
+            self.t = [0, 0]
+            return None
+
+        def step(self, action):
+            import numpy as np
+            self.t = [t + 1 for t in self.t]
+            ended = np.array([t == n for t, n in zip(self.t, self.length)])
+            self.t = [0 if e else t for t, e in zip(self.t, ended)]
+            return None, np.ones(2), ended, np.zeros(2, bool), {"success": np.array([1.0, 0.0])}
+    result = envs.evaluate(lambda obs: None, Uneven(), 8, seed=0)
+    assert result == {"episodes": 8, "return_mean": 2.0, "return_std": 1.0, "success_rate": 0.5, "length_mean": 2.0}
+    with pytest.raises(ValueError):
+        envs.evaluate(lambda obs: None, Uneven(), 7, seed=0)
