@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -81,10 +82,16 @@ class Run:
         """Seconds of training so far, those before a resume included."""
         return round(time.monotonic() - self.start, 1)
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Append scalars to scalars.csv and TensorBoard."""
-        wall_s = self.wall_s()
-        for name, value in scalars.items():
+    def log(self, step: int, scalars: dict[str, float | torch.Tensor], names: Sequence[str] = ()) -> None:
+        """Append scalars to scalars.csv and TensorBoard; the elements of a vector `x` as `x/<name>`; NaN is left out."""
+        wall_s, flat = self.wall_s(), {}
+        for key, value in scalars.items():
+            values = torch.as_tensor(value).reshape(-1).tolist()
+            flat |= {key: values[0]} if torch.as_tensor(value).dim() == 0 else {
+                f"{key}/{name}": x for name, x in zip(names, values)}
+        for name, value in flat.items():
+            if value != value:
+                continue
             self.scalars.write(f"{step},{wall_s},{name},{value:.6g}\n")
             self.board.add_scalar(name, value, step)
 
@@ -163,6 +170,14 @@ def require_positive(args: Any, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
             raise ArgError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
+
+
+def hidden_layers(text: str) -> list[int]:
+    """[256, 256, 256] for "256x3". Raises ArgError for anything else than width x depth."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise ArgError(f"--hidden is width x depth, as in 256x3, not {text!r}")
+    width, depth = map(int, text.split("x"))
+    return [width] * depth
 
 
 def pick_device(name: str) -> torch.device:

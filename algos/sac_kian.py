@@ -6,17 +6,17 @@ likely each policy acts (Eqs. 1-2). One is drawn per step, its action is execute
 policy at its own action, lest it drown the rules. Critics are SAC's, with hindsight goals (HER) on goal
 environments. `--knowledge none` and `--actor plain` are SAC + HER itself.
 
-Departures from the paper, each undone by a flag; docs/sac_kian.md has the measurements and the reasons:
-- external log-std 0.3, not -1: with -1 the entropy bonus alone moves all weight to a fresh inner policy;
-- attention scores are 3 cos(query, key), not dot products, so that no weight can vanish early;
-- 32 environments and 0.1 updates per step, small networks, normalised inputs, a share of uniform actions, initial
-  temperature 0.1: minutes on a laptop, where the paper's sizes take days.
+Departures from the paper; flags undo each, docs/sac_kian.md has the measurements:
+- attention is trained on what every policy's action is worth in a state, not on that of the drawn one (--credit);
+- an inner policy looks better to its critics than it is, for it maximises their errors: it plays some episodes alone,
+  and attention to it is held back by how far it lags behind there (--practice, --handicap);
+- external log-std 0.3, scores 3 cos(query, key), small networks, 32 environments, 0.1 updates per step, normalised
+  inputs, a share of uniform actions: minutes on a laptop, where the paper's sizes take days.
 
 python algos/sac_kian.py --env FetchPickAndPlace-v2
 """
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map
 
 import envs
 import knowledge
-from runtime import ArgError, Run, load_run, pick_device, require_positive, use_fast_matmul
+from runtime import ArgError, Run, hidden_layers, load_run, pick_device, require_positive, use_fast_matmul
 
 ALGO = "sac_kian"
 LOG_EVERY = 1000  # environment steps
@@ -70,7 +70,7 @@ class Args:
     tau: float = 0.05  # share of the critics that enters their targets per update
     updates_per_step: float = 0.1  # updates per environment step (paper: 1)
     her_goals: int = 4  # hindsight goals per real one, strategy "future", on goal environments; 0: no HER
-    initial_temperature: float = 0.1  # alpha at the start, then tuned to an entropy of -d (paper: 1)
+    initial_temperature: float = 1.0  # alpha at the start, then tuned to an entropy of -d
     random_actions: float = 0.2  # share of executed actions replaced by uniform ones (paper: 0)
     normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5 (paper: off)
 
@@ -82,13 +82,15 @@ class Args:
     ext_action: Literal["mean", "sample"] = "mean"  # a drawn external policy executes its mean, or a sample around it
     ext_log_std: float = 0.3  # log-std with which external policies enter the entropy (paper: -1)
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
-    credit: Literal["expected", "drawn"] = "expected"  # who earns Q in the actor loss: all by weight; drawn (paper)
-    lead_episodes: float = 0.25  # share of training episodes led by external policies alone, drawn anew every 5 steps
+    credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
+    practice: float = 0.25  # share of training episodes that the inner policy plays alone (paper: 0)
+    handicap: float = 12.0  # log-odds against an inner policy that lags behind by a standard deviation (paper: 0)
+    imitation: float = 1.0  # weight of imitating the attended rules, times how far it lags behind (paper: 0)
+    attention_entropy: float = 0.02  # worth of undecided attention, in units of Q per nat (paper: 0)
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
     warm: Literal["keys", "keys+query", "all"] = "keys"  # what a run folder gives; all: the inner policy as well
-
 
 
 # twin: replay buffer
@@ -130,14 +132,13 @@ class ReplayBuffer:
         return int(self.lengths.sum())
 
     def state_dict(self) -> dict:
-        n = min(self.stored, len(self.rows))
-        return {"rows": self.rows[:n], "lengths": self.lengths[:n], "stored": self.stored,
-                "open_rows": self.open_rows, "open_lengths": self.open_lengths}
+        n = min(self.stored, len(self.rows))  # the rest is empty
+        return vars(self) | {"rows": self.rows[:n].clone(), "lengths": self.lengths[:n].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        n = len(state["rows"])
-        self.rows[:n], self.lengths[:n], self.stored = state["rows"], state["lengths"], state["stored"]
-        self.open_rows, self.open_lengths = state["open_rows"], state["open_lengths"]
+        n, rows, lengths = len(state["rows"]), self.rows, self.lengths
+        rows[:n], lengths[:n] = state["rows"], state["lengths"]
+        vars(self).update(state, rows=rows, lengths=lengths)
 # twin end
 
 
@@ -159,11 +160,11 @@ def mlp(params: dict[str, torch.Tensor], name: str, x: torch.Tensor, bf16: bool 
     depth = sum(key.startswith(f"{name}.") for key in params) // 2
     for i in range(depth):
         weight, bias = params[f"{name}.{i}.weight"], params[f"{name}.{i}.bias"]
-        if bf16 and i < depth - 1:
-            weight, bias = weight.bfloat16(), bias.bfloat16()
-        x = torch.matmul(x.to(weight.dtype), weight) + bias
-        x = F.relu(x) if i < depth - 1 else x
-    return x
+        if i == depth - 1:
+            return torch.matmul(x.to(weight.dtype), weight) + bias
+        if bf16:
+            x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+        x = F.relu(torch.matmul(x, weight) + bias)
 
 
 def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor | float) -> torch.Tensor:
@@ -185,20 +186,15 @@ def attention_scores(query: torch.Tensor, keys: torch.Tensor, cosine_scale: floa
 
 
 def select(scores: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
-    """One-hot draw from softmax(scores) (B, n+1), straight-through gradient; without noise, the argmax.
-
-    Noise is added to raw scores: added to their softmax, the draw would be flatter than the weights say.
-    """
+    """One-hot draw from softmax(scores) (B, n+1), straight-through gradient; without noise, the argmax. Noise goes to
+    raw scores: added to their softmax, the draw would be flatter than the weights say."""
     soft = torch.softmax(scores + gumbel, -1)
     return F.one_hot((scores + gumbel).argmax(-1), scores.shape[-1]) + (soft - soft.detach())
 
 
 def surrogate_log_prob(log_weights: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """log sum_i w_i p_i(a_i), every policy scored at its *own* action a_i: (B, n+1), (B, n+1) -> (B,).
-
-    It is not the density of the executed action: under that one, entropy is highest when the widest policy has all
-    the weight, whatever it is worth.
-    """
+    """log sum_i w_i p_i(a_i), every policy scored at its *own* action: (B, n+1), (B, n+1) -> (B,). Not the density of
+    the executed action: under that one, entropy is highest when the widest policy has all weight, whatever its worth."""
     return torch.logsumexp(log_weights + log_probs.clamp(min=-18.0), -1)
 
 
@@ -244,20 +240,22 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
             query, inner_key = query.chunk(2, -1)
             keys = torch.cat([inner_key.unsqueeze(1), keys[1:].expand(len(query), -1, -1)], 1)  # (B, n+1, m)
         scores = attention_scores(query, keys, args.cosine_scale)
+    scores = torch.cat([scores[:, :1] - args.handicap * actor["lag"], scores[:, 1:]], 1)
     log_weights = torch.log_softmax(scores, -1)
     selected = select(scores, noise.gumbel)
 
-    naive = args.actor == "a2t" or args.entropy_fix == "off"
     external = advice
-    if naive or args.ext_action == "sample":
+    if args.ext_action == "sample" or args.entropy_fix == "off":
         external = (advice + math.exp(args.ext_log_std) * noise.gaussian[:, 1:]).clamp(-1, 1)
     actions = torch.cat([inner_action.unsqueeze(1), external], 1)  # (B, n+1, d)
     action = (selected.unsqueeze(-1) * actions).sum(1)  # (B, d)
-    if naive:  # every policy scored at the executed action; rules reach +-1, where atanh is infinite
+    if args.entropy_fix == "off":  # every policy scored at the executed action; rules reach +-1, where atanh is infinite
         inside = action.clamp(-1 + 1e-6, 1 - 1e-6)
         inner = squash_log_prob(gaussian_log_prob(torch.atanh(inside), mean, log_std), inside)
         others = gaussian_log_prob(inside.unsqueeze(1), advice, args.ext_log_std)  # (B, n)
         log_prob = torch.logsumexp(log_weights + torch.cat([inner.unsqueeze(1), others], 1), -1)
+    elif args.credit == "expected":  # entropy is asked of the inner policy alone: rules have none to give
+        log_prob = log_weights[:, 0].exp() * inner_log_prob
     else:
         others = gaussian_log_prob(external, advice, args.ext_log_std)  # (B, n); at the mean, a constant
         log_prob = surrogate_log_prob(log_weights, torch.cat([inner_log_prob.unsqueeze(1), others], 1))
@@ -278,19 +276,25 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
 
     if args.credit == "drawn" or decision.actions.shape[1] == 1:
         q = q_of(decision.action.unsqueeze(1)).squeeze(1)
-        return (alpha * decision.log_prob - q).mean(), (decision, q)
-    # The expectation over who acts, instead of a draw of it: weights compare what all policies are worth here, and the
-    # inner policy learns in every state, not only where it was drawn.
-    inner_q, external_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:])  # (B, 1), (B, n)
-    worth = torch.cat([inner_q, external_q], 1).detach()
+        return (alpha * decision.log_prob - q).mean(), (decision, q, decision.log_prob)
+    # The expectation over who acts, not a draw of it: weights compare what all policies are worth here, and the inner
+    # policy is a SAC actor in every state. Only its own action is differentiated: rules have no parameters.
+    inner_q = q_of(decision.actions[:, :1])  # (B, 1)
+    worth = torch.cat([inner_q, q_of(decision.actions[:, 1:])], 1).detach()
     q = (decision.weights * worth).sum(1)
-    return (alpha * decision.log_prob - q - inner_q.squeeze(1)).mean(), (decision, q)
+    undecided = -(decision.weights * decision.weights.clamp(min=1e-9).log()).sum(1)  # nats
+    loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) - q - args.attention_entropy * undecided
+    # As long as it lags behind, the inner policy also imitates the rules it would attend to.
+    teachers = (decision.weights[:, 1:] / decision.weights[:, 1:].sum(1, keepdim=True)).detach()  # (B, n)
+    distance = (decision.actions[:, :1] - decision.actions[:, 1:]).square().sum(-1)  # (B, n)
+    loss = loss + args.imitation * actor["lag"] * (teachers * distance).sum(1)
+    return loss.mean(), (decision, q, decision.inner_log_prob)
 
 
 def adam(params: dict, grads: dict, moments: dict, count: torch.Tensor, learning_rate: float) -> None:
     """Adam in place, all tensors at once. `count` is a tensor: as a number it would be compiled in as a constant."""
-    p, g = list(params.values()), [grads[name] for name in params]
     m, v = list(moments["mean"].values()), list(moments["square"].values())
+    p, g = [params[name] for name in moments["mean"]], [grads[name] for name in moments["mean"]]
     torch._foreach_lerp_(m, g, 1 - 0.9)
     torch._foreach_mul_(v, 0.999)
     torch._foreach_addcmul_(v, g, g, 1 - 0.999)
@@ -320,14 +324,15 @@ def update(agent: dict, batch: torch.Tensor, mean: torch.Tensor, std: torch.Tens
     grads, q_loss = torch.func.grad_and_value(critic_loss)(critic, torch.cat([features, action], 1), target_q, args)
     adam(critic, grads, moments["critic"], agent["count"], args.learning_rate)
 
-    grads, (pi_loss, (decision, q)) = torch.func.grad_and_value(actor_loss, has_aux=True)(
+    grads, (pi_loss, (decision, q, log_prob)) = torch.func.grad_and_value(actor_loss, has_aux=True)(
         actor, critic, alpha, features, advice, noise, args)
     adam(actor, grads, moments["actor"], agent["count"], args.learning_rate)
-    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
+    grads = {"log_alpha": d - log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
     adam(agent["temperature"], grads, moments["temperature"], agent["count"], args.learning_rate)
     torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
-    return {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
-            "entropy": -decision.log_prob.mean(), "inner_log_prob": decision.inner_log_prob.mean(),
+    key_norm = {"key_norm": actor["keys"].norm(dim=-1)} if "keys" in actor else {}
+    return key_norm | {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
+            "entropy": -log_prob.mean(), "inner_log_prob": decision.inner_log_prob.mean(),
             "query_norm": decision.query.norm(dim=-1).mean(), "attention": decision.weights.mean(0),
             "selected": decision.selected.mean(0)}
 
@@ -340,21 +345,11 @@ def relabel(batch: torch.Tensor, later: torch.Tensor, f: int, g: int, d: int, ve
     batch[:r, f + d] = torch.as_tensor(reward, dtype=torch.float32)
 
 
-def by_name(totals: dict, updates: int, names: list[str], actor: dict) -> dict[str, float]:
-    """Means of the logged scalars; those of each policy by its name, with the norm of its key."""
-    scalars = {}
-    for key, total in totals.items():
-        values = (total / updates).reshape(-1).tolist()
-        scalars |= {key: values[0]} if total.dim() == 0 else {f"{key}/{k}": x for k, x in zip(names, values)}
-    keys = actor["keys"].norm(dim=-1).tolist() if "keys" in actor else []
-    return scalars | {f"key_norm/{name}": x for name, x in zip(names, keys)}
-
-
 def make_agent(args: Args, f: int, d: int, n: int) -> dict:
     """Fresh parameters and optimiser state. Critics and inner policy come first: one seed, one start for any actor."""
-    width, depth = map(int, args.hidden.split("x"))
-    critic = init_mlp("q", [f + d, *[width] * depth, 1], stack=(2,))
-    actor = init_mlp("inner", [f + (n * d if args.actor == "kogun" else 0), *[width] * depth, 2 * d])
+    hidden = hidden_layers(args.hidden)
+    critic = init_mlp("q", [f + d, *hidden, 1], stack=(2,))
+    actor = init_mlp("inner", [f + (n * d if args.actor == "kogun" else 0), *hidden, 2 * d])
     if n and args.actor == "a2t":
         actor |= init_mlp("query", [f, 64, 64, n + 1])
     if n and args.actor == "kian":
@@ -364,6 +359,8 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
                "temperature": {"log_alpha": torch.tensor(math.log(args.initial_temperature))}}
     moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
                for group, params in trained.items()}
+    if n and args.actor in ("kian", "a2t"):
+        actor["lag"] = torch.ones(())  # how far the inner policy lags behind, in [0, 1]; set by main, not trained
     return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
 
 
@@ -371,14 +368,15 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
 def main(args: Args) -> dict[str, float]:
     """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
     saved = None
-    if args.resume or args.evaluate:
-        stored, saved = load_run(args.resume or args.evaluate, ALGO, Args)
-        args = replace(stored, resume=args.resume) if args.resume else replace(
-            stored, evaluate=args.evaluate, eval_episodes=args.eval_episodes, video=args.video, device=args.device)
+    if folder := args.resume or args.evaluate:
+        stored, saved = load_run(folder, ALGO, Args)
+        args = replace(stored, resume=folder) if args.resume else replace(
+            stored, evaluate=folder, eval_episodes=args.eval_episodes, video=args.video, device=args.device)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "learning_rate",
                      "updates_per_step", "initial_temperature")
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.hidden):
-        raise ArgError(f"--hidden is width x depth, as in 256x3, not {args.hidden!r}")
+    hidden_layers(args.hidden)
+    if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
+        args = replace(args, entropy_fix="off", credit="drawn")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     use_fast_matmul()
@@ -391,29 +389,28 @@ def main(args: Args) -> dict[str, float]:
     f, d, g = features.shape[1], vec.action_space.shape[0], obs["desired_goal"].shape[1] if vec.is_goal_env else 0
     external = {} if args.actor == "plain" else knowledge.load(args.knowledge, args.env, d, envs.unflatten(features, g))
     n, names = len(external), ["inner", *external]
+    attends = n > 0 and args.actor in ("kian", "a2t")
 
     agent = make_agent(args, f, d, n)
-    if args.load_keys:
+    if args.load_keys and not saved:
         knowledge.take_over(agent["actor"], names, args.load_keys, args.warm)
     relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     buffer = ReplayBuffer(min(args.total_timesteps, 1_000_000), vec.max_episode_steps if relabelled else 1,
                           args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
+    practice = args.practice if attends else 0.0
+    alone, trust = torch.rand(args.num_envs) < practice, knowledge.Trust(args.num_envs)  # who plays alone, how well
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: scalars summed since the last log
-    leader = torch.full((args.num_envs,), -1)  # external policy that leads the episode; -1: the agent acts
     if saved:
-        leader = saved["leader"]
-        step, debt, updates, totals = (saved[k] for k in ("step", "debt", "updates", "totals"))
-        agent, features = saved["agent"], saved["features"]
+        agent, step, debt, updates, totals, features, alone = (saved[name] for name in (
+            "agent", "step", "debt", "updates", "totals", "features", "alone"))
         normalizer.load_state_dict(saved["normalizer"])
-        if args.resume and step >= args.total_timesteps:
-            raise ArgError(f"{args.resume} is finished at {step} steps; --evaluate {args.resume} plays it")
+        trust.load_state_dict(saved["trust"])
     agent = tree_map(lambda x: x.to(device), agent)
 
     def choose(features: torch.Tensor, noise: Noise) -> Decision:
         mean, std = normalizer.stats()
-        advice = knowledge.advise(external, envs.unflatten(features, g), d)
-        inputs = (((features - mean) / std).clamp(-5, 5), advice, noise)
+        inputs = (((features - mean) / std).clamp(-5, 5), knowledge.advise(external, envs.unflatten(features, g), d), noise)
         return tree_map(lambda x: x.cpu(), decide(agent["actor"], *tree_map(lambda x: x.to(device), inputs), args))
 
     def player(draw: bool, log: list) -> envs.Act:
@@ -421,10 +418,9 @@ def main(args: Args) -> dict[str, float]:
         generator = torch.Generator().manual_seed(args.seed)  # training's own stream must not notice evaluations
 
         def play(obs: envs.Observation) -> np.ndarray:
-            features = envs.flatten(obs)
-            gumbel = draw_noise(len(features), n, d, generator).gumbel * draw
-            decision = choose(features, Noise(torch.zeros(len(features), n + 1, d), gumbel))
-            log.append((decision.weights[0].numpy(), decision.selected[0].argmax().item()))
+            noise = draw_noise(len(features := envs.flatten(obs)), n, d, generator)
+            decision = choose(features, Noise(noise.gaussian * 0, noise.gumbel * draw))
+            log.append((decision.weights[0].tolist(), int(decision.selected[0].argmax())))
             return vec.to_box(decision.action.numpy())
         return play
 
@@ -435,16 +431,11 @@ def main(args: Args) -> dict[str, float]:
         return envs.evaluate(player(draw, []), eval_vec, episodes, args.seed + 1_000_000)
 
     def film(folder: Path) -> None:
-        log, k = [], 0
-        play = player(args.eval_select == "sample", log)
-        for i, frames in enumerate(envs.record(play, args.env, args.video, args.seed + 2_000_000, folder)):
-            if n and args.actor in ("kian", "a2t"):
-                weights, acting = zip(*log[k:k + len(frames)])
-                envs.draw_timeline(frames, weights, acting, names, folder / f"attention-{i}.png")
-            k += len(frames)
+        play = player(args.eval_select == "sample", log := [])
+        envs.record(play, args.env, args.video, args.seed + 2_000_000, folder, names if attends else [], log)
 
     if args.evaluate:
-        for draw in (True, False) if n and args.actor in ("kian", "a2t") else (False,):
+        for draw in (True, False) if attends else (False,):
             result = evaluate(args.eval_episodes, draw)
             print(f"{args.env} after {step} steps, {'sampled' if draw else 'heaviest'} policy acts: "
                   + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
@@ -452,20 +443,20 @@ def main(args: Args) -> dict[str, float]:
         return result
 
     if saved:
+        if step >= args.total_timesteps:
+            raise ArgError(f"{folder} is finished at {step} steps; --evaluate {folder} plays it")
         buffer.load_state_dict(saved["buffer"])
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
     run = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0)
     learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile else update
 
-    def policy() -> dict:
-        return knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)
-
     def save() -> None:
-        run.save({"step": step, "wall_s": run.wall_s(), "debt": debt, "updates": updates, "totals": totals,
-                  "agent": agent, "features": features, "leader": leader, "normalizer": normalizer.state_dict(),
+        run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals, "features": features,
+                  "alone": alone, "trust": trust.state_dict(), "normalizer": normalizer.state_dict(),
                   "buffer": buffer.state_dict(), "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
-                  "policy": policy()})
+                  "wall_s": run.wall_s(),
+                  "policy": knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)})
 
     if step == 0:
         result = evaluate(args.eval_episodes)  # the untrained agent
@@ -474,26 +465,23 @@ def main(args: Args) -> dict[str, float]:
         learning = buffer.transitions() >= args.batch_size  # until then, uniform actions
 
         # act
+        if attends:
+            agent["actor"]["lag"].fill_(trust.lag())
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
             decision = choose(features, draw_noise(args.num_envs, n, d))
-            explore = (torch.rand(args.num_envs) < args.random_actions) & (decision.selected[:, 0] > 0.5)
-            action = torch.where(explore.unsqueeze(1), action, decision.action)  # a rule that acts is not disturbed
-            if n:
-                changed = (leader >= 0) & (torch.rand(args.num_envs) < 0.2)
-                leader = torch.where(changed, torch.randint(n, (args.num_envs,)), leader)
-                led = decision.actions[torch.arange(args.num_envs), leader + 1]
-                action = torch.where((leader >= 0).unsqueeze(1), led, action)
+            inner_acts = alone | (decision.selected[:, 0] == 1)
+            explore = inner_acts & ~alone & (torch.rand(args.num_envs) < args.random_actions)  # rules act undisturbed
+            chosen = torch.where(alone.unsqueeze(1), decision.actions[:, 0], decision.action)
+            action = torch.where(explore.unsqueeze(1), action, chosen)
         obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
         # store: where an episode ended, obs already belongs to the next one, and final_obs to this one
         flags = torch.from_numpy(np.stack([reward, terminated], 1).astype(np.float32))  # (num_envs, 2)
-        rows = torch.cat([features, action, flags, envs.flatten(info["final_obs"])], 1)
         ended = torch.from_numpy(terminated | truncated)
-        buffer.add(rows, ended)
-        if n:
-            begun = torch.where(torch.rand(args.num_envs) < args.lead_episodes, torch.randint(n, (args.num_envs,)), -1)
-            leader = torch.where(ended, begun, leader)
+        buffer.add(torch.cat([features, action, flags, envs.flatten(info["final_obs"])], 1), ended)
+        trust.add(flags[:, 0], alone, ended)
+        alone = torch.where(ended, torch.rand(args.num_envs) < practice, alone)
         normalizer.add(features)
         features = envs.flatten(obs)
         before, step = step, step + args.num_envs
@@ -513,21 +501,23 @@ def main(args: Args) -> dict[str, float]:
             debt, updates = debt - 1, updates + 1
 
         # log, evaluate, save
+        def due(every: int) -> bool:
+            return every > 0 and step // every > before // every
         over = step >= args.total_timesteps
         run.bar.update(args.num_envs)
-        if updates and step // LOG_EVERY > before // LOG_EVERY:
-            run.log(step, by_name(totals, updates, names, agent["actor"]))
+        if updates and due(LOG_EVERY):
+            totals = {name: total / updates for name, total in totals.items()}
+            run.log(step, totals | {"return": trust.agent, "return_alone": trust.alone, "lag": trust.lag()}, names)
             updates, totals = 0, {}
-        if over or args.eval_every and step // args.eval_every > before // args.eval_every:
+        if over or due(args.eval_every):
             result = evaluate(args.eval_episodes * (2 if over else 1))
             run.log_evaluation(step, result)
-        if over or run.stop or args.checkpoint_every and step // args.checkpoint_every > before // args.checkpoint_every:
+        if over or run.stop or due(args.checkpoint_every):
             save()
-    if over and args.save_keys:
-        knowledge.save_keys(args.save_keys, policy())
-    if over and args.video:
-        film(run.folder / "video")
-    run.close()
+    run.close()  # a stopped run ends here
+    if args.save_keys:
+        knowledge.save_keys(args.save_keys, knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g))
+    film(run.folder / "video")
     return result
 
 

@@ -7,13 +7,13 @@ import re
 
 import gymnasium as gym
 
-from envs.evaluation import Act, draw_timeline, evaluate, find_renderer, record
+from envs.evaluation import Act, evaluate, find_renderer, record
 from envs.features import Normalizer, flatten, unflatten
 from envs.fetch import FetchVectorEnv
 from envs.ids import EnvError, resolve
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
-__all__ = ["Act", "EnvError", "Normalizer", "Observation", "VectorEnv", "draw_timeline", "evaluate", "find_renderer", "flatten", "make",
+__all__ = ["Act", "EnvError", "Normalizer", "Observation", "VectorEnv", "evaluate", "find_renderer", "flatten", "make",
            "make_vec", "record", "resolve", "restore", "snapshot", "unflatten"]
 
 def make(env_id: str, **kwargs) -> gym.Env:

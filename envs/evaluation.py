@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import numpy as np
 
@@ -44,37 +44,38 @@ def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, fl
             "success_rate": float(np.mean(successes)), "length_mean": float(np.mean(lengths))}
 
 
-def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, **kwargs) -> list[list[np.ndarray]]:
-    """Play `episodes` episodes, write `folder/episode-<k>.mp4` and return their frames (height, width, 3) uint8.
+def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names: Sequence[str] = (),
+           log: Sequence[tuple[list[float], int]] = ()) -> None:
+    """Play and film `episodes` episodes into `folder/episode-<k>.mp4`; episode k starts as a reset with `seed + k`.
 
-    Episode k starts as a reset with `seed + k` does. Without any working renderer, says on stderr what to install and
-    returns [].
+    With `names`, also draw `folder/attention-<k>.png` from `log`, to which `act` appends at every step the weights of
+    these policies and the index of the one that acts. Without any working renderer, say on stderr what to install.
     """
+    if episodes < 1:
+        return
     if not find_renderer():
         print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
               "libosmesa6", file=sys.stderr)
-        return []
-    import imageio.v2 as imageio  # only recording needs it, and it is slow to import
+        return
+    import imageio.v2 as imageio  # slow to import, and only filming needs it
 
-    vec = GymVectorEnv(resolve(env_id), 1, render_mode="rgb_array", **kwargs)
-    fps = vec.env.metadata.get("render_fps", 25)
-    all_frames = []
+    folder.mkdir(parents=True, exist_ok=True)
+    vec = GymVectorEnv(resolve(env_id), 1, render_mode="rgb_array")
     for k in range(episodes):
-        obs, ended, frames = vec.reset(seed + k), False, [vec.render()]
+        obs, ended, frames, first = vec.reset(seed + k), False, [], len(log)
         while not ended:
+            frames.append(vec.render())
             obs, _, terminated, truncated, _ = vec.step(act(obs))
             ended = bool(terminated[0] or truncated[0])
-            if not ended:  # after the last step the copy has been reset: its frame belongs to the next episode
-                frames.append(vec.render())
-        folder.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=fps, macro_block_size=1)
-        all_frames.append(frames)
+        imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=vec.env.metadata.get("render_fps", 25))
+        if names:
+            weights, acting = zip(*log[first:])
+            draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png")
     vec.close()
-    return all_frames
 
 
-def draw_timeline(frames: list[np.ndarray], weights: np.ndarray, acting: np.ndarray, names: list[str],
-                  path: Path) -> None:
+def draw_timeline(frames: Sequence[np.ndarray], weights: Sequence[list[float]], acting: Sequence[int],
+                  names: Sequence[str], path: Path) -> None:
     """Draw who decides when: a strip of the frames, below it the weights (T, n) of `names` stacked to 1, and a band of
     who acts (T,), indices into `names`. The three share one time axis, in environment steps."""
     import matplotlib

@@ -18,9 +18,10 @@ from knowledge import fetch, run  # noqa: F401  (importing fetch registers its r
 from knowledge.keys import save_keys, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, groups_for, rule, rules_for
 from knowledge.run import freeze
+from knowledge.trust import Trust
 
-__all__ = ["KnowledgeError", "Obs", "Policy", "advise", "freeze", "groups_for", "load", "rule", "rules_for", "save_keys",
-           "take_over"]
+__all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "groups_for", "load", "rule", "rules_for",
+           "save_keys", "take_over"]
 
 
 def advise(policies: dict[str, Policy], obs: Obs, action_dim: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ Reads the entry `policy` of RUN_DIR/checkpoint.pt, tensors and plain types only:
     keys            {name: (m,)}, inner first, or None; for kian
     inner_key_head  [W, b] or absent: makes the inner key from the query network's last hidden layer
     score           cosine | dot
+    handicap        what is taken from the inner policy's score, in units of the score (absent: 0)
     knowledge       what the run was given as --knowledge
 """
 
@@ -96,14 +97,16 @@ class FrozenAgent:
         """Attention before its scale and softmax, neither of which moves the largest, (B, n+1), inner first."""
         query, hidden = mlp(self.policy["query"], x)
         if self.policy["actor"] == "a2t":
-            return query
+            return torch.cat([query[:, :1] - self.policy.get("handicap", 0.0), query[:, 1:]], 1)
         named = self.policy["keys"]
         head = self.policy.get("inner_key_head")
         keys = [mlp(head, hidden)[0] if head else named["inner"], *(named[name] for name in self.knowledge)]
         keys = torch.stack([key.to(x).expand_as(query) for key in keys], 1)  # (B, n+1, m)
         if self.policy["score"] == "cosine":
-            return cosine_similarity(query[:, None], keys, dim=-1)
-        return (query[:, None] * keys).sum(-1)
+            scores = cosine_similarity(query[:, None], keys, dim=-1)
+        else:
+            scores = (query[:, None] * keys).sum(-1)
+        return torch.cat([scores[:, :1] - self.policy.get("handicap", 0.0), scores[:, 1:]], 1)
 
     def fits(self) -> bool:
         """Whether the knowledge is what the networks were made for; a rule or a file may have changed since."""
@@ -154,6 +157,7 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor
         "query": query or None,
         "keys": dict(zip(names, actor["keys"].cpu().clone())) if "keys" in actor else None,
         "score": "cosine" if args.cosine_scale > 0 else "dot",
+        "handicap": args.handicap * float(actor.get("lag", 0.0)) / (args.cosine_scale if "keys" in actor and args.cosine_scale > 0 else 1.0),
         "knowledge": args.knowledge,
     }
     if policy["keys"] and args.inner_key == "head":

@@ -70,7 +70,7 @@ def test_naive_mixture_is_a_density_and_the_surrogate_is_not_its_log(actor):  # 
     """The mixture .2 tanh N(.1, e^-.5) + .3 N(.5, e^-1) + ... sampled through `decide`: entropy by Monte Carlo."""
     weights = torch.tensor([0.5, 0.3, 0.2])
     params = {"inner.0.weight": torch.zeros(1, 2), "inner.0.bias": torch.tensor([0.1, -0.5]),
-              "query.0.weight": torch.zeros(1, 3), "query.0.bias": weights.log()}
+              "query.0.weight": torch.zeros(1, 3), "query.0.bias": weights.log(), "lag": torch.tensor(0.0)}
     if actor == "kian":  # keys that score a constant query as these logits
         params["keys"] = torch.eye(3)
     args = Args(actor=actor, entropy_fix="off", cosine_scale=0.0, ext_log_std=-1.0)
@@ -82,7 +82,7 @@ def test_naive_mixture_is_a_density_and_the_surrogate_is_not_its_log(actor):  # 
     assert -decision.log_prob[inside].mean().item() == pytest.approx(entropy_inside(), abs=0.01)
     if actor == "kian":
         surrogate = decide(params, torch.zeros(400_000, 1), advice, draw_noise(400_000, 2, 1),
-                           replace(args, entropy_fix="on"))
+                           replace(args, entropy_fix="on", credit="drawn"))
         assert -surrogate.log_prob.mean().item() == pytest.approx(0.1896, abs=0.01)  # spec's surrogate entropy
 
 
@@ -172,7 +172,8 @@ def test_update_is_adam_on_the_stated_losses(credit):
     with torch.no_grad():
         update(agent, batch, torch.zeros(6), torch.ones(6), advice, next_advice, noise, next_noise, args)
 
-    optimisers = [torch.optim.Adam(p.values(), args.learning_rate) for p in (critic, actor, temperature)]
+    trained = {name: p for name, p in actor.items() if name != "lag"}
+    optimisers = [torch.optim.Adam(p.values(), args.learning_rate) for p in (critic, trained, temperature)]
     features, action, reward, end, following = batch.clamp(-5, 5).split([6, 2, 1, 1, 6], 1)
     action, reward, end = batch[:, 6:8], batch[:, 8], batch[:, 9]
     alpha = temperature["log_alpha"].exp().detach()
@@ -185,17 +186,23 @@ def test_update_is_adam_on_the_stated_losses(credit):
     optimisers[0].step()
     now = decide(actor, features, advice, noise, args)
     if credit == "drawn":
+        log_prob = now.log_prob
         gain = sac_kian.mlp(critic, "q", torch.cat([features, now.action], 1)).amin(0).squeeze(1)
-    else:
+    else:  # weights: all policies' worth and their own entropy; inner policy: SAC in every state
+        log_prob = now.inner_log_prob
         each = [sac_kian.mlp(critic, "q", torch.cat([features, now.actions[:, i]], 1)).amin(0).squeeze(1) for i in range(3)]
-        gain = sum(now.weights[:, i] * each[i].detach() for i in range(3)) + each[0]
-    loss = (alpha * now.log_prob - gain).mean()
+        gain = sum(now.weights[:, i] * (each[i].detach() - args.attention_entropy * now.weights[:, i].log())
+                   for i in range(3)) + each[0]
+        share = now.weights[:, 1:].detach() / now.weights[:, 1:].detach().sum(1, keepdim=True)
+        gain = gain - args.imitation * sum(share[:, i] * (now.actions[:, 0] - advice[:, i]).square().sum(1) for i in range(2))
+        assert torch.allclose(then.log_prob, then.weights[:, 0] * then.inner_log_prob)
+    loss = (alpha * log_prob - gain).mean()
     optimisers[1].zero_grad()
     loss.backward()
     optimisers[1].step()
-    (-temperature["log_alpha"] * (now.log_prob.detach().mean() - 2)).backward()
+    (-temperature["log_alpha"] * (log_prob.detach().mean() - 2)).backward()
     optimisers[2].step()
-    for mine, reference in ((agent["critic"], critic), (agent["actor"], actor), (agent["temperature"], temperature)):
+    for mine, reference in ((agent["critic"], critic), (agent["actor"], trained), (agent["temperature"], temperature)):
         for name in reference:
             assert torch.allclose(mine[name], reference[name], atol=2e-6), name
     for name in target:

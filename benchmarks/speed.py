@@ -1,0 +1,290 @@
+"""Speed beside stable-baselines3: updates per second, the whole training loop, environment steps.
+
+Everything runs in one process and takes turns: in every round each contender does its share of work, and a ratio is
+the median over rounds of the ratio within a round, so that a busy machine slows all of them alike. Rates move with the
+machine; ratios are what to quote. Nothing here asserts a time.
+
+python benchmarks/speed.py sac
+"""
+import argparse
+import csv
+import importlib.util
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy; one process: the peer gains from it as well
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import envs
+import knowledge
+from algos import sac_kian as sac
+from runtime import use_fast_matmul
+
+PEER = "stable-baselines3==2.9.2"
+FILL = 2000  # transitions of uniform actions in every buffer before timing: 40 Fetch episodes
+CAPACITY = 50_000  # of every buffer; SB3 looks through all of it for each HER batch, and a million would slow it down
+SMALL = sac.Args(env="HalfCheetah-v5", actor="plain", num_envs=8, updates_per_step=1.0, her_goals=0, batch_size=256,
+                 hidden="256x2", learning_rate=3e-4, gamma=0.99, tau=0.005)
+BIG = replace(SMALL, env="FetchPush-v4", her_goals=4, batch_size=2048, hidden="512x3", learning_rate=1e-3, gamma=0.95,
+              tau=0.05)
+LOOP = replace(BIG, batch_size=256, hidden="256x2")
+
+
+class Ours:
+    """SAC-KIAN driven as its main() drives it. All that this file knows of the algorithm's functions is in here."""
+
+    def __init__(self, args: sac.Args, compiled: bool = False):
+        self.args = args
+        # Without the time feature SB3 sees observations of the same width.
+        self.vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), time_feature=False)
+        obs = self.vec.reset(args.seed)
+        self.features = envs.flatten(obs)
+        self.f, self.d = self.features.shape[1], self.vec.action_space.shape[0]
+        self.g = obs["desired_goal"].shape[1] if self.vec.is_goal_env else 0
+        example = envs.unflatten(self.features, self.g)
+        self.external = {} if args.actor == "plain" else knowledge.load(args.knowledge, args.env, self.d, example)
+        self.relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if self.g else 0
+        self.buffer = sac.ReplayBuffer(CAPACITY, self.vec.max_episode_steps if self.relabelled else 1, args.num_envs,
+                                       2 * self.f + self.d + 2)
+        self.normalizer = envs.Normalizer(self.f, args.normalize)
+        self.agent = sac.make_agent(args, self.f, self.d, len(self.external))
+        self.learn = torch.compile(sac.update, fullgraph=True, dynamic=False) if compiled else sac.update
+        self.totals = {}
+        self.train(FILL, learn=False)
+
+    @torch.no_grad()
+    def update(self, times: int) -> None:
+        """Updates: sample, relabel, ask the rules, learn, add up what is logged."""
+        args, f, g, d, n = self.args, self.f, self.g, self.d, len(self.external)
+        for _ in range(times):
+            batch, later = self.buffer.sample(args.batch_size, self.relabelled)
+            if self.relabelled:
+                sac.relabel(batch, later, f, g, d, self.vec)
+            advice, next_advice = (knowledge.advise(self.external, envs.unflatten(x, g), d)
+                                   for x in (batch[:, :f], batch[:, f + d + 2:]))
+            noise, next_noise = (sac.draw_noise(args.batch_size, n, d) for _ in range(2))
+            scalars = self.learn(self.agent, batch, *self.normalizer.stats(), advice, next_advice, noise, next_noise,
+                                 args)
+            self.totals = {name: self.totals.get(name, 0.0) + x for name, x in scalars.items()}
+
+    @torch.no_grad()
+    def train(self, steps: int, learn: bool = True) -> None:
+        """The training loop for `steps` environment steps; without `learn`, uniform actions and no updates."""
+        args, k = self.args, self.args.num_envs
+        for _ in range(steps // k):
+            action = 2 * torch.rand(k, self.d) - 1
+            if learn:
+                mean, std = self.normalizer.stats()
+                advice = knowledge.advise(self.external, envs.unflatten(self.features, self.g), self.d)
+                noise = sac.draw_noise(k, len(self.external), self.d)
+                decision = sac.decide(self.agent["actor"], ((self.features - mean) / std).clamp(-5, 5), advice, noise,
+                                      args)
+                explore = (torch.rand(k) < args.random_actions) & (decision.selected[:, 0] > 0.5)
+                action = torch.where(explore.unsqueeze(1), action, decision.action)
+            obs, reward, terminated, truncated, info = self.vec.step(self.vec.to_box(action.numpy()))
+            flags = torch.from_numpy(np.stack([reward, terminated], 1).astype(np.float32))
+            self.buffer.add(torch.cat([self.features, action, flags, envs.flatten(info["final_obs"])], 1),
+                            torch.from_numpy(terminated | truncated))
+            self.normalizer.add(self.features)
+            self.features = envs.flatten(obs)
+            if learn:
+                self.update(int(k * args.updates_per_step))
+
+
+class Peer:
+    """SAC of stable-baselines3 with the same sizes, in its own loop: 8 steps of one environment, then 8 updates."""
+
+    def __init__(self, args: sac.Args):
+        from stable_baselines3 import SAC, HerReplayBuffer
+        from stable_baselines3.common.logger import configure
+
+        width, depth = map(int, args.hidden.split("x"))
+        her = dict(replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(
+            n_sampled_goal=args.her_goals, goal_selection_strategy="future")) if args.her_goals else {}
+        self.model = SAC("MultiInputPolicy" if her else "MlpPolicy", envs.make(args.env), device="cpu", seed=args.seed,
+                         batch_size=args.batch_size, learning_rate=args.learning_rate, gamma=args.gamma, tau=args.tau,
+                         ent_coef=f"auto_{args.initial_temperature}", policy_kwargs=dict(net_arch=[width] * depth),
+                         buffer_size=CAPACITY, learning_starts=FILL, train_freq=8, gradient_steps=8, **her)
+        self.model.set_logger(configure(None, []))  # it still averages what it would log, but prints nothing
+        self.train(FILL)  # as many as learning_starts: uniform actions, no updates
+
+    def update(self, times: int) -> None:
+        """Updates, its sampling included."""
+        self.model.train(times, self.model.batch_size)
+
+    def train(self, steps: int) -> None:
+        """Its training loop for `steps` environment steps."""
+        self.model.learn(steps, log_interval=None, reset_num_timesteps=False)
+
+
+class Gym:
+    """Environments of gym.make, stepped one after another."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int):
+        self.envs = [envs.make(env_id) for _ in range(num_envs)]
+        self.obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]
+
+    def step(self, action: np.ndarray) -> list[dict]:
+        """Observations after a step; where an episode ended, the first one of the next."""
+        for i, env in enumerate(self.envs):
+            self.obs[i], _, terminated, truncated, _ = env.step(action[i])
+            if terminated or truncated:
+                self.obs[i], _ = env.reset()
+        return self.obs
+
+
+class Contender(NamedTuple):
+    name: str
+    run: Callable[[int], None]  # does that many units of work
+    precision: str = "highest"  # of float32 matrix products, a switch of the whole process that is set before each turn
+
+
+def measure(table: str, work: str, unit: str, contenders: list[Contender], share: int, rounds: int) -> list[dict]:
+    """Let the contenders take turns of `share` units, print their table and return its rows. The first is the base."""
+    print(f"\n{table}: {work}\n{unit} a turn: {share}, rounds: {rounds}", flush=True)
+    rates = {contender.name: [] for contender in contenders}
+    for k in range(rounds + 1):  # the first round does not count: graphs are compiled in it
+        for contender in contenders[::1 if k % 2 else -1]:  # to and fro: nobody always follows the same one
+            torch.set_float32_matmul_precision(contender.precision)
+            start = time.perf_counter()
+            contender.run(share)
+            rates[contender.name].append(share / (time.perf_counter() - start))
+    torch.set_float32_matmul_precision("highest")
+
+    rows, base = [], rates[contenders[0].name][1:]
+    print(f"  {'':32}{unit + '/s':>10}   x {contenders[0].name} (lowest, highest)")
+    for name, (_, *own) in rates.items():
+        ratios = sorted(a / b for a, b in zip(own, base))
+        rate, ratio = statistics.median(own), statistics.median(ratios)
+        print(f"  {name:32}{rate:10.2f}   {ratio:.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})", flush=True)
+        rows.append({"table": table, "contender": name, "unit": f"{unit}/s", "rate": f"{rate:.5g}",
+                     "ratio": f"{ratio:.3f}", "lowest": f"{ratios[0]:.3f}", "highest": f"{ratios[-1]:.3f}",
+                     "rounds": rounds, "share": share})
+    return rows
+
+
+def learners(args: sac.Args, job: Literal["update", "train"], compiled: bool, bf16: bool, kian: bool
+             ) -> list[Contender]:
+    """SB3 and ours on `job`, each with a buffer of its own that holds the same number of transitions."""
+    torch.compiler.reset()  # torch refuses to compile a function more than eight times
+    torch.manual_seed(args.seed)
+    fast = "medium" if use_fast_matmul() else "highest"
+    peer, ours = Peer(args), {"ours, eager": Ours(args)}
+    if compiled:
+        ours["ours, compiled"] = Ours(args, compiled=True)
+    if compiled and bf16:
+        ours["ours, compiled, bfloat16"] = Ours(replace(args, bf16=True), compiled=True)
+    if kian:
+        name = f"ours, {'compiled' if compiled else 'eager'}, KIAN with 2 rules"
+        ours[name] = Ours(replace(args, actor="kian", knowledge="fetch.v4"), compiled)
+    # A graph holds for the precision it was compiled at, and every contender keeps to one: nothing is compiled twice.
+    run = getattr(peer, job)
+    return [Contender("SB3", run), Contender('SB3, matmul "medium"', run, "medium"),
+            *(Contender(name, getattr(engine, job), fast) for name, engine in ours.items())]
+
+
+def step_fetch(env_id: str, share: int, rounds: int) -> list[dict]:
+    """Environment steps per second with random actions, after a check that all give the same bits."""
+    n, seed = 16, 1
+    vecs = {f"ours, {k} thread{'s'[:k - 1]}": envs.make_vec(env_id, n, seed, k, time_feature=False) for k in (1, 2)}
+    peer = Gym(env_id, n, seed)
+    actions = np.random.default_rng(seed).uniform(-1, 1, (60, n, 4)).astype(np.float32)
+    same = True
+    for action in actions:  # an episode has 50 steps, so resets are compared as well
+        expected = peer.step(action)
+        for obs in [vec.step(action)[0] for vec in vecs.values()]:
+            same &= all(np.array_equal(obs[key][i], expected[i][key]) for key in obs for i in range(n))
+
+    def drive(step: Callable, steps: int) -> None:
+        for k in range(steps // n):
+            step(actions[k % len(actions)])
+
+    contenders = [Contender(name, partial(drive, env.step)) for name, env in {"gym.make": peer, **vecs}.items()]
+    rows = measure("stepping", f"{env_id}, {n} environments, random actions, resets included", "steps", contenders,
+                   share, rounds)
+    print(f"  {len(actions)} steps of {n} environments with equal seeds and actions: observations are "
+          f"{'bit-identical' if same else 'NOT IDENTICAL'}")
+    return rows
+
+
+def bfloat16_pays() -> bool:
+    """Whether bfloat16 matrix products are faster here than float32 ones: CPUs without them emulate them slowly."""
+    use_fast_matmul()
+    a, b = torch.randn(2, 512, 512)
+
+    def seconds(x: torch.Tensor, y: torch.Tensor) -> float:
+        start = time.perf_counter()
+        torch.mm(x, y)
+        return time.perf_counter() - start
+
+    times = [(seconds(a.bfloat16(), b.bfloat16()), seconds(a, b)) for _ in range(10)]
+    return min(half for half, _ in times) < min(full for _, full in times)  # the least disturbed of each
+
+
+def describe_cpu() -> str:
+    """Name of the processor, as far as the system tells, and the instructions torch uses on it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def main() -> int:
+    """Measure, print the tables, write the CSV; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("algo", choices=["sac"], help="what to measure")
+    parser.add_argument("--rounds", type=int, help="turns of every contender (default: 7, with --quick 2)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--quick", action="store_true", help="little work, only the small update compiled: a test")
+    parser.add_argument("--csv", type=Path, help="file for the rows of all tables")
+    flags = parser.parse_args()
+    if importlib.util.find_spec("stable_baselines3") is None:
+        print(f"speed: stable-baselines3 is not installed; pip install {PEER}", file=sys.stderr)
+        return 2
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    full, rounds = not flags.quick, flags.rounds or (2 if flags.quick else 7)
+
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": describe_cpu()}
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    print(f"torch {machine['torch']}, {machine['threads']} threads of {os.cpu_count()} cores, {machine['cpu']}{load}")
+    print(f"float32 products: ours {'medium' if use_fast_matmul() else 'highest'} (runtime.use_fast_matmul tests the "
+          f"CPU), SB3 highest (torch's default) and medium")
+    bf16 = bfloat16_pays()
+    if not bf16:
+        print("no native bfloat16 here: its rows are left out")
+
+    one_update = "one update of critics, actor, temperature and targets, sampling included"
+    rows = measure(
+        "updates, small", f"{one_update}; 17 features, 6 actions, batch 256, networks 256x2, no HER", "updates",
+        learners(SMALL, "update", compiled=True, bf16=bf16, kian=False), 100 if full else 10, rounds)
+    rows += measure(
+        "updates, big", f"{one_update}; 31 features, 4 actions, batch 2048, networks 512x3, HER (future, 4 goals). "
+        "KIAN also asks two rules, before and after the step, and scores what they would do", "updates",
+        learners(BIG, "update", compiled=full, bf16=bf16, kian=True), 3 if full else 1, rounds)
+    rows += measure(
+        "training", "FetchPush, one update per step; batch 256, networks 256x2, HER. SB3: 8 steps of 1 environment, "
+        "8 updates; ours: 1 step of 8 environments, 8 updates", "steps",
+        learners(LOOP, "train", compiled=full, bf16=bf16, kian=False), 200 if full else 40, rounds)
+    rows += step_fetch("FetchPickAndPlace-v4", 960 if full else 160, rounds)
+    if flags.csv:
+        with flags.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *machine])
+            writer.writeheader()
+            writer.writerows(row | machine for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
