@@ -6,12 +6,14 @@ likely each policy acts (Eqs. 1-2). One is drawn per step, its action is execute
 policy at its own action, lest it drown the rules. Critics are SAC's, with hindsight goals (HER) on goal
 environments. `--knowledge none` and `--actor plain` are SAC + HER itself.
 
-Departures from the paper; flags undo each, docs/sac_kian.md has the measurements:
-- attention is trained on what every policy's action is worth in a state, not on that of the drawn one (--credit);
-- an inner policy looks better to its critics than it is, for it maximises their errors: it plays some episodes alone,
-  and attention to it is held back by how far it lags behind there (--practice, --handicap);
-- external log-std 0.3, scores 3 cos(query, key), small networks, 32 environments, 0.1 updates per step, normalised
-  inputs, a share of uniform actions: minutes on a laptop, where the paper's sizes take days.
+Departures from the paper; flags undo each, docs/sac_kian.md has the reasons and the measurements:
+- attention learns from what every policy's action is worth in a state, not from the drawn one's; the inner policy is a
+  SAC actor in every state (--credit drawn);
+- an inner policy looks better to its critics than it is, for it maximises their errors. It plays some episodes alone;
+  as long as it lags behind there, attention to it is held back and it imitates the rules it would attend to
+  (--practice 0, --handicap 0, --imitation 0);
+- scores are 3 cos(query, key); small networks, 32 environments, 0.1 updates per step, normalised inputs, a share of
+  uniform actions: minutes on a laptop, where the paper's sizes take days.
 
 python algos/sac_kian.py --env FetchPickAndPlace-v2
 """
@@ -80,13 +82,13 @@ class Args:
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
     cosine_scale: float = 3.0  # attention scores are this times cos(query, key); 0: dot products (paper)
     ext_action: Literal["mean", "sample"] = "mean"  # a drawn external policy executes its mean, or a sample around it
-    ext_log_std: float = 0.3  # log-std with which external policies enter the entropy (paper: -1)
+    ext_log_std: float = 0.3  # log-std of sampled external actions, and of their entropy with --credit drawn (paper: -1)
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
     credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
     practice: float = 0.25  # share of training episodes that the inner policy plays alone (paper: 0)
-    handicap: float = 12.0  # log-odds against an inner policy that lags behind by a standard deviation (paper: 0)
-    imitation: float = 1.0  # weight of imitating the attended rules, times how far it lags behind (paper: 0)
-    attention_entropy: float = 0.02  # worth of undecided attention, in units of Q per nat (paper: 0)
+    handicap: float = 24.0  # log-odds against an inner policy that lags behind by a standard deviation of returns
+    imitation: float = 1.0  # weight of imitating the attended rules, times that lag; with --credit expected
+    attention_entropy: float = 0.02  # worth of undecided attention, in units of Q per nat; with --credit expected
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
@@ -179,7 +181,7 @@ def squash_log_prob(log_prob: torch.Tensor, action: torch.Tensor) -> torch.Tenso
 
 
 def attention_scores(query: torch.Tensor, keys: torch.Tensor, cosine_scale: float) -> torch.Tensor:
-    """Query (B, m), keys (n+1, m) or (B, n+1, m), inner first -> scores (B, n+1) whose softmax is the weight (Eqs. 1-2)."""
+    """Query (B, m), keys (n+1, m) or (B, n+1, m), inner first -> scores (B, n+1); softmax weighs policies (Eqs. 1-2)."""
     if cosine_scale > 0:
         query, keys = cosine_scale * F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
     return (query.unsqueeze(1) * keys).sum(-1)  # (B, 1, m) * (n+1, m) -> (B, n+1)
@@ -249,7 +251,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
         external = (advice + math.exp(args.ext_log_std) * noise.gaussian[:, 1:]).clamp(-1, 1)
     actions = torch.cat([inner_action.unsqueeze(1), external], 1)  # (B, n+1, d)
     action = (selected.unsqueeze(-1) * actions).sum(1)  # (B, d)
-    if args.entropy_fix == "off":  # every policy scored at the executed action; rules reach +-1, where atanh is infinite
+    if args.entropy_fix == "off":  # every policy scored at the executed action; rules reach +-1: no atanh there
         inside = action.clamp(-1 + 1e-6, 1 - 1e-6)
         inner = squash_log_prob(gaussian_log_prob(torch.atanh(inside), mean, log_std), inside)
         others = gaussian_log_prob(inside.unsqueeze(1), advice, args.ext_log_std)  # (B, n)
@@ -330,11 +332,10 @@ def update(agent: dict, batch: torch.Tensor, mean: torch.Tensor, std: torch.Tens
     grads = {"log_alpha": d - log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
     adam(agent["temperature"], grads, moments["temperature"], agent["count"], args.learning_rate)
     torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
-    key_norm = {"key_norm": actor["keys"].norm(dim=-1)} if "keys" in actor else {}
-    return key_norm | {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
-            "entropy": -log_prob.mean(), "inner_log_prob": decision.inner_log_prob.mean(),
-            "query_norm": decision.query.norm(dim=-1).mean(), "attention": decision.weights.mean(0),
-            "selected": decision.selected.mean(0)}
+    scalars = {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha, "entropy": -log_prob.mean(),
+               "inner_log_prob": decision.inner_log_prob.mean(), "query_norm": decision.query.norm(dim=-1).mean(),
+               "attention": decision.weights.mean(0), "selected": decision.selected.mean(0)}
+    return scalars | ({"key_norm": actor["keys"].norm(dim=-1)} if "keys" in actor else {})
 
 
 def relabel(batch: torch.Tensor, later: torch.Tensor, f: int, g: int, d: int, vec: envs.VectorEnv) -> None:
@@ -376,7 +377,7 @@ def main(args: Args) -> dict[str, float]:
                      "updates_per_step", "initial_temperature")
     hidden_layers(args.hidden)
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
-        args = replace(args, entropy_fix="off", credit="drawn")
+        args = replace(args, entropy_fix="off", credit="drawn", practice=0.0)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     use_fast_matmul()
@@ -410,11 +411,12 @@ def main(args: Args) -> dict[str, float]:
 
     def choose(features: torch.Tensor, noise: Noise) -> Decision:
         mean, std = normalizer.stats()
-        inputs = (((features - mean) / std).clamp(-5, 5), knowledge.advise(external, envs.unflatten(features, g), d), noise)
-        return tree_map(lambda x: x.cpu(), decide(agent["actor"], *tree_map(lambda x: x.to(device), inputs), args))
+        advice = knowledge.advise(external, envs.unflatten(features, g), d)
+        inputs = tree_map(lambda x: x.to(device), (((features - mean) / std).clamp(-5, 5), advice, noise))
+        return tree_map(lambda x: x.cpu(), decide(agent["actor"], *inputs, args))
 
     def player(draw: bool, log: list) -> envs.Act:
-        """The agent without exploration; with `draw`, who acts is still drawn. Appends weights and who acts to `log`."""
+        """The agent without exploration; with `draw`, who acts is drawn. Appends weights and who acts to `log`."""
         generator = torch.Generator().manual_seed(args.seed)  # training's own stream must not notice evaluations
 
         def play(obs: envs.Observation) -> np.ndarray:
@@ -452,8 +454,8 @@ def main(args: Args) -> dict[str, float]:
     learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile else update
 
     def save() -> None:
-        run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals, "features": features,
-                  "alone": alone, "trust": trust.state_dict(), "normalizer": normalizer.state_dict(),
+        run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
+                  "features": features, "alone": alone, "trust": trust.state_dict(), "normalizer": normalizer.state_dict(),
                   "buffer": buffer.state_dict(), "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
                   "wall_s": run.wall_s(),
                   "policy": knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)})
@@ -466,7 +468,7 @@ def main(args: Args) -> dict[str, float]:
 
         # act
         if attends:
-            agent["actor"]["lag"].fill_(trust.lag())
+            agent["actor"]["lag"].fill_(trust.lag() if practice else 0.0)
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
             decision = choose(features, draw_noise(args.num_envs, n, d))

@@ -1,4 +1,4 @@
-"""Fetch{Reach,Push,Slide,PickAndPlace}[Dense]-v4, many at a time: the same bits as gymnasium-robotics, in half the time.
+"""Fetch{Reach,Push,Slide,PickAndPlace}[Dense]-v4, many at a time: the bits of gymnasium-robotics in half the time.
 
 All copies share one MjModel; each has its own MjData. A step of the original spends a third of its time looking up
 joints and sites by name; here the addresses are looked up once. `mj_step` releases Python's lock, so a thread pool

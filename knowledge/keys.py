@@ -43,12 +43,14 @@ def take_over(actor: dict[str, Tensor], names: list[str], source: str, warm: str
         else:
             keys = {name: torch.tensor(key) for name, key in json.loads(path.read_text())["keys"].items()}
     except Exception as error:  # a foreign file raises anything
-        raise KnowledgeError(f"keys {source} cannot be read ({type(error).__name__}); name a KIAN run or its --save-keys file") from error
+        remedy = "name a KIAN run or its --save-keys file"
+        raise KnowledgeError(f"keys {source} cannot be read ({type(error).__name__}); {remedy}") from error
     for i, name in enumerate(names):
         if name not in keys:
             continue
         if keys[name].shape != actor["keys"][i].shape:
-            raise KnowledgeError(f"keys {source}: {name} has {keys[name].numel()} numbers, not {actor['keys'].shape[1]}")
+            width = actor["keys"].shape[1]
+            raise KnowledgeError(f"keys {source}: {name} has {keys[name].numel()} numbers, not {width}")
         actor["keys"][i] = keys[name]
     for part in PARTS[warm]:
         ours = [p for name, p in actor.items() if name.startswith(f"{part}.")]

@@ -145,6 +145,7 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor
     `names`; with `args.inner_key == "head"` the query network ends in query | inner key, (B, 2 m).
     """
     inner, query = ([p.cpu().clone() for k, p in actor.items() if k.startswith(part)] for part in ("inner.", "query."))
+    scale = args.cosine_scale if "keys" in actor and args.cosine_scale > 0 else 1.0  # of cosines in the run's scores
     policy = {
         "format": 1,
         "env": args.env,
@@ -157,7 +158,7 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor
         "query": query or None,
         "keys": dict(zip(names, actor["keys"].cpu().clone())) if "keys" in actor else None,
         "score": "cosine" if args.cosine_scale > 0 else "dot",
-        "handicap": args.handicap * float(actor.get("lag", 0.0)) / (args.cosine_scale if "keys" in actor and args.cosine_scale > 0 else 1.0),
+        "handicap": args.handicap * float(actor.get("lag", 0.0)) / scale,
         "knowledge": args.knowledge,
     }
     if policy["keys"] and args.inner_key == "head":

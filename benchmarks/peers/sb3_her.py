@@ -102,7 +102,7 @@ class TimeFeature(gym.ObservationWrapper):
 
 
 def make_vec(env_id: str, num_envs: int, time_feature: bool) -> DummyVecEnv:
-    """`num_envs` environments, one after another. Its `TimeLimit.truncated` is what makes SB3 bootstrap at the limit."""
+    """`num_envs` environments, one after another. SB3 bootstraps at the time limit: DummyVecEnv tells it apart."""
 
     def make() -> gym.Env:
         env = gym.make(env_id, disable_env_checker=True)
