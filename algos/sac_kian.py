@@ -86,9 +86,9 @@ class Args:
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
     credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
     practice: float = 0.25  # share of training episodes that the inner policy plays alone (paper: 0)
-    handicap: float = 24.0  # log-odds against an inner policy that lags behind by a standard deviation of returns
+    handicap: float = 100.0  # log-odds against an inner policy that lags behind by a standard deviation of returns
     imitation: float = 1.0  # weight of imitating the attended rules, times that lag; with --credit expected
-    attention_entropy: float = 0.02  # worth of undecided attention, in units of Q per nat; with --credit expected
+    attention_temperature: float = 0.1  # difference in Q that is worth one nat of attention; with --credit expected
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
@@ -209,7 +209,7 @@ class Decision(NamedTuple):
     action: torch.Tensor  # (B, d), executed
     actions: torch.Tensor  # (B, n+1, d), what each policy would do, inner first
     log_prob: torch.Tensor  # (B,)
-    weights: torch.Tensor  # (B, n+1), inner policy first
+    log_weights: torch.Tensor  # (B, n+1), inner policy first
     selected: torch.Tensor  # (B, n+1), one-hot
     inner_log_prob: torch.Tensor  # (B,)
     query: torch.Tensor  # (B, m)
@@ -219,6 +219,11 @@ def draw_noise(batch: int, n: int, d: int, generator: torch.Generator | None = N
     """Fresh noise for `decide`: n external policies, d action dimensions."""
     uniform = torch.rand(batch, n + 1, generator=generator).clamp(1e-10, 1 - 1e-7)
     return Noise(torch.randn(batch, n + 1, d, generator=generator), -(-uniform.log()).log())
+
+
+def held_back(scores: torch.Tensor, actor: dict, args: Args) -> torch.Tensor:
+    """Scores (B, n+1) with a handicap on the inner policy, first, as large as it lags behind."""
+    return torch.cat([scores[:, :1] - args.handicap * actor["lag"], scores[:, 1:]], 1)
 
 
 def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noise, args: Args) -> Decision:
@@ -231,7 +236,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
     inner_log_prob = squash_log_prob(gaussian_log_prob(u, mean, log_std), inner_action)
     if advice.shape[1] == 0 or args.actor in ("plain", "kogun"):  # nothing to attend to: SAC
         one = torch.ones_like(mean[:, :1])
-        return Decision(inner_action, inner_action.unsqueeze(1), inner_log_prob, one, one, inner_log_prob, one)
+        return Decision(inner_action, inner_action.unsqueeze(1), inner_log_prob, one * 0, one, inner_log_prob, one)
 
     query = mlp(actor, "query", features)
     if args.actor == "a2t":
@@ -242,7 +247,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
             query, inner_key = query.chunk(2, -1)
             keys = torch.cat([inner_key.unsqueeze(1), keys[1:].expand(len(query), -1, -1)], 1)  # (B, n+1, m)
         scores = attention_scores(query, keys, args.cosine_scale)
-    scores = torch.cat([scores[:, :1] - args.handicap * actor["lag"], scores[:, 1:]], 1)
+    scores = held_back(scores, actor, args)
     log_weights = torch.log_softmax(scores, -1)
     selected = select(scores, noise.gumbel)
 
@@ -261,7 +266,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
     else:
         others = gaussian_log_prob(external, advice, args.ext_log_std)  # (B, n); at the mean, a constant
         log_prob = surrogate_log_prob(log_weights, torch.cat([inner_log_prob.unsqueeze(1), others], 1))
-    return Decision(action, actions, log_prob, log_weights.exp(), selected, inner_log_prob, query)
+    return Decision(action, actions, log_prob, log_weights, selected, inner_log_prob, query)
 
 
 def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args: Args) -> torch.Tensor:
@@ -279,18 +284,18 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
     if args.credit == "drawn" or decision.actions.shape[1] == 1:
         q = q_of(decision.action.unsqueeze(1)).squeeze(1)
         return (alpha * decision.log_prob - q).mean(), (decision, q, decision.log_prob)
-    # The expectation over who acts, not a draw of it: weights compare what all policies are worth here, and the inner
-    # policy is a SAC actor in every state. Only its own action is differentiated: rules have no parameters.
+    # Attention is taught who is worth most here, softmax(Q / temperature), by cross-entropy: unlike the gradient of the
+    # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
     inner_q = q_of(decision.actions[:, :1])  # (B, 1)
-    worth = torch.cat([inner_q, q_of(decision.actions[:, 1:])], 1).detach()
-    q = (decision.weights * worth).sum(1)
-    undecided = -(decision.weights * decision.weights.clamp(min=1e-9).log()).sum(1)  # nats
-    loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) - q - args.attention_entropy * undecided
+    q = torch.cat([inner_q, q_of(decision.actions[:, 1:])], 1).detach()  # (B, n+1)
+    worth = torch.softmax(held_back(q / args.attention_temperature, actor, args), 1)
+    teaching = -(worth * decision.log_weights).sum(1)
+    loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) + teaching  # the inner policy: SAC in every state
     # As long as it lags behind, the inner policy also imitates the rules it would attend to.
-    teachers = (decision.weights[:, 1:] / decision.weights[:, 1:].sum(1, keepdim=True)).detach()  # (B, n)
+    teachers = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
     distance = (decision.actions[:, :1] - decision.actions[:, 1:]).square().sum(-1)  # (B, n)
     loss = loss + args.imitation * actor["lag"] * (teachers * distance).sum(1)
-    return loss.mean(), (decision, q, decision.inner_log_prob)
+    return loss.mean(), (decision, (decision.log_weights.exp() * q).sum(1), decision.inner_log_prob)
 
 
 def adam(params: dict, grads: dict, moments: dict, count: torch.Tensor, learning_rate: float) -> None:
@@ -334,7 +339,7 @@ def update(agent: dict, batch: torch.Tensor, mean: torch.Tensor, std: torch.Tens
     torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
     scalars = {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha, "entropy": -log_prob.mean(),
                "inner_log_prob": decision.inner_log_prob.mean(), "query_norm": decision.query.norm(dim=-1).mean(),
-               "attention": decision.weights.mean(0), "selected": decision.selected.mean(0)}
+               "attention": decision.log_weights.exp().mean(0), "selected": decision.selected.mean(0)}
     return scalars | ({"key_norm": actor["keys"].norm(dim=-1)} if "keys" in actor else {})
 
 
@@ -422,7 +427,7 @@ def main(args: Args) -> dict[str, float]:
         def play(obs: envs.Observation) -> np.ndarray:
             noise = draw_noise(len(features := envs.flatten(obs)), n, d, generator)
             decision = choose(features, Noise(noise.gaussian * 0, noise.gumbel * draw))
-            log.append((decision.weights[0].tolist(), int(decision.selected[0].argmax())))
+            log.append((decision.log_weights[0].exp().tolist(), int(decision.selected[0].argmax())))
             return vec.to_box(decision.action.numpy())
         return play
 

@@ -77,7 +77,7 @@ def test_naive_mixture_is_a_density_and_the_surrogate_is_not_its_log(actor):  # 
     advice = torch.tensor([[[0.5], [-0.4]]]).expand(400_000, 2, 1)
     torch.manual_seed(0)
     decision = decide(params, torch.zeros(400_000, 1), advice, draw_noise(400_000, 2, 1), args)
-    assert decision.weights[0].tolist() == pytest.approx(weights.tolist(), abs=1e-6)
+    assert decision.log_weights[0].exp().tolist() == pytest.approx(weights.tolist(), abs=1e-6)
     inside = decision.action.abs().squeeze(1) < 1  # rules' samples are clipped to the box, where no density lives
     assert -decision.log_prob[inside].mean().item() == pytest.approx(entropy_inside(), abs=0.01)
     if actor == "kian":
@@ -113,11 +113,12 @@ def test_policies_are_known_by_key_not_by_place():
     order = [0, 3, 1, 2]
     shuffled = decide(actor | {"keys": actor["keys"][order]}, features, advice[:, [2, 0, 1]], noise, args)
     plain = decide(actor, features, advice, noise, args)
-    assert torch.allclose(plain.weights[:, order], shuffled.weights, atol=1e-6)
+    assert torch.allclose(plain.log_weights.exp()[:, order], shuffled.log_weights.exp(), atol=1e-6)
     assert torch.allclose(plain.log_prob, shuffled.log_prob, atol=1e-5)
     fewer = decide(actor | {"keys": actor["keys"][:3]}, features, advice[:, :2],
                    Noise(noise.gaussian[:, :3], noise.gumbel[:, :3]), args)
-    assert torch.allclose(plain.weights[:, :3], fewer.weights * (1 - plain.weights[:, 3:]), atol=1e-6)
+    plain, fewer = plain.log_weights.exp(), fewer.log_weights.exp()
+    assert torch.allclose(plain[:, :3], fewer * (1 - plain[:, 3:]), atol=1e-6)
 
 
 def test_scores():
@@ -191,11 +192,12 @@ def test_update_is_adam_on_the_stated_losses(credit):
     else:  # weights: all policies' worth and their own entropy; inner policy: SAC in every state
         log_prob = now.inner_log_prob
         each = [sac_kian.mlp(critic, "q", torch.cat([features, now.actions[:, i]], 1)).amin(0).squeeze(1) for i in range(3)]
-        gain = sum(now.weights[:, i] * (each[i].detach() - args.attention_entropy * now.weights[:, i].log())
-                   for i in range(3)) + each[0]
-        share = now.weights[:, 1:].detach() / now.weights[:, 1:].detach().sum(1, keepdim=True)
-        gain = gain - args.imitation * sum(share[:, i] * (now.actions[:, 0] - advice[:, i]).square().sum(1) for i in range(2))
-        assert torch.allclose(then.log_prob, then.weights[:, 0] * then.inner_log_prob)
+        q = torch.stack(each, 1).detach() / args.attention_temperature - torch.tensor([args.handicap, 0, 0])
+        share = now.log_weights[:, 1:].detach().softmax(1)
+        distance = [(now.actions[:, 0] - advice[:, i]).square().sum(1) for i in range(2)]
+        imitation = args.imitation * sum(share[:, i] * distance[i] for i in range(2))
+        gain = each[0] + (q.softmax(1) * now.log_weights).sum(1) - imitation
+        assert torch.allclose(then.log_prob, then.log_weights[:, 0].exp() * then.inner_log_prob)
     loss = (alpha * log_prob - gain).mean()
     optimisers[1].zero_grad()
     loss.backward()
