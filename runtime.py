@@ -126,13 +126,11 @@ def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
         raise ArgError(f"{folder} has no checkpoint.pt: it was cut before its first one; start it anew")
     try:
         saved = json.loads(config.read_text())
-        owner, args = saved["algo"], args_type(**saved["args"]) if saved["algo"] == algo else None
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if saved["algo"] == algo:
+            return args_type(**saved["args"]), torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (KeyError, TypeError, ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ArgError(f"{folder} is damaged or of another version ({type(error).__name__}); start it anew") from error
-    if owner != algo:
-        raise ArgError(f"{folder} is a run of {owner}, not of {algo}; use algos/{owner}.py")
-    return args, state
+    raise ArgError(f"{folder} is a run of {saved['algo']}, not of {algo}; use algos/{saved['algo']}.py")
 
 
 def write_whole(path: Path, write) -> None:

@@ -49,7 +49,7 @@ class Args:
     # twin: run arguments
     env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
     seed: int = 1  # of networks, environments, exploration and batches
-    total_timesteps: int = 300_000  # environment steps, summed over environments
+    total_timesteps: int = 150_000  # environment steps, summed over environments
     num_envs: int = 32  # environments stepped together
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
