@@ -1,10 +1,14 @@
 """Environment ids: old ones become today's, unknown ones get a hint."""
+import contextlib
 import difflib
+import io
 import re
 import sys
 
 import gymnasium as gym
-import gymnasium_robotics
+
+with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about hand environments at every import
+    import gymnasium_robotics
 
 gym.register_envs(gymnasium_robotics)
 _announced: set[str] = set()
@@ -32,7 +36,8 @@ def resolve(env_id: str) -> str:
                   f"published {env_id} numbers", file=sys.stderr)
             _announced.add(env_id)
         return current
-    names = difflib.get_close_matches(env_id, [*gym.registry, *(f"Fetch{t}{d}-v2" for d in ("", "Dense") for t in
-                                      ("Reach", "Push", "Slide", "PickAndPlace"))], n=3)
+    known = [name for name in gym.registry if not re.fullmatch(r"Fetch\w+-v\d+", name)]
+    known += [f"Fetch{task}{dense}-v2" for dense in ("", "Dense") for task in ("Reach", "Push", "Slide", "PickAndPlace")]
+    names = difflib.get_close_matches(env_id, known, n=2)
     hint = f"; did you mean {' or '.join(names)}?" if names else ""
     raise EnvError(f"unknown environment id {env_id!r}{hint}")

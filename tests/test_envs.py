@@ -37,12 +37,11 @@ def test_fetch_is_gymnasium_to_the_last_bit(env_id):
                 theirs[i] = env.reset()[0]
 
 
-@pytest.mark.parametrize("env_id", ["FetchPickAndPlace-v2", "FetchReach-v2", "HalfCheetah-v5", "Ant-v5", "Reacher-v5",
-                                    "Pendulum-v1", "CartPole-v1"])
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("env_id, fast", [("FetchPickAndPlace-v2", True), ("FetchReach-v2", True),
+                                          *((name, False) for name in (
+                                              "FetchPickAndPlace-v2", "FetchReach-v2", "HalfCheetah-v5", "Ant-v5",
+                                              "Reacher-v5", "Pendulum-v1", "CartPole-v1"))])
 def test_snapshot_continues_exactly(env_id, fast):
-    if fast and not env_id.startswith("Fetch"):
-        pytest.skip("one class only")  # replaced below by collection, see parametrisation
     vec, other = envs.make_vec(env_id, 2, seed=3, fast=fast), envs.make_vec(env_id, 2, seed=99, fast=fast)
     rng = np.random.default_rng(1)
 
@@ -61,3 +60,42 @@ def test_snapshot_continues_exactly(env_id, fast):
         ours, theirs = vec.step(a), other.step(a)
         assert equal(ours[0], theirs[0]) and equal(ours[4]["final_obs"], theirs[4]["final_obs"])
         assert all(np.array_equal(x, y) for x, y in zip(ours[1:4], theirs[1:4]))
+
+
+def test_ids(capsys):
+    assert envs.resolve("FetchPush-v3") == envs.resolve("FetchPush-v1") == "FetchPush-v4"
+    assert "FetchPush-v4" in capsys.readouterr().err  # says so
+    assert envs.resolve("HalfCheetah-v4") == "HalfCheetah-v4"
+    for wrong, right in (("FetchPickAndPlce-v2", "FetchPickAndPlace-v2"), ("HalfCheeta-v5", "HalfCheetah-v5")):
+        with pytest.raises(envs.EnvError, match=right):
+            envs.make_vec(wrong, 1)
+    with pytest.raises(envs.EnvError, match="at least 1"):
+        envs.make_vec("FetchPush-v2", 0)
+
+
+def test_time_feature_and_autoreset():
+    vec = envs.make_vec("FetchReach-v2", 2, seed=0)
+    obs = vec.reset(0)
+    assert obs["observation"].shape == (2, 11) == (2, *vec.observation_space["observation"].shape)
+    for t in range(50):
+        assert obs["observation"][:, -1] == pytest.approx(1 - t / 50)
+        obs, _, terminated, truncated, info = vec.step(np.zeros((2, 4), np.float32))
+    assert truncated.all() and not terminated.any()
+    assert (info["final_obs"]["observation"][:, -1] == 0).all() and (obs["observation"][:, -1] == 1).all()
+    assert not np.array_equal(info["final_obs"]["desired_goal"], obs["desired_goal"])
+
+
+def test_actions_reach_the_bounds_of_the_box():
+    vec = envs.make_vec("Pendulum-v1", 3)
+    assert vec.to_box(np.array([[-1.0], [0.0], [1.0]])).ravel().tolist() == [-2.0, 0.0, 2.0]
+
+
+def test_normalizer_is_mean_and_std_of_all_it_saw():
+    import torch
+    data = torch.randn(500, 3, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.0]) + torch.tensor([0.0, 10.0, 3.0])
+    normalizer = envs.Normalizer(3)
+    for batch in data.split([1, 99, 400]):
+        normalizer.add(batch)
+    mean, std = normalizer.stats()
+    assert torch.allclose(mean, data.mean(0).float(), atol=1e-5)
+    assert torch.allclose(std, data.std(0, correction=0).clamp(min=0.01).float(), atol=1e-5)
