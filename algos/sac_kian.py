@@ -86,7 +86,7 @@ class Args:
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
     credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
     practice: float = 0.25  # share of training episodes that the inner policy plays alone (paper: 0)
-    handicap: float = 100.0  # log-odds against an inner policy that lags behind by a standard deviation of returns
+    handicap: float = 100.0  # log-odds against the inner policy per standard deviation of returns that it lags behind
     imitation: float = 1.0  # weight of imitating the attended rules, times that lag; with --credit expected
     attention_temperature: float = 0.1  # difference in Q that is worth one nat of attention; with --credit expected
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
