@@ -15,6 +15,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,11 @@ class Run:
     def __init__(self, algo: str, args: Any, env_id: str, step: int = 0, wall_s: float = 0.0):
         """Start a run of `args` (a dataclass with env, seed, total_timesteps, run_dir, resume, track), or with
         `args.resume` continue at `step` after `wall_s` seconds. Raises ArgError for a folder that is in use."""
+        if args.track:  # before anything is created
+            try:
+                import wandb
+            except ImportError as error:
+                raise ArgError("--track needs Weights & Biases: pip install wandb") from error
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, args.env, name))
         if not args.resume:
@@ -52,14 +58,10 @@ class Run:
             config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
         if args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ArgError("--track needs Weights & Biases: pip install wandb") from error
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
         self.resumable, self.stop = f"{sys.argv[0]} --resume {self.folder}", 0
         self.start = time.monotonic() - wall_s
-        self.board = SummaryWriter(str(self.folder), purge_step=step)
+        self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
         self.scalars = self._csv("scalars.csv", ["step", "wall_s", "name", "value"], step)
         self.evals = self._csv("eval.csv", ["step", "wall_s", *EVALUATION], step)
         self.handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -83,15 +85,13 @@ class Run:
         return round(time.monotonic() - self.start, 1)
 
     def log(self, step: int, scalars: dict[str, float | torch.Tensor], names: Sequence[str] = ()) -> None:
-        """Append scalars to scalars.csv and TensorBoard; the elements of a vector `x` as `x/<name>`; NaN is left out."""
+        """Append scalars to scalars.csv and TensorBoard; the elements of a vector `x` as `x/<name>`."""
         wall_s, flat = self.wall_s(), {}
         for key, value in scalars.items():
             values = torch.as_tensor(value).reshape(-1).tolist()
             flat |= {key: values[0]} if torch.as_tensor(value).dim() == 0 else {
                 f"{key}/{name}": x for name, x in zip(names, values)}
         for name, value in flat.items():
-            if value != value:
-                continue
             self.scalars.write(f"{step},{wall_s},{name},{value:.6g}\n")
             self.board.add_scalar(name, value, step)
 
@@ -106,13 +106,13 @@ class Run:
         """Write checkpoint.pt: whole, or not at all."""
         write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
 
-    def close(self) -> None:
-        """Close the files and give the signals back. A stopped run says how to resume and exits with 128 + signal."""
+    def close(self, unfinished: bool) -> None:
+        """Close files, give signals back. A stopped unfinished run says how to resume and exits with 128 + signal."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         for thing in (self.bar, self.board, self.scalars, self.evals):
             thing.close()
-        if self.stop:
+        if self.stop and unfinished:
             print(f"saved; continue with: python {self.resumable}", file=sys.stderr)
             sys.exit(128 + self.stop)
 
@@ -183,6 +183,14 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ArgError("--device cuda: torch sees no GPU here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has the C++ compiler it needs on a CPU; says so once on stderr where it has not."""
+    if device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"):
+        return True
+    print("no C++ compiler (g++): the update is not compiled, training is slower but the same", file=sys.stderr)
+    return False
 
 
 def use_fast_matmul() -> bool:

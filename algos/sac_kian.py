@@ -2,16 +2,16 @@
 
 Chiu et al., "Flexible Attention-Based Multi-Policy Fusion for Efficient Deep RL", NeurIPS 2023 (arXiv 2210.03729).
 The query of a state meets one key per policy, the inner (trained) one included; the softmax of the scores says how
-likely each policy acts (Eqs. 1-2). One is drawn per step, its action is executed, and the entropy bonus scores every
-policy at its own action, lest it drown the rules. Critics are SAC's, with hindsight goals (HER) on goal
-environments. `--knowledge none` and `--actor plain` are SAC + HER itself.
+likely each policy acts (Eqs. 1-2). One is drawn per step and its action is executed. Critics are SAC's, with hindsight
+goals (HER) on goal environments. `--knowledge none` and `--actor plain` are SAC + HER itself.
 
 Departures from the paper; flags undo each, docs/sac_kian.md has the reasons and the measurements:
-- attention learns from what every policy's action is worth in a state, not from the drawn one's; the inner policy is a
-  SAC actor in every state (--credit drawn);
-- an inner policy looks better to its critics than it is, for it maximises their errors. It plays some episodes alone;
-  as long as it lags behind there, attention to it is held back and it imitates the rules it would attend to
-  (--practice 0, --handicap 0, --imitation 0);
+- attention is taught, in every state, which policy's action the critics value most, and the inner policy is a SAC actor
+  in every state; the paper trains both through the action drawn, and scores every policy at its own action in the
+  entropy bonus (--credit drawn);
+- an inner policy looks better to its critics than it is, for it maximises their errors. It practises alone in some
+  episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to
+  (--practice 0);
 - scores are 3 cos(query, key); small networks, 32 environments, 0.1 updates per step, normalised inputs, a share of
   uniform actions: minutes on a laptop, where the paper's sizes take days.
 
@@ -36,7 +36,8 @@ from torch.utils._pytree import tree_map
 
 import envs
 import knowledge
-from runtime import ArgError, Run, hidden_layers, load_run, pick_device, require_positive, use_fast_matmul
+from runtime import (ArgError, Run, can_compile, hidden_layers, load_run, pick_device, require_positive,
+                     use_fast_matmul)
 
 ALGO = "sac_kian"
 LOG_EVERY = 1000  # environment steps
@@ -82,13 +83,13 @@ class Args:
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
     cosine_scale: float = 3.0  # attention scores are this times cos(query, key); 0: dot products (paper)
     ext_action: Literal["mean", "sample"] = "mean"  # a drawn external policy executes its mean, or a sample around it
-    ext_log_std: float = 0.3  # log-std of sampled external actions, and of their entropy with --credit drawn (paper: -1)
+    ext_log_std: float = -1.0  # log-std of sampled external actions, and of their entropy with --credit drawn
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
     credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
-    practice: float = 0.25  # share of training episodes that the inner policy plays alone (paper: 0)
-    handicap: float = 100.0  # log-odds against the inner policy per standard deviation of returns that it lags behind
-    imitation: float = 1.0  # weight of imitating the attended rules, times that lag; with --credit expected
-    attention_temperature: float = 0.1  # difference in Q that is worth one nat of attention; with --credit expected
+    practice: float = 0.25  # share of training episodes that the inner policy plays alone, until trusted (paper: 0)
+    handicap: float = 100.0  # log-odds against the inner policy per standard deviation that its practice lags behind
+    imitation: float = 1.0  # weight of imitating the attended rules, times that lag; for --credit expected
+    attention_temperature: float = 0.1  # difference in Q worth one nat of attention; for --credit expected
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
@@ -366,7 +367,7 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
     moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
                for group, params in trained.items()}
     if n and args.actor in ("kian", "a2t"):
-        actor["lag"] = torch.ones(())  # how far the inner policy lags behind, in [0, 1]; set by main, not trained
+        actor["lag"] = torch.tensor(float(args.practice > 0))  # of the inner policy, in [0, 1]; set by main, not trained
     return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
 
 
@@ -376,31 +377,38 @@ def main(args: Args) -> dict[str, float]:
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        args = replace(stored, resume=folder) if args.resume else replace(
+        args = replace(stored, resume=folder, device=args.device) if args.resume else replace(
             stored, evaluate=folder, eval_episodes=args.eval_episodes, video=args.video, device=args.device)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "learning_rate",
-                     "updates_per_step", "initial_temperature")
-    hidden_layers(args.hidden)
+                     "updates_per_step", "initial_temperature", "attention_temperature")
+    if args.total_timesteps <= args.batch_size:
+        raise ArgError(f"--total-timesteps {args.total_timesteps} ends before the first batch of {args.batch_size}")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
         args = replace(args, entropy_fix="off", credit="drawn", practice=0.0)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    use_fast_matmul()
+    if device.type == "cpu":
+        use_fast_matmul()
 
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads())
     if not isinstance(vec.action_space, gym.spaces.Box):
         raise ArgError(f"{args.env} has {vec.action_space} actions; {ALGO} needs continuous ones (Box)")
-    obs = vec.reset(args.seed)
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     features = envs.flatten(obs)
     f, d, g = features.shape[1], vec.action_space.shape[0], obs["desired_goal"].shape[1] if vec.is_goal_env else 0
-    external = {} if args.actor == "plain" else knowledge.load(args.knowledge, args.env, d, envs.unflatten(features, g))
+    example = envs.unflatten(features.repeat(2, 1), g)  # a batch, also with one environment
+    external = {} if args.actor == "plain" else knowledge.load(args.knowledge, args.env, d, example)
     n, names = len(external), ["inner", *external]
     attends = n > 0 and args.actor in ("kian", "a2t")
 
     agent = make_agent(args, f, d, n)
     if args.load_keys and not saved:
         knowledge.take_over(agent["actor"], names, args.load_keys, args.warm)
-    relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
+    if args.save_keys and "keys" not in agent["actor"]:
+        raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
+    relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g and args.her_goals > 0 else 0
+    if relabelled and vec.max_episode_steps is None:
+        raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
     buffer = ReplayBuffer(min(args.total_timesteps, 1_000_000), vec.max_episode_steps if relabelled else 1,
                           args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
@@ -412,7 +420,7 @@ def main(args: Args) -> dict[str, float]:
             "agent", "step", "debt", "updates", "totals", "features", "alone"))
         normalizer.load_state_dict(saved["normalizer"])
         trust.load_state_dict(saved["trust"])
-    agent = tree_map(lambda x: x.to(device), agent)
+    agent, totals = tree_map(lambda x: x.to(device), (agent, totals))
 
     def choose(features: torch.Tensor, noise: Noise) -> Decision:
         mean, std = normalizer.stats()
@@ -431,18 +439,17 @@ def main(args: Args) -> dict[str, float]:
             return vec.to_box(decision.action.numpy())
         return play
 
-    slots = max(k for k in range(1, 33) if args.eval_episodes % k == 0)
-    eval_vec = envs.make_vec(args.env, slots, threads=torch.get_num_threads())
+    eval_vec = envs.make_vec(args.env, min(32, args.eval_episodes), threads=torch.get_num_threads())
 
     def evaluate(episodes: int, draw: bool = args.eval_select == "sample") -> dict[str, float]:
-        return envs.evaluate(player(draw, []), eval_vec, episodes, args.seed + 1_000_000)
+        return envs.evaluate(player(draw, []), eval_vec, episodes, 10_000 * args.seed + 5_000)
 
     def film(folder: Path) -> None:
         play = player(args.eval_select == "sample", log := [])
-        envs.record(play, args.env, args.video, args.seed + 2_000_000, folder, names if attends else [], log)
+        envs.record(play, args.env, args.video, 10_000 * args.seed + 7_000, folder, names if attends else [], log)
 
     if args.evaluate:
-        for draw in (True, False) if attends else (False,):
+        for draw in sorted((True, False), key=(args.eval_select == "sample").__eq__) if attends else (False,):
             result = evaluate(args.eval_episodes, draw)
             print(f"{args.env} after {step} steps, {'sampled' if draw else 'heaviest'} policy acts: "
                   + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
@@ -456,7 +463,8 @@ def main(args: Args) -> dict[str, float]:
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
     run = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0)
-    learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile else update
+    compiles = args.compile and can_compile(device)
+    learn = torch.compile(update, fullgraph=True, dynamic=False) if compiles else update
 
     def save() -> None:
         run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
@@ -465,7 +473,7 @@ def main(args: Args) -> dict[str, float]:
                   "wall_s": run.wall_s(),
                   "policy": knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)})
 
-    if step == 0:
+    if not saved:
         result = evaluate(args.eval_episodes)  # the untrained agent
         run.log_evaluation(0, result)
     while step < args.total_timesteps and not run.stop:
@@ -477,8 +485,8 @@ def main(args: Args) -> dict[str, float]:
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
             decision = choose(features, draw_noise(args.num_envs, n, d))
-            inner_acts = alone | (decision.selected[:, 0] == 1)
-            explore = inner_acts & ~alone & (torch.rand(args.num_envs) < args.random_actions)  # rules act undisturbed
+            inner_acts = ~alone & (decision.selected[:, 0] == 1)  # neither rules nor practice are disturbed
+            explore = inner_acts & (torch.rand(args.num_envs) < args.random_actions)
             chosen = torch.where(alone.unsqueeze(1), decision.actions[:, 0], decision.action)
             action = torch.where(explore.unsqueeze(1), action, chosen)
         obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
@@ -488,7 +496,7 @@ def main(args: Args) -> dict[str, float]:
         ended = torch.from_numpy(terminated | truncated)
         buffer.add(torch.cat([features, action, flags, envs.flatten(info["final_obs"])], 1), ended)
         trust.add(flags[:, 0], alone, ended)
-        alone = torch.where(ended, torch.rand(args.num_envs) < practice, alone)
+        alone = torch.where(ended, torch.rand(args.num_envs) < practice * (not trust.trusted), alone)
         normalizer.add(features)
         features = envs.flatten(obs)
         before, step = step, step + args.num_envs
@@ -519,9 +527,11 @@ def main(args: Args) -> dict[str, float]:
         if over or due(args.eval_every):
             result = evaluate(args.eval_episodes * (2 if over else 1))
             run.log_evaluation(step, result)
-        if over or run.stop or due(args.checkpoint_every):
+        if over or due(args.checkpoint_every):
             save()
-    run.close()  # a stopped run ends here
+    if run.stop and step < args.total_timesteps:
+        save()
+    run.close(step < args.total_timesteps)  # a stopped run ends here
     if args.save_keys:
         knowledge.save_keys(args.save_keys, knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g))
     film(run.folder / "video")

@@ -14,17 +14,17 @@ Act = Callable[[Observation], np.ndarray]  # a batch of observations -> (num_env
 
 
 def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, float]:
-    """Run `episodes` episodes of `act` on `vec`, the same number in every copy, from the start states of `seed`.
+    """Run `episodes` episodes of `act` on `vec`, shared evenly by its copies, from the start states of `seed`.
 
     Stopping at the first `episodes` finished ones would favour short episodes; here each copy plays its share to the
     end. `vec` should be kept for evaluation alone. Success is that of an episode's last step.
 
     Returns episodes, return_mean, return_std, success_rate (NaN without a notion of success), length_mean.
-    Raises ValueError unless `episodes` is a positive multiple of `vec.num_envs`.
+    Raises ValueError for fewer episodes than copies.
     """
-    share, rest = divmod(episodes, vec.num_envs)
-    if rest or episodes < 1:
-        raise ValueError(f"episodes ({episodes}) must be a positive multiple of num_envs ({vec.num_envs})")
+    if episodes < vec.num_envs:
+        raise ValueError(f"{episodes} episodes cannot be shared by {vec.num_envs} copies")
+    share = episodes // vec.num_envs + (np.arange(vec.num_envs) < episodes % vec.num_envs)
     obs = vec.reset(seed)
     finished = np.zeros(vec.num_envs, np.int64)
     running_return, running_length = np.zeros(vec.num_envs), np.zeros(vec.num_envs, np.int64)
@@ -34,7 +34,7 @@ def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, fl
         running_return += reward
         running_length += 1
         for i in np.flatnonzero(terminated | truncated):
-            if finished[i] < share:
+            if finished[i] < share[i]:
                 returns.append(running_return[i])
                 lengths.append(running_length[i])
                 successes.append(info["success"][i])

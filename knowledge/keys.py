@@ -53,8 +53,10 @@ def take_over(actor: dict[str, Tensor], names: list[str], source: str, warm: str
             raise KnowledgeError(f"keys {source}: {name} has {keys[name].numel()} numbers, not {width}")
         actor["keys"][i] = keys[name]
     for part in PARTS[warm]:
-        ours = [p for name, p in actor.items() if name.startswith(f"{part}.")]
-        if [p.shape for p in ours] != [p.shape for p in policy[part]]:
+        ours, layers = [p for name, p in actor.items() if name.startswith(f"{part}.")], policy[part]
+        if part == "query" and "inner_key_head" in policy:  # frozen apart, trained as one: query | inner key
+            layers = layers[:-2] + [torch.cat(pair, -1) for pair in zip(layers[-2:], policy["inner_key_head"])]
+        if [p.shape for p in ours] != [p.shape for p in layers]:
             raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use the run's --hidden and task")
-        for p, theirs in zip(ours, policy[part]):
+        for p, theirs in zip(ours, layers):
             p.copy_(theirs)
