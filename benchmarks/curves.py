@@ -4,8 +4,8 @@
     python benchmarks/curves.py draw docs/figures/push.png FetchPush-v2 # success of every variant: mean, all seeds
     python benchmarks/curves.py table FetchPush-v2                      # steps and minutes to 0.9, last evaluation
 
-A variant is an algorithm's settings as `config.json` has them, named by what differs from the defaults of the script at
-that commit: the first word is the actor, then the knowledge, then other flags.
+A variant is named by what its settings in `config.json` differ in from the script's present defaults: first the actor,
+then the knowledge, then other flags. A peer's `config.json` names its variant, and the algorithm it stands beside.
 """
 import csv
 import json
@@ -50,8 +50,8 @@ def gather(folders: list[str]) -> None:
         path = RESULTS / config["algo"] / f"{args['env']}.csv"
         name, seed = variant(config), str(args["seed"])
         rows = [row for row in load(path) if (row["variant"], row["seed"]) != (name, seed)] if path.exists() else []
-        facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"], "commit": config["commit"],
-                 "cpu": config["cpu"]}
+        facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"],
+                 "commit": config.get("commit"), "cpu": config.get("cpu")}
         rows += [facts | row for row in csv.DictReader((folder / "eval.csv").open())]
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)

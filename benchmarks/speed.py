@@ -42,7 +42,7 @@ LOOP = replace(BIG, batch_size=256, hidden="256x2")
 
 
 class Ours:
-    """SAC-KIAN driven as its main() drives it. All that this file knows of the algorithm's functions is in here."""
+    """sac_kian's functions in the order of its main(), without practice and logging. All that this file knows of them."""
 
     def __init__(self, args: sac.Args, compiled: bool = False):
         self.args = args

@@ -52,7 +52,7 @@ ZOO = dict(num_envs=1, updates_per_step=1.0, batch_size=2048, hidden="512x3", le
 ZOO_REACH = ZOO | dict(batch_size=256, hidden="64x2", tau=0.005, learning_starts=1000, normalize={"gamma": 0.95})
 # Defaults of sac_kian.py. Learning starts there when the first episodes are complete: computed below.
 OURS = dict(num_envs=32, updates_per_step=0.1, batch_size=512, hidden="256x3", learning_rate=1e-3, gamma=0.95, tau=0.05,
-            learning_starts=None, initial_temperature=0.1, time_feature=True,
+            learning_starts=None, initial_temperature=1.0, time_feature=True,
             normalize={"norm_reward": False, "clip_obs": 5.0})
 
 
@@ -205,8 +205,8 @@ def main(args: Args) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                          cwd=Path(__file__).parent)
-    config = {"algo": "sb3_her", "args": asdict(args), "env_id": env_id, "settings": settings,
-              "commit": git.stdout.strip() or None, "python": platform.python_version(),
+    config = {"algo": "sac_kian", "variant": f"stable-baselines3 {args.preset}", "args": asdict(args),
+              "env_id": env_id, "settings": settings, "commit": git.stdout.strip() or None, "python": platform.python_version(),
               "versions": {name: version(name) for name in PACKAGES},
               "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count(),
               "threads": torch.get_num_threads(), "device": str(model.device)}
