@@ -193,7 +193,7 @@ def can_compile(device: torch.device) -> bool:
     return False
 
 
-def use_fast_matmul() -> bool:
+def use_fast_matmul(device: torch.device) -> bool:
     """Let oneDNN do float32 matrix products where that is faster *and* as accurate; returns whether it is used.
 
     torch's "medium" precision hands products to oneDNN: on AMD CPUs with AVX-512 twice the rate of MKL, still in true
@@ -201,7 +201,7 @@ def use_fast_matmul() -> bool:
     AVX-512 it gains nothing.
     """
     torch.set_float32_matmul_precision("highest")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     a = torch.linspace(-1, 1, 512 * 512).view(512, 512).sin()
     exact = a.double() @ a.double().T

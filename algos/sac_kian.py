@@ -387,8 +387,7 @@ def main(args: Args) -> dict[str, float]:
         args = replace(args, entropy_fix="off", credit="drawn", practice=0.0)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    if device.type == "cpu":
-        use_fast_matmul()
+    use_fast_matmul(device)
 
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads())
     if not isinstance(vec.action_space, gym.spaces.Box):
@@ -463,8 +462,7 @@ def main(args: Args) -> dict[str, float]:
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
     run = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0)
-    compiles = args.compile and can_compile(device)
-    learn = torch.compile(update, fullgraph=True, dynamic=False) if compiles else update
+    learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile and can_compile(device) else update
 
     def save() -> None:
         run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
@@ -511,7 +509,12 @@ def main(args: Args) -> dict[str, float]:
                                    for x in (batch[:, :f], batch[:, f + d + 2:]))  # of the new goals
             noise, next_noise = draw_noise(args.batch_size, n, d), draw_noise(args.batch_size, n, d)
             inputs = (batch, *normalizer.stats(), advice, next_advice, noise, next_noise)
-            scalars = learn(agent, *tree_map(lambda x: x.to(device), inputs), args)
+            try:
+                scalars = learn(agent, *tree_map(lambda x: x.to(device), inputs), args)
+            except Exception:  # a Ctrl-C during the first call also reaches the compiler, which fails
+                if not run.stop:
+                    raise
+                break
             totals = {name: totals.get(name, 0.0) + x for name, x in scalars.items()}
             debt, updates = debt - 1, updates + 1
 

@@ -179,7 +179,7 @@ def learners(args: sac.Args, job: Literal["update", "train"], compiled: bool, bf
     """SB3 and ours on `job`, each with a buffer of its own that holds the same number of transitions."""
     torch.compiler.reset()  # torch refuses to compile a function more than eight times
     torch.manual_seed(args.seed)
-    fast = "medium" if use_fast_matmul() else "highest"
+    fast = "medium" if use_fast_matmul(torch.device("cpu")) else "highest"
     peer, ours = Peer(args), {"ours, eager": Ours(args)}
     if compiled:
         ours["ours, compiled"] = Ours(args, compiled=True)
@@ -220,7 +220,7 @@ def step_fetch(env_id: str, share: int, rounds: int) -> list[dict]:
 
 def bfloat16_pays() -> bool:
     """Whether bfloat16 matrix products are faster here than float32 ones: CPUs without them emulate them slowly."""
-    use_fast_matmul()
+    use_fast_matmul(torch.device("cpu"))
     a, b = torch.randn(2, 512, 512)
 
     def seconds(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -259,7 +259,7 @@ def main() -> int:
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": describe_cpu()}
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     print(f"torch {machine['torch']}, {machine['threads']} threads of {os.cpu_count()} cores, {machine['cpu']}{load}")
-    print(f"float32 products: ours {'medium' if use_fast_matmul() else 'highest'} (runtime.use_fast_matmul tests the "
+    print(f"float32 products: ours {'medium' if use_fast_matmul(torch.device("cpu")) else 'highest'} (runtime.use_fast_matmul tests the "
           f"CPU), SB3 highest (torch's default) and medium")
     bf16 = bfloat16_pays()
     if not bf16:
