@@ -182,7 +182,7 @@ def squash_log_prob(log_prob: torch.Tensor, action: torch.Tensor) -> torch.Tenso
 
 
 def attention_scores(query: torch.Tensor, keys: torch.Tensor, cosine_scale: float) -> torch.Tensor:
-    """Query (B, m), keys (n+1, m) or (B, n+1, m), inner first -> scores (B, n+1); softmax weighs policies (Eqs. 1-2)."""
+    """Query (B, m), keys (n+1, m) or (B, n+1, m), inner first -> scores (B, n+1) of the policies (Eqs. 1-2)."""
     if cosine_scale > 0:
         query, keys = cosine_scale * F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
     return (query.unsqueeze(1) * keys).sum(-1)  # (B, 1, m) * (n+1, m) -> (B, n+1)
@@ -197,7 +197,7 @@ def select(scores: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
 
 def surrogate_log_prob(log_weights: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     """log sum_i w_i p_i(a_i), every policy scored at its *own* action: (B, n+1), (B, n+1) -> (B,). Not the density of
-    the executed action: under that one, entropy is highest when the widest policy has all weight, whatever its worth."""
+    the executed action: under that one, entropy is highest when the widest policy has all weight, good or bad."""
     return torch.logsumexp(log_weights + log_probs.clamp(min=-18.0), -1)
 
 
@@ -367,7 +367,7 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
     moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
                for group, params in trained.items()}
     if n and args.actor in ("kian", "a2t"):
-        actor["lag"] = torch.tensor(float(args.practice > 0))  # of the inner policy, in [0, 1]; set by main, not trained
+        actor["lag"] = torch.tensor(float(args.practice > 0))  # of the inner policy, in [0, 1]; not trained
     return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
 
 
@@ -466,7 +466,8 @@ def main(args: Args) -> dict[str, float]:
 
     def save() -> None:
         run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
-                  "features": features, "alone": alone, "trust": trust.state_dict(), "normalizer": normalizer.state_dict(),
+                  "features": features, "alone": alone, "trust": trust.state_dict(),
+                  "normalizer": normalizer.state_dict(),
                   "buffer": buffer.state_dict(), "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
                   "wall_s": run.wall_s(),
                   "policy": knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)})

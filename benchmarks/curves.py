@@ -38,7 +38,10 @@ def variant(config: dict) -> str:
     words = [args["actor"]] if "actor" in args else [config["algo"]]
     if args.get("knowledge", "auto") != "auto" and words != ["plain"]:
         words.append(args["knowledge"])
-    changed = {k: v for k, v in args.items() if k not in RUN | {"actor", "knowledge"} and k in usual and v != usual[k]}
+    ignored = RUN | {"actor", "knowledge"}
+    if words == ["plain"]:  # what follows `actor` in Args is about knowledge
+        ignored |= set(list(usual)[list(usual).index("actor"):])
+    changed = {k: v for k, v in args.items() if k in usual and k not in ignored and v != usual[k]}
     return " ".join([*words, *(f"--{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))])
 
 

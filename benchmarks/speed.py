@@ -42,7 +42,7 @@ LOOP = replace(BIG, batch_size=256, hidden="256x2")
 
 
 class Ours:
-    """sac_kian's functions in the order of its main(), without practice and logging. All that this file knows of them."""
+    """sac_kian's functions in the order of its main(), without practice and logging. All this file knows of them."""
 
     def __init__(self, args: sac.Args, compiled: bool = False):
         self.args = args
@@ -259,8 +259,8 @@ def main() -> int:
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": describe_cpu()}
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     print(f"torch {machine['torch']}, {machine['threads']} threads of {os.cpu_count()} cores, {machine['cpu']}{load}")
-    print(f"float32 products: ours {'medium' if use_fast_matmul(torch.device("cpu")) else 'highest'} (runtime.use_fast_matmul tests the "
-          f"CPU), SB3 highest (torch's default) and medium")
+    fast = "medium" if use_fast_matmul(torch.device("cpu")) else "highest"
+    print(f"float32 products: ours {fast} (runtime.use_fast_matmul tests the CPU), SB3 highest (torch's default) and medium")
     bf16 = bfloat16_pays()
     if not bf16:
         print("no native bfloat16 here: its rows are left out")

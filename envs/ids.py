@@ -37,7 +37,8 @@ def resolve(env_id: str) -> str:
             _announced.add(env_id)
         return current
     known = [name for name in gym.registry if not re.fullmatch(r"Fetch\w+-v\d+", name)]
-    known += [f"Fetch{task}{dense}-v2" for dense in ("", "Dense") for task in ("Reach", "Push", "Slide", "PickAndPlace")]
+    tasks = ("Reach", "Push", "Slide", "PickAndPlace")
+    known += [f"Fetch{task}{dense}-v2" for dense in ("", "Dense") for task in tasks]
     names = difflib.get_close_matches(env_id, known, n=2)
     hint = f"; did you mean {' or '.join(names)}?" if names else ""
     raise EnvError(f"unknown environment id {env_id!r}{hint}")

@@ -122,7 +122,8 @@ def test_every_variant_trains_evaluates_and_becomes_knowledge(kwargs, tmp_path):
 def test_frozen_agent_acts_as_the_agent(uncut, capsys):
     """`run:` plays the same actions as --evaluate with the heaviest policy."""
     sac_kian.main(sac_kian.Args(evaluate=str(uncut[0]), eval_episodes=4))
-    heaviest = float(capsys.readouterr().out.splitlines()[-1].split("return_mean ")[1].split(",")[0])
+    line, = (line for line in capsys.readouterr().out.splitlines() if "heaviest" in line)
+    heaviest = float(line.split("return_mean ")[1].split(",")[0])
     vec = envs.make_vec("FetchPickAndPlace-v2", 4)
     example = envs.unflatten(envs.flatten(vec.reset(0)), 3)
     policy, = knowledge.load(f"run:{uncut[0]}", "FetchPickAndPlace-v2", 4, example).values()

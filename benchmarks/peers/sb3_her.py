@@ -206,7 +206,8 @@ def main(args: Args) -> int:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                          cwd=Path(__file__).parent)
     config = {"algo": "sac_kian", "variant": f"stable-baselines3 {args.preset}", "args": asdict(args),
-              "env_id": env_id, "settings": settings, "commit": git.stdout.strip() or None, "python": platform.python_version(),
+              "env_id": env_id, "settings": settings, "commit": git.stdout.strip() or None,
+              "python": platform.python_version(),
               "versions": {name: version(name) for name in PACKAGES},
               "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count(),
               "threads": torch.get_num_threads(), "device": str(model.device)}
