@@ -88,7 +88,8 @@ def draw_timeline(frames: Sequence[np.ndarray], weights: Sequence[list[float]], 
     figure, (strip, area, band) = plt.subplots(3, 1, figsize=(10, 5.2), height_ratios=[3, 4, 0.5], sharex=True,
                                                constrained_layout=True)
     for k, frame in enumerate(frames[i] for i in shown):
-        strip.imshow(frame, extent=(k * steps / 8, (k + 1) * steps / 8, 0, 1), aspect="auto")
+        margin = frame.shape[1] // 5  # the middle of the frame, so that it keeps its proportions
+        strip.imshow(frame[:, margin:-margin], extent=(k * steps / 8, (k + 1) * steps / 8, 0, 1), aspect="auto")
         strip.text((k + 0.04) * steps / 8, 0.04, f"step {shown[k]}", color="white", fontsize=8)
     strip.set_axis_off()
     area.stackplot(np.arange(steps) + 0.5, np.asarray(weights).T, labels=names, colors=colors, alpha=0.85)
