@@ -105,11 +105,11 @@ def draw(target: str, *environments: str) -> None:
         for i, (name, seeds) in enumerate(sorted(curves(env).items())):
             color = plt.get_cmap("tab10")(i % 10)
             for points in seeds.values():
-                panel.plot([p[0] for p in points], [p[2] for p in points], color=color, alpha=0.35, linewidth=0.8)
+                panel.plot([p[0] / 1000 for p in points], [p[2] for p in points], color=color, alpha=0.35, linewidth=0.8)
             steps = min(([p[0] for p in points] for points in seeds.values()), key=len)
             mean = [sum(points[k][2] for points in seeds.values()) / len(seeds) for k in range(len(steps))]
-            panel.plot(steps, mean, color=color, linewidth=2.2, label=f"{name} ({len(seeds)})")
-        panel.set(title=env, xlabel="environment steps", ylabel="success rate", ylim=(-0.02, 1.02))
+            panel.plot([step / 1000 for step in steps], mean, color=color, linewidth=2.2, label=f"{name} ({len(seeds)})")
+        panel.set(title=env, xlabel="environment steps, thousands", ylabel="success rate", ylim=(-0.02, 1.02))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
     Path(target).parent.mkdir(parents=True, exist_ok=True)
