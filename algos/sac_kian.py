@@ -288,7 +288,7 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
     # Attention is taught who is worth most here, softmax(Q / temperature), by cross-entropy: unlike the gradient of the
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
     inner_q = q_of(decision.actions[:, :1])  # (B, 1)
-    q = torch.cat([inner_q, q_of(decision.actions[:, 1:])], 1).detach()  # (B, n+1)
+    q = torch.cat([inner_q, q_of(decision.actions[:, 1:].detach())], 1).detach()  # (B, n+1)
     worth = torch.softmax(held_back(q / args.attention_temperature, actor, args), 1)
     teaching = -(worth * decision.log_weights).sum(1)
     loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) + teaching  # the inner policy: SAC in every state
@@ -413,7 +413,7 @@ def main(args: Args) -> dict[str, float]:
     normalizer = envs.Normalizer(f, args.normalize)
     practice = args.practice if attends else 0.0
     alone, trust = torch.rand(args.num_envs) < practice, knowledge.Trust(args.num_envs)  # who plays alone, how well
-    step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: scalars summed since the last log
+    step, debt, updates, totals, learning = 0, 0.0, 0, {}, False  # debt: updates owed; totals: since last log
     if saved:
         agent, step, debt, updates, totals, features, alone = (saved[name] for name in (
             "agent", "step", "debt", "updates", "totals", "features", "alone"))
@@ -476,7 +476,7 @@ def main(args: Args) -> dict[str, float]:
         result = evaluate(args.eval_episodes)  # the untrained agent
         run.log_evaluation(0, result)
     while step < args.total_timesteps and not run.stop:
-        learning = buffer.transitions() >= args.batch_size  # until then, uniform actions
+        learning = learning or buffer.transitions() >= args.batch_size  # until then, uniform actions
 
         # act
         if attends:
