@@ -87,8 +87,8 @@ class Args:
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
     credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
     practice: float = 0.25  # share of training episodes that the inner policy plays alone, until trusted (paper: 0)
-    handicap: float = 100.0  # log-odds against the inner policy per standard deviation that its practice lags behind
-    imitation: float = 1.0  # weight of imitating the attended rules, times that lag; for --credit expected
+    handicap: float = 100.0  # log-odds against the inner policy, times the doubt about it, until trusted
+    imitation: float = 1.0  # weight of imitating the attended rules, times the doubt; for --credit expected
     attention_temperature: float = 0.1  # difference in Q worth one nat of attention; for --credit expected
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
@@ -222,9 +222,9 @@ def draw_noise(batch: int, n: int, d: int, generator: torch.Generator | None = N
     return Noise(torch.randn(batch, n + 1, d, generator=generator), -(-uniform.log()).log())
 
 
-def held_back(scores: torch.Tensor, actor: dict, args: Args) -> torch.Tensor:
-    """Scores (B, n+1) with a handicap on the inner policy, first, as large as it lags behind."""
-    return torch.cat([scores[:, :1] - args.handicap * actor["lag"], scores[:, 1:]], 1)
+def held_back(scores: torch.Tensor, actor: dict) -> torch.Tensor:
+    """Scores (B, n+1) with the handicap taken from the inner policy's, the first."""
+    return torch.cat([scores[:, :1] - actor["handicap"], scores[:, 1:]], 1)
 
 
 def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noise, args: Args) -> Decision:
@@ -248,7 +248,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
             query, inner_key = query.chunk(2, -1)
             keys = torch.cat([inner_key.unsqueeze(1), keys[1:].expand(len(query), -1, -1)], 1)  # (B, n+1, m)
         scores = attention_scores(query, keys, args.cosine_scale)
-    scores = held_back(scores, actor, args)
+    scores = held_back(scores, actor)
     log_weights = torch.log_softmax(scores, -1)
     selected = select(scores, noise.gumbel)
 
@@ -289,13 +289,13 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
     inner_q = q_of(decision.actions[:, :1])  # (B, 1)
     q = torch.cat([inner_q, q_of(decision.actions[:, 1:].detach())], 1).detach()  # (B, n+1)
-    worth = torch.softmax(held_back(q / args.attention_temperature, actor, args), 1)
+    worth = torch.softmax(held_back(q / args.attention_temperature, actor), 1)
     teaching = -(worth * decision.log_weights).sum(1)
     loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) + teaching  # the inner policy: SAC in every state
-    # As long as it lags behind, the inner policy also imitates the rules it would attend to.
+    # As long as it is doubted, the inner policy also imitates the rules it would attend to.
     teachers = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
     distance = (decision.actions[:, :1] - decision.actions[:, 1:]).square().sum(-1)  # (B, n)
-    loss = loss + args.imitation * actor["lag"] * (teachers * distance).sum(1)
+    loss = loss + actor["imitation"] * (teachers * distance).sum(1)
     return loss.mean(), (decision, (decision.log_weights.exp() * q).sum(1), decision.inner_log_prob)
 
 
@@ -367,7 +367,7 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
     moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
                for group, params in trained.items()}
     if n and args.actor in ("kian", "a2t"):
-        actor["lag"] = torch.tensor(float(args.practice > 0))  # of the inner policy, in [0, 1]; not trained
+        actor |= {"handicap": torch.zeros(()), "imitation": torch.zeros(())}  # set by `main`, not trained
     return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
 
 
@@ -480,7 +480,8 @@ def main(args: Args) -> dict[str, float]:
 
         # act
         if attends:
-            agent["actor"]["lag"].fill_(trust.lag() if practice else 0.0)
+            agent["actor"]["handicap"].fill_(args.handicap * trust.doubt * (practice > 0 and not trust.trusted))
+            agent["actor"]["imitation"].fill_(args.imitation * trust.doubt * (practice > 0))
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
             decision = choose(features, draw_noise(args.num_envs, n, d))
@@ -526,7 +527,7 @@ def main(args: Args) -> dict[str, float]:
         run.bar.update(args.num_envs)
         if updates and due(LOG_EVERY):
             totals = {name: total / updates for name, total in totals.items()}
-            run.log(step, totals | {"return": trust.agent, "return_alone": trust.alone, "lag": trust.lag()}, names)
+            run.log(step, totals | {"return": trust.agent, "return_alone": trust.alone, "doubt": trust.doubt}, names)
             updates, totals = 0, {}
         if over or due(args.eval_every):
             result = evaluate(args.eval_episodes * (2 if over else 1))

@@ -158,7 +158,7 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor
         "query": query or None,
         "keys": dict(zip(names, actor["keys"].cpu().clone())) if "keys" in actor else None,
         "score": "cosine" if args.cosine_scale > 0 else "dot",
-        "handicap": args.handicap * float(actor.get("lag", 0.0)) / scale,
+        "handicap": float(actor.get("handicap", 0.0)) / scale,
         "knowledge": args.knowledge,
     }
     if policy["keys"] and args.inner_key == "head":

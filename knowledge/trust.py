@@ -5,19 +5,22 @@ import torch
 class Trust:
     """Returns of two kinds of training episodes: those the inner policy plays alone, and those of the whole agent.
 
-    `lag()` says how much worse the inner policy does alone than the agent did at its best. A learned critic cannot say
-    that: the inner policy maximises the critic's errors, so it looks better to the critic than it is. Trust is given
-    once: two policies that take turns within an episode can be worse than either, so the time of doubt is kept short.
+    `doubt` says how much worse the inner policy does alone than the agent did at its best, in standard deviations of
+    returns: 1 while nothing is known, never above. A learned critic cannot say that: the inner policy maximises the
+    critic's errors, so it looks better to the critic than it is. Below MARGIN the inner policy is trusted, once and for
+    all, and doubt fades from there: dropped at once, what doubt is there for would be missed until the critic knows the
+    states that the inner policy leads to.
     """
 
-    MARGIN = 0.2  # lag, in standard deviations of returns, at which the inner policy is trusted
+    MARGIN = 0.2
+    FADE = 0.002  # of the doubt that is left, per episode after trust: half of it lasts 350 episodes
     RATE = 0.02  # of the running means: about the last 50 episodes of a kind
     FIRST = 400  # episodes before the means are compared
 
     def __init__(self, num_envs: int):
         self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
-        self.trusted = False
+        self.doubt, self.trusted = 1.0, False
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
 
     def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor) -> None:
@@ -32,14 +35,13 @@ class Trust:
             setattr(self, kind, value if old != old else old + self.RATE * (value - old))
             if self.count >= self.FIRST and not self.agent <= self.best:
                 self.best = self.agent
+            if self.trusted:
+                self.doubt *= 1 - self.FADE
         self.current[ended] = 0.0
-        self.trusted = self.trusted or self.lag() < self.MARGIN
-
-    def lag(self) -> float:
-        """(best - alone) / standard deviation of returns, in [0, 1]; 1 while nothing is known, 0 once trusted."""
-        if self.trusted or self.best != self.best or self.alone != self.alone:
-            return 0.0 if self.trusted else 1.0
-        return min(1.0, max(0.0, (self.best - self.alone) / max((self.square / self.count) ** 0.5, 1e-8)))
+        if not self.trusted and self.best == self.best and self.alone == self.alone:  # neither is nan
+            lag = (self.best - self.alone) / max((self.square / self.count) ** 0.5, 1e-8)
+            self.doubt = min(1.0, max(0.0, lag))
+            self.trusted = lag < self.MARGIN
 
     def state_dict(self) -> dict:
         return dict(vars(self))

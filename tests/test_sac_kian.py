@@ -73,7 +73,7 @@ def test_naive_mixture_is_a_density_and_the_surrogate_is_not_its_log(actor):
     """The mixture .2 tanh N(.1, e^-.5) + .3 N(.5, e^-1) + ... sampled through `decide`: entropy by Monte Carlo."""
     weights = torch.tensor([0.5, 0.3, 0.2])
     params = {"inner.0.weight": torch.zeros(1, 2), "inner.0.bias": torch.tensor([0.1, -0.5]),
-              "query.0.weight": torch.zeros(1, 3), "query.0.bias": weights.log(), "lag": torch.tensor(0.0)}
+              "query.0.weight": torch.zeros(1, 3), "query.0.bias": weights.log(), "handicap": torch.tensor(0.0)}
     if actor == "kian":  # keys that score a constant query as these logits
         params["keys"] = torch.eye(3)
     args = Args(actor=actor, entropy_fix="off", cosine_scale=0.0, ext_log_std=-1.0)
@@ -168,7 +168,8 @@ def test_update_is_adam_on_the_stated_losses(credit):
     torch.manual_seed(1)
     args = Args(hidden="16x2", batch_size=32, credit=credit)
     agent = make_agent(args, 6, 2, 2)
-    agent["actor"]["lag"].fill_(0.01)  # a handicap of 1: everyone has a say
+    agent["actor"]["handicap"].fill_(1.0)
+    agent["actor"]["imitation"].fill_(0.01)
     clone = lambda group: {k: v.clone().requires_grad_() for k, v in agent[group].items()}  # noqa: E731
     actor, critic, target, temperature = (clone(g) for g in ("actor", "critic", "target", "temperature"))
     batch, (advice, next_advice) = torch.randn(32, 16), torch.rand(2, 32, 2, 2)
@@ -177,7 +178,7 @@ def test_update_is_adam_on_the_stated_losses(credit):
     with torch.no_grad():
         update(agent, batch, torch.zeros(6), torch.ones(6), advice, next_advice, noise, next_noise, args)
 
-    trained = {name: p for name, p in actor.items() if name != "lag"}
+    trained = {name: p for name, p in actor.items() if name not in ("handicap", "imitation")}
     optimisers = [torch.optim.Adam(p.values(), args.learning_rate) for p in (critic, trained, temperature)]
     features, action, reward, end, following = batch.clamp(-5, 5).split([6, 2, 1, 1, 6], 1)
     action, reward, end = batch[:, 6:8], batch[:, 8], batch[:, 9]
@@ -199,7 +200,7 @@ def test_update_is_adam_on_the_stated_losses(credit):
         q = torch.stack(each, 1).detach() / args.attention_temperature - torch.tensor([1.0, 0, 0])
         share = now.log_weights[:, 1:].detach().softmax(1)
         distance = [(now.actions[:, 0] - advice[:, i]).square().sum(1) for i in range(2)]
-        imitation = args.imitation * 0.01 * sum(share[:, i] * distance[i] for i in range(2))
+        imitation = 0.01 * sum(share[:, i] * distance[i] for i in range(2))
         gain = each[0] + (q.softmax(1) * now.log_weights).sum(1) - imitation
         assert torch.allclose(then.log_prob, then.log_weights[:, 0].exp() * then.inner_log_prob)
     loss = (alpha * log_prob - gain).mean()
