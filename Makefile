@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+SUITE ?= cpu
+WORKERS ?= 1
+ALGO ?=
 
-.PHONY: help train test setup gl twins speed clean
+.PHONY: help train test setup gl twins speed bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +37,9 @@ twins: setup  ## rewrite every marked twin block from its first copy
 
 speed: setup  ## updates/s and steps/s beside stable-baselines3
 	$(BIN)/python benchmarks/speed.py sac $(ARGS)
+
+bench: setup  ## run what is not finished of SUITE=smoke|cpu|paper, WORKERS=2 at a time, ALGO=sac_kian only
+	$(BIN)/python benchmarks/run.py --suite $(SUITE) --workers $(WORKERS) $(if $(ALGO),--algo $(ALGO)) $(ARGS)
 
 clean:  ## remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .hypothesis $$(find . -name __pycache__ -not -path './runs/*')

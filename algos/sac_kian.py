@@ -412,7 +412,8 @@ def main(args: Args) -> dict[str, float]:
                           args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     practice = args.practice if attends else 0.0
-    alone, trust = torch.rand(args.num_envs) < practice, knowledge.Trust(args.num_envs)  # who plays alone, how well
+    alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
+    trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     step, debt, updates, totals, learning = 0, 0.0, 0, {}, False  # debt: updates owed; totals: since last log
     if saved:
         agent, step, debt, updates, totals, features, alone = (saved[name] for name in (
@@ -467,21 +468,19 @@ def main(args: Args) -> dict[str, float]:
     def save() -> None:
         run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
                   "features": features, "alone": alone, "trust": trust.state_dict(),
-                  "normalizer": normalizer.state_dict(),
-                  "buffer": buffer.state_dict(), "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
-                  "wall_s": run.wall_s(),
+                  "normalizer": normalizer.state_dict(), "buffer": buffer.state_dict(), "envs": envs.snapshot(vec),
+                  "rng": torch.get_rng_state(), "wall_s": run.wall_s(),
                   "policy": knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)})
 
     if not saved:
-        result = evaluate(args.eval_episodes)  # the untrained agent
-        run.log_evaluation(0, result)
+        run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent
     while step < args.total_timesteps and not run.stop:
         learning = learning or buffer.transitions() >= args.batch_size  # until then, uniform actions
 
         # act
         if attends:
-            agent["actor"]["handicap"].fill_(args.handicap * trust.doubt * (practice > 0 and not trust.trusted))
-            agent["actor"]["imitation"].fill_(args.imitation * trust.doubt * (practice > 0))
+            agent["actor"]["handicap"].fill_(args.handicap * trust.doubt * (not trust.trusted))
+            agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
             decision = choose(features, draw_noise(args.num_envs, n, d))

@@ -17,10 +17,10 @@ class Trust:
     RATE = 0.02  # of the running means: about the last 50 episodes of a kind
     FIRST = 400  # episodes before the means are compared
 
-    def __init__(self, num_envs: int):
+    def __init__(self, num_envs: int, trusted: bool = False):
         self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
-        self.doubt, self.trusted = 1.0, False
+        self.doubt, self.trusted = float(not trusted), trusted
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
 
     def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor) -> None:

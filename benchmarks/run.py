@@ -1,0 +1,194 @@
+"""Run the cells of a suite that are not finished yet, several at a time: make bench SUITE=cpu WORKERS=2
+
+A suite (benchmarks/suites/<name>.toml) lists algorithms, environments, seeds and flags; a cell is one command of it.
+Its folder is a function of these four alone, so a suite can be run again at any time: finished cells are skipped, the
+others go on from their last checkpoint, or from the start. Beside a run folder `seed<k>/` stand `seed<k>.log`, what
+the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops every cell with a checkpoint.
+"""
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One command of a suite."""
+    algo: str
+    env: str
+    seed: int
+    flags: tuple[str, ...]
+    root: Path  # above all cells
+
+    @property
+    def folder(self) -> Path:
+        """Where its run goes: a readable name, and a digest because that one is cut short."""
+        text = " ".join(self.flags)
+        name = re.sub(r"[^\w.]+", "-", text).strip("-")[:60] or "defaults"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return self.root / self.algo / self.env / f"{name}-{digest}" / f"seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.algo, self.env, *self.flags, f"seed {self.seed}"])
+
+    def beside(self, suffix: str) -> Path:
+        return self.folder.with_name(self.folder.name + suffix)
+
+    def finished(self) -> bool:
+        """Its command ended well; or, when that was not written down (a killed engine), its curve is complete."""
+        if self.beside(".json").is_file():
+            return json.loads(self.beside(".json").read_text())["returncode"] == 0
+        config, curve = self.folder / "config.json", self.folder / "eval.csv"
+        if not (config.is_file() and curve.is_file()):
+            return False
+        steps = [int(row["step"]) for row in csv.DictReader(curve.open())]
+        return bool(steps) and steps[-1] >= json.loads(config.read_text())["args"]["total_timesteps"]
+
+    def command(self) -> list[str]:
+        """What starts it, or continues it from its checkpoint."""
+        script = [sys.executable, f"algos/{self.algo}.py"]
+        if (self.folder / "checkpoint.pt").is_file():
+            return [*script, "--resume", str(self.folder)]
+        return [*script, "--env", self.env, "--seed", str(self.seed), *self.flags, "--run-dir", str(self.folder)]
+
+
+@dataclass
+class Args:
+    """Run what is not finished of a benchmark suite."""
+    suite: str = "cpu"  # name in benchmarks/suites, or a path to a .toml file
+    workers: int = 1  # cells at a time, one thread each; at most the number of cores is sensible
+    algo: str = ""  # only the cells of this algorithm
+    env: str = ""  # only the cells of this environment
+    seeds: int = 0  # only seeds up to this one; 0: all
+    root: str = "runs/bench"  # above all cells' folders
+    dry_run: bool = False  # print commands, run nothing
+
+
+def load_suite(args: Args) -> list[Cell]:
+    """The cells that `args` asks for, seed 1 of everything first: an early stop leaves a broad picture.
+
+    Raises ValueError, a one-line message, for a suite that is not there, broken or left with no cell.
+    """
+    path = Path(args.suite) if args.suite.endswith(".toml") else ROOT / "benchmarks" / "suites" / f"{args.suite}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (ROOT / "benchmarks" / "suites").glob("*.toml")))
+        raise ValueError(f"suite {args.suite} is not there; known are {known}")
+    try:
+        cells = [Cell(entry["algo"], env, seed, tuple(shlex.split(entry.get("flags", ""))), Path(args.root))
+                 for entry in tomllib.loads(path.read_text())["cell"]
+                 for env in entry["envs"] for seed in entry["seeds"]]
+    except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} is no suite ({type(error).__name__}: {error}): give each [[cell]] algo, envs and "
+                         "seeds") from error
+    for cell in cells:
+        if not (ROOT / "algos" / f"{cell.algo}.py").is_file():
+            raise ValueError(f"{path} names {cell.algo}, but there is no algos/{cell.algo}.py")
+    cells = [c for c in cells if c.algo == (args.algo or c.algo) and c.env == (args.env or c.env)
+             and c.seed <= (args.seeds or c.seed)]
+    if not cells:
+        raise ValueError(f"suite {args.suite} has no cell of algo {args.algo or 'any'}, env {args.env or 'any'}")
+    return sorted(set(cells), key=lambda c: (c.seed, cells.index(c)))
+
+
+class Engine:
+    """Runs cells as child processes in a few threads; a signal goes to all children, and no new one starts."""
+
+    def __init__(self, workers: int):
+        self.workers, self.children, self.stop = workers, set(), 0
+
+    def ask_to_stop(self, signum: int, _frame) -> None:
+        self.stop = signum
+        for child in list(self.children):
+            child.send_signal(signal.SIGTERM)
+
+    def run_cell(self, cell: Cell) -> int | None:
+        """Exit status of the cell's command; None if it was not started."""
+        if self.stop:
+            return None
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        with cell.beside(".log").open("a") as log:
+            try:  # the child inherits this lock: a cell that outlives its engine is not started a second time
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"is running already: {cell.name}", flush=True)
+                return None
+            command = cell.command()
+            if "--resume" not in command and cell.folder.exists():  # cut before its first checkpoint
+                shutil.rmtree(cell.folder)
+            cell.beside(".json").unlink(missing_ok=True)
+            print(("resumes  " if "--resume" in command else "starts   ") + cell.name, flush=True)
+            start = time.monotonic()
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+            self.children.add(child)
+            if self.stop:  # the signal came between the two lines above
+                child.send_signal(signal.SIGTERM)
+            returncode = child.wait()
+            self.children.discard(child)
+        if not (self.stop and returncode):
+            outcome = {"returncode": returncode, "command": command, "seconds": round(time.monotonic() - start)}
+            partial = cell.beside(".json.tmp")
+            partial.write_text(json.dumps(outcome, indent=1))
+            os.replace(partial, cell.beside(".json"))
+            print("FAILED   " if returncode else "finished ", f"{cell.name} ({outcome['seconds']} s)", sep="", flush=True)
+        return returncode
+
+    def run(self, cells: list[Cell]) -> dict[Cell, int | None]:
+        handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        with ThreadPoolExecutor(self.workers) as pool:
+            outcomes = dict(zip(cells, pool.map(self.run_cell, cells)))
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        return outcomes
+
+
+def main(args: Args) -> int:
+    """0: all cells are finished; 1: some failed, which the last lines name; 128 + signal: stopped."""
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, not {args.workers}")
+    args.root = str(Path(args.root).resolve())
+    cells = load_suite(args)
+    todo = [cell for cell in cells if not cell.finished()]
+    if args.dry_run:
+        for cell in todo:
+            print(shlex.join(["python", *cell.command()[1:]]))
+        print(f"{len(todo)} to run, {len(cells) - len(todo)} finished", file=sys.stderr)
+        return 0
+    print(f"{args.suite}: {len(cells)} cells, {len(cells) - len(todo)} finished already", flush=True)
+    engine = Engine(args.workers)
+    outcomes = engine.run(todo)
+    failed = [cell for cell, returncode in outcomes.items() if returncode and not engine.stop]
+    for cell in failed:
+        lines = cell.beside(".log").read_text().splitlines()[-5:]
+        print("\n  ".join([f"\n{cell.name} failed ({outcomes[cell]}); {cell.beside('.log')} ends:", *lines]))
+    done = sum(cell.finished() for cell in cells)
+    print(f"\n{done} of {len(cells)} cells finished" + (f", {len(failed)} failed" if failed else "")
+          + ("; stopped, the same command goes on" if engine.stop else ""))
+    return 128 + engine.stop if engine.stop else int(bool(failed))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Args)))
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(2)

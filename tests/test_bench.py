@@ -1,0 +1,92 @@
+"""The bench engine: idempotent, honest about failures, able to go on after a stop."""
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.run import Args, Cell, load_suite
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ("--knowledge none --num-envs 2 --hidden 8x1 --batch-size 16 --no-compile --eval-every 200 --eval-episodes 2 --her-goals 0 "
+         "--checkpoint-every 100")
+
+
+def suite(path: Path, *cells: str) -> Path:
+    entries = [f'[[cell]]\nalgo = "sac_kian"\nenvs = ["Pendulum-v1"]\nseeds = [1]\nflags = "{FLAGS} {flags}"\n'
+               for flags in cells]
+    (path / "suite.toml").write_text("\n".join(entries))
+    return path / "suite.toml"
+
+
+def bench(path: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "benchmarks/run.py", "--suite", str(path), "--root", str(path.parent / "runs"), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_runs_once_and_names_failures(tmp_path):
+    """Two cells at once, one with a flag that does not exist. Again: only that one is tried."""
+    path = suite(tmp_path, "--total-timesteps 400", "--total-timesteps 400 --knowledge no.such.rule")
+    plan = bench(path, "--dry-run")
+    assert plan.communicate()[0].count("python algos/sac_kian.py --env Pendulum-v1 --seed 1") == 2
+    assert plan.returncode == 0 and not (tmp_path / "runs").exists()
+    first = bench(path, "--workers", "2")
+    output = first.communicate()[0]
+    assert first.returncode == 1 and "1 of 2 cells finished, 1 failed" in output
+    assert "knowledge 'no.such.rule' is unknown" in output  # the failed cell's last lines
+    again = bench(path)
+    output = again.communicate()[0]
+    assert again.returncode == 1 and output.count("starts ") == 1 and "1 finished already" in output
+
+
+def test_a_stopped_suite_goes_on(tmp_path):
+    """SIGTERM reaches the cell, which saves; while one engine runs, a second starts nothing; then the cell resumes."""
+    path = suite(tmp_path, "--total-timesteps 6000")
+    cell, = load_suite(Args(suite=str(path), root=str(tmp_path / "runs")))
+    first = bench(path)
+    while not (cell.folder / "checkpoint.pt").is_file():
+        assert first.poll() is None
+        time.sleep(0.05)
+    assert "is running already" in bench(path).communicate()[0]
+    first.send_signal(signal.SIGTERM)
+    assert "stopped, the same command goes on" in first.communicate()[0] and first.returncode == 128 + signal.SIGTERM
+    assert not cell.finished() and not cell.beside(".json").exists()
+    second = bench(path)
+    assert "resumes" in second.communicate()[0] and second.returncode == 0
+    steps = [int(line.split(",")[0]) for line in (cell.folder / "eval.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == 6000
+    assert json.loads(cell.beside(".json").read_text())["returncode"] == 0
+
+
+def test_a_folder_is_a_function_of_the_cell():
+    cell = Cell("sac_kian", "FetchPush-v2", 1, ("--actor", "plain"), Path("runs"))
+    others = [Cell("sac_kian", "FetchPush-v2", 2, ("--actor", "plain"), Path("runs")),
+              Cell("sac_kian", "FetchReach-v2", 1, ("--actor", "plain"), Path("runs")),
+              Cell("sac_kian", "FetchPush-v2", 1, ("--actor", "kian"), Path("runs")),
+              Cell("sac_kian", "FetchPush-v2", 1, ("--hidden", "x" * 80 + "1"), Path("runs")),
+              Cell("sac_kian", "FetchPush-v2", 1, ("--hidden", "x" * 80 + "2"), Path("runs"))]
+    assert cell.folder == Path("runs/sac_kian/FetchPush-v2/actor-plain-" + cell.folder.parent.name[-8:] + "/seed1")
+    assert len({c.folder for c in [cell, *others]}) == 6
+
+
+@pytest.mark.parametrize("name", [p.stem for p in (ROOT / "benchmarks" / "suites").glob("*.toml")])
+def test_shipped_suites_are_valid(name):
+    """Every flag of every cell is one that the script has."""
+    import tyro
+
+    from algos import sac_kian
+
+    for cell in load_suite(Args(suite=name)):
+        assert cell.algo == "sac_kian"
+        tyro.cli(sac_kian.Args, args=["--env", cell.env, "--seed", str(cell.seed), *cell.flags])
+
+
+def test_errors_are_one_line(tmp_path):
+    (tmp_path / "bad.toml").write_text("[[cell]]\nalgo = 'sac_kian'\n")
+    for flags, said in ((["--suite", "smoek"], "known are"), (["--suite", str(tmp_path / "bad.toml")], "is no suite"),
+                        (["--suite", "smoke", "--algo", "x"], "no cell"), (["--workers", "0"], "at least 1")):
+        done = subprocess.run([sys.executable, "benchmarks/run.py", *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
