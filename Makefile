@@ -7,12 +7,16 @@ SUITE ?= cpu
 WORKERS ?= 1
 ALGO ?=
 
-.PHONY: help train test setup gl twins speed bench clean
+.PHONY: help train test setup gl twins speed bench report clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 setup: $(VENV)/.installed  ## virtual environment with the pinned packages
+
+$(VENV)/.tests-installed: requirements-test.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11")'
@@ -24,12 +28,13 @@ $(VENV)/.installed: requirements.txt
 train: setup  ## SAC-KIAN on FetchPickAndPlace; ARGS="--total-timesteps 20000" adds flags
 	$(BIN)/python algos/sac_kian.py --env FetchPickAndPlace-v2 $(ARGS)
 
-gl:  ## libraries for rendering without a display (Debian, Ubuntu; needs root, skipped without it)
-	@ldconfig -p 2>/dev/null | grep -q libEGL.so || \
-	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq libegl1 libgl1 libosmesa6; } || \
-	  echo "no EGL library: tests that film are skipped; apt-get install libegl1 libgl1 libosmesa6"
+gl:  ## rendering without a display, and a browser for the report's test (Debian, Ubuntu; needs root, else skipped)
+	@{ ldconfig -p 2>/dev/null | grep -q libEGL.so && command -v chromium >/dev/null; } || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	    apt-get install -y -qq --no-install-recommends libegl1 libgl1 libosmesa6 chromium >/dev/null; } || \
+	  echo "tests that film or open a browser are skipped: apt-get install libegl1 libgl1 libosmesa6 chromium"
 
-test: setup gl  ## all tests, about 6 minutes on two cores
+test: $(VENV)/.tests-installed gl  ## all tests, about 7 minutes on two cores
 	$(BIN)/python -m pytest $(ARGS)
 
 twins: setup  ## rewrite every marked twin block from its first copy
@@ -40,6 +45,9 @@ speed: setup  ## updates/s and steps/s beside stable-baselines3
 
 bench: setup  ## run what is not finished of SUITE=smoke|cpu|paper, WORKERS=2 at a time, ALGO=sac_kian only
 	$(BIN)/python benchmarks/run.py --suite $(SUITE) --workers $(WORKERS) $(if $(ALGO),--algo $(ALGO)) $(ARGS)
+
+report: setup  ## tables and figures in docs/ and README, and report.html, from benchmarks/results/
+	$(BIN)/python benchmarks/report.py
 
 clean:  ## remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .hypothesis $$(find . -name __pycache__ -not -path './runs/*')

@@ -1,8 +1,6 @@
-"""Evaluation curves: gather them from run folders into benchmarks/results/<algo>/<env>.csv, and draw them from there.
+"""Evaluation curves: gathered from run folders into benchmarks/results/<algo>/<env>.csv, for `make report`.
 
-    python benchmarks/curves.py gather runs/sac_kian/FetchPush-v2/*     # adds or replaces the rows of these runs
-    python benchmarks/curves.py draw docs/figures/push.png FetchPush-v2 # success of every variant: mean, all seeds
-    python benchmarks/curves.py table FetchPush-v2                      # steps and minutes to 0.9, last evaluation
+    python benchmarks/curves.py gather runs/sac_kian/FetchPush-v2/*   # adds or replaces the rows of these runs
 
 A variant is named by what its settings in `config.json` differ in from the script's present defaults: first the actor,
 then the knowledge, then other flags. A peer's `config.json` names its variant, and the algorithm it stands beside.
@@ -10,7 +8,7 @@ then the knowledge, then other flags. A peer's `config.json` names its variant, 
 import csv
 import json
 import sys
-from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -71,53 +69,29 @@ def load(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def curves(env: str, algo: str = "sac_kian") -> dict[str, dict[int, list[tuple[int, float, float]]]]:
-    """{variant: {seed: [(step, minutes, success rate)]}} of one environment."""
-    found = defaultdict(lambda: defaultdict(list))
-    for row in load(RESULTS / algo / f"{env}.csv"):
-        point = int(row["step"]), float(row["wall_s"]) / 60, float(row["success_rate"])
-        found[row["variant"]][int(row["seed"])].append(point)
-    return found
+@dataclass
+class Curve:
+    """One seed of one variant in one environment."""
+    seed: int
+    steps: list[int] = field(default_factory=list)  # environment steps
+    minutes: list[float] = field(default_factory=list)  # wall time of training
+    success: list[float] = field(default_factory=list)  # success rate of each evaluation
+    returns: list[float] = field(default_factory=list)  # mean return of each evaluation
 
 
-def table(env: str) -> None:
-    """Print, per variant: seeds, steps and minutes until success first reached 0.9, the last evaluation."""
-    print("| variant | seeds | steps to 0.9 | minutes to 0.9 | last success | at step |\n|---|---|---|---|---|---|")
-    for name, seeds in sorted(curves(env).items()):
-        first = [next(((p[0], p[1]) for p in points if p[2] >= 0.9), None) for points in seeds.values()]
-        steps, minutes = (", ".join("never" if f is None else text(f) for f in first)
-                          for text in (lambda f: f"{f[0] / 1000:.0f}k", lambda f: f"{f[1]:.1f}"))
-        last = ", ".join(f"{points[-1][2]:.2f}" for points in seeds.values())
-        until = ", ".join(f"{points[-1][0] / 1000:.0f}k" for points in seeds.values())
-        print(f"| {name} | {len(seeds)} | {steps} | {minutes} | {last} | {until} |")
-
-
-def draw(target: str, *environments: str) -> None:
-    """Success over environment steps, one panel per environment: every seed thin, the mean thick."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(environments), figsize=(5.2 * len(environments), 3.6), squeeze=False,
-                                  constrained_layout=True)
-    for panel, env in zip(panels[0], environments):
-        for i, (name, seeds) in enumerate(sorted(curves(env).items())):
-            color = plt.get_cmap("tab10")(i % 10)
-            for points in seeds.values():
-                panel.plot([p[0] / 1000 for p in points], [p[2] for p in points], color=color, alpha=0.35, linewidth=0.8)
-            steps = min(([p[0] for p in points] for points in seeds.values()), key=len)
-            mean = [sum(points[k][2] for points in seeds.values()) / len(seeds) for k in range(len(steps))]
-            panel.plot([step / 1000 for step in steps], mean, color=color, linewidth=2.2, label=f"{name} ({len(seeds)})")
-        panel.set(title=env, xlabel="environment steps, thousands", ylabel="success rate", ylim=(-0.02, 1.02))
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="lower right")
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120)
+def load_curves(path: Path) -> dict[str, list[Curve]]:
+    """{variant: its seeds} of a results CSV, both in order."""
+    found: dict[tuple[str, int], Curve] = {}
+    for row in load(path):
+        curve = found.setdefault((row["variant"], int(row["seed"])), Curve(int(row["seed"])))
+        curve.steps.append(int(row["step"]))
+        curve.minutes.append(float(row["wall_s"]) / 60)
+        curve.success.append(float(row["success_rate"]))
+        curve.returns.append(float(row["return_mean"]))
+    return {name: [found[key] for key in sorted(found) if key[0] == name] for name in sorted({n for n, _ in found})}
 
 
 if __name__ == "__main__":
-    commands = {"gather": lambda *a: gather(list(a)), "draw": draw, "table": table}
-    if len(sys.argv) < 3 or sys.argv[1] not in commands:
+    if len(sys.argv) < 3 or sys.argv[1] != "gather":
         sys.exit(__doc__)
-    commands[sys.argv[1]](*sys.argv[2:])
+    gather(sys.argv[2:])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^( *)# twin: (?P<name>[^\n]+)\n(?P<body>.*?)^\1# twin end$", re.M | re.S)
 # who may import what of ours; tests may import anything
 ARROWS = {"algos": {"envs", "knowledge", "llm", "runtime"}, "envs": {"envs"}, "knowledge": {"knowledge", "llm"},
-          "llm": {"llm"}, "benchmarks": set(), "runtime": set()}
+          "llm": {"llm"}, "benchmarks": {"benchmarks"}, "runtime": set()}
 OURS = set(ARROWS) | {"tests"}
 # speed.py times functions of the scripts inside one process; everything else in benchmarks/ runs commands
 EXCEPTIONS = {"benchmarks/speed.py": {"algos", "envs", "knowledge", "runtime"}}
