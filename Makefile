@@ -7,7 +7,7 @@ SUITE ?= cpu
 WORKERS ?= 1
 ALGO ?=
 
-.PHONY: help train test setup gl twins speed bench report clean
+.PHONY: help train test setup gl twins speed bench report doctor clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -48,6 +48,9 @@ bench: setup  ## run what is not finished of SUITE=smoke|cpu|paper, WORKERS=2 at
 
 report: setup  ## tables and figures in docs/ and README, and report.html, from benchmarks/results/
 	$(BIN)/python benchmarks/report.py
+
+doctor: setup  ## check this machine and say what to fix
+	$(BIN)/python benchmarks/doctor.py
 
 clean:  ## remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .hypothesis $$(find . -name __pycache__ -not -path './runs/*')

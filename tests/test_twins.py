@@ -17,8 +17,8 @@ BLOCK = re.compile(r"^( *)# twin: (?P<name>[^\n]+)\n(?P<body>.*?)^\1# twin end$"
 ARROWS = {"algos": {"envs", "knowledge", "llm", "runtime"}, "envs": {"envs"}, "knowledge": {"knowledge", "llm"},
           "llm": {"llm"}, "benchmarks": {"benchmarks"}, "runtime": set()}
 OURS = set(ARROWS) | {"tests"}
-# speed.py times functions of the scripts inside one process; everything else in benchmarks/ runs commands
-EXCEPTIONS = {"benchmarks/speed.py": {"algos", "envs", "knowledge", "runtime"}}
+# speed.py times functions of the scripts inside one process, doctor.py tries the environments; all else runs commands
+EXCEPTIONS = {"benchmarks/speed.py": {"algos", "envs", "knowledge", "runtime"}, "benchmarks/doctor.py": {"envs"}}
 
 
 def blocks(texts: dict[str, str]) -> dict[str, list[tuple[str, str]]]:

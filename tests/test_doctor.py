@@ -1,0 +1,22 @@
+"""make doctor: fine where the tests run, and clear about what is not."""
+import shutil
+
+from benchmarks import doctor
+
+
+def test_this_machine_can_train(capsys):
+    assert doctor.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(doctor.REQUIRED | doctor.OPTIONAL) and not any(line.startswith("BROKEN") for line in lines)
+
+
+def test_what_is_broken_is_named(tmp_path, monkeypatch, capsys):
+    """Another numpy than the pinned one is broken, no compiler is a warning."""
+    (tmp_path / "requirements.txt").write_text("numpy==1.0.0\nno-such-package==2.0\n")
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "OPTIONAL", {"compiler": doctor.compiler})
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert "BROKEN  packages" in out and "not 1.0.0; no-such-package is missing" in out and "make clean setup" in out
+    assert "warning compiler         no C++ compiler" in out
