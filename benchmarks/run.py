@@ -21,10 +21,12 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Literal
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,41 @@ class Cell:
         steps = [int(row["step"]) for row in csv.DictReader(curve.open())]
         return bool(steps) and steps[-1] >= json.loads(config.read_text())["args"]["total_timesteps"]
 
+    @property
+    def script(self) -> str:
+        return f"algos/{self.algo}.py"
+
+    @property
+    def fresh(self) -> list[str]:
+        """The flags that start it."""
+        return ["--env", self.env, "--seed", str(self.seed), *self.flags]
+
     def command(self) -> list[str]:
         """What starts it, or continues it from its checkpoint."""
-        script = [sys.executable, f"algos/{self.algo}.py"]
         if (self.folder / "checkpoint.pt").is_file():
-            return [*script, "--resume", str(self.folder)]
-        return [*script, "--env", self.env, "--seed", str(self.seed), *self.flags, "--run-dir", str(self.folder)]
+            return [sys.executable, self.script, "--resume", str(self.folder)]
+        return [sys.executable, self.script, *self.fresh, "--run-dir", str(self.folder)]
+
+    def claim(self) -> IO[str] | None:
+        """Its log, locked for whoever holds it, child processes included; None if it runs already, perhaps as what a
+        killed engine left behind."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        log = self.beside(".log").open("a")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            print(f"is running already: {self.name}", flush=True)
+            return None
+        self.beside(".json").unlink(missing_ok=True)
+        return log
+
+    def record(self, returncode: int, seconds: float) -> None:
+        """Write down how it ended."""
+        partial = self.beside(".json.tmp")
+        partial.write_text(json.dumps({"returncode": returncode, "seconds": round(seconds)}))
+        os.replace(partial, self.beside(".json"))
+        print("FAILED   " if returncode else "finished ", f"{self.name} ({seconds:.0f} s)", sep="", flush=True)
 
 
 @dataclass
@@ -78,6 +109,9 @@ class Args:
     env: str = ""  # only the cells of this environment
     seeds: int = 0  # only seeds up to this one; 0: all
     root: str = "runs/bench"  # above all cells' folders
+    backend: Literal["local", "ray"] = "local"  # where cells run: here, or as tasks of a Ray cluster (pip install ray)
+    ray_address: str = "auto"  # of the cluster; auto: the one that this machine belongs to
+    gpus: float = 0.0  # share of a GPU per cell, with --backend ray
     dry_run: bool = False  # print commands, run nothing
 
 
@@ -122,17 +156,12 @@ class Engine:
         """Exit status of the cell's command; None if it was not started."""
         if self.stop:
             return None
-        cell.folder.parent.mkdir(parents=True, exist_ok=True)
-        with cell.beside(".log").open("a") as log:
-            try:  # the child inherits this lock: a cell that outlives its engine is not started a second time
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"is running already: {cell.name}", flush=True)
-                return None
+        if not (log := cell.claim()):
+            return None
+        with log:
             command = cell.command()
             if "--resume" not in command and cell.folder.exists():  # cut before its first checkpoint
                 shutil.rmtree(cell.folder)
-            cell.beside(".json").unlink(missing_ok=True)
             print(("resumes  " if "--resume" in command else "starts   ") + cell.name, flush=True)
             start = time.monotonic()
             log.write(f"$ {shlex.join(command)}\n")
@@ -145,14 +174,11 @@ class Engine:
             returncode = child.wait()
             self.children.discard(child)
         if not (self.stop and returncode):
-            outcome = {"returncode": returncode, "command": command, "seconds": round(time.monotonic() - start)}
-            partial = cell.beside(".json.tmp")
-            partial.write_text(json.dumps(outcome, indent=1))
-            os.replace(partial, cell.beside(".json"))
-            print("FAILED   " if returncode else "finished ", f"{cell.name} ({outcome['seconds']} s)", sep="", flush=True)
+            cell.record(returncode, time.monotonic() - start)
         return returncode
 
     def run(self, cells: list[Cell]) -> dict[Cell, int | None]:
+        """{cell: exit status}, None for cells that were not started."""
         handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         with ThreadPoolExecutor(self.workers) as pool:
             outcomes = dict(zip(cells, pool.map(self.run_cell, cells)))
@@ -174,7 +200,12 @@ def main(args: Args) -> int:
         print(f"{len(todo)} to run, {len(cells) - len(todo)} finished", file=sys.stderr)
         return 0
     print(f"{args.suite}: {len(cells)} cells, {len(cells) - len(todo)} finished already", flush=True)
-    engine = Engine(args.workers)
+    if args.backend == "ray":
+        from benchmarks.cluster import RayEngine  # an optional package
+
+        engine = RayEngine(args.ray_address, args.gpus)
+    else:
+        engine = Engine(args.workers)
     outcomes = engine.run(todo)
     failed = [cell for cell, returncode in outcomes.items() if returncode and not engine.stop]
     for cell in failed:

@@ -1,0 +1,147 @@
+"""Cells as tasks of an existing Ray cluster: python benchmarks/run.py --backend ray --ray-address HOST:PORT
+
+Nodes need the packages of requirements.txt, but neither this repository nor a shared disk: the code travels with the
+tasks, run folders and logs come back to the driver's folders. A task whose node dies starts again on another one. To
+stop, cells are asked to save, and their checkpoints come back too: the same command goes on.
+"""
+import ctypes
+import io
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.run import ROOT, Cell
+
+try:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+except ImportError as error:
+    raise ValueError("--backend ray needs Ray: pip install ray==2.60.0") from error
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes have no copy of this file
+
+
+def pack(*paths: Path) -> bytes:
+    """Files and folders that exist, as an archive."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for path in filter(Path.exists, paths):
+            archive.add(path, path.name, filter=lambda info: None if info.name.endswith("__pycache__") else info)
+    return buffer.getvalue()
+
+
+def unpack(packed: bytes, folder: Path) -> None:
+    """Put what `pack` took into `folder`, all of it or nothing; what was there is replaced."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(new, filter="data")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(new, folder)
+
+
+def die_with_parent() -> None:
+    """In a child: be killed when the Ray worker is, as by the death of its node's daemon (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Board:
+    """Lives beside the driver: tasks say here that they start, and see here that they are to stop."""
+
+    def __init__(self):
+        self.starts, self.stopping = {}, False
+
+    def start(self, name: str) -> None:
+        self.starts[name] = self.starts.get(name, 0) + 1
+
+    def news(self) -> dict[str, int]:
+        return self.starts
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        return self.stopping
+
+
+def play(cell: str, script: str, fresh: list[str], code: bytes, packed: bytes, board) -> tuple[int, float, bytes, str]:
+    """On a node: run `python script`, with the flags `fresh`, or from a packed run folder with a checkpoint.
+
+    Returns exit status, seconds, the run folder packed, the log.
+    """
+    ray.get(board.start.remote(cell))
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as parent:
+        root, folder, log = Path(parent, "code"), Path(parent, "run"), Path(parent, "log")
+        unpack(code, root)
+        unpack(packed, folder)
+        resumes = (folder / "checkpoint.pt").is_file()
+        where = ["--resume", str(folder)] if resumes else [*fresh, "--run-dir", str(folder)]
+        command = [sys.executable, script, *where]
+        with log.open("w") as file:
+            child = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=die_with_parent)
+            while child.poll() is None:
+                time.sleep(0.5)
+                if ray.get(board.is_stopping.remote()):
+                    child.send_signal(signal.SIGTERM)
+                    child.wait()
+        text = f"$ {shlex.join(command)}\n{log.read_text()}"
+        return child.returncode, time.monotonic() - start, pack(*folder.glob("*")), text
+
+
+class RayEngine:
+    """Same interface as the local engine; how many cells run at a time is the cluster's business."""
+
+    def __init__(self, address: str, gpus: float):
+        self.stop, self.gpus = 0, gpus
+        try:
+            ray.init(address, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ValueError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one with `ray start "
+                             "--head`, or name it with --ray-address") from error
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+
+    def ask_to_stop(self, signum: int, _frame) -> None:
+        self.stop = signum
+        self.board.stop.remote()
+
+    def run(self, cells: list[Cell]) -> dict[Cell, int | None]:
+        """{cell: exit status}, None for cells that were not started."""
+        handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        outcomes, pending, seen = dict.fromkeys(cells), {}, {}
+        task = ray.remote(play).options(num_cpus=1, num_gpus=self.gpus, max_retries=-1)
+        code = ray.put(pack(*(ROOT / name for name in ("algos", "envs", "knowledge", "llm", "runtime.py"))))
+        for cell in cells:
+            if log := cell.claim():
+                packed = pack(*cell.folder.glob("*")) if (cell.folder / "checkpoint.pt").is_file() else pack()
+                pending[task.remote(cell.name, cell.script, cell.fresh, code, packed, self.board)] = cell, log
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=1)
+            for name, starts in ray.get(self.board.news.remote()).items():
+                if starts != seen.get(name):
+                    print(("starts   " if name not in seen else "again    ") + name, flush=True)
+                    seen[name] = starts
+            for reference in done:
+                cell, log = pending.pop(reference)
+                with log:
+                    try:
+                        returncode, seconds, packed, text = ray.get(reference)
+                        unpack(packed, cell.folder)
+                    except ray.exceptions.RayError as error:
+                        returncode, seconds, text = 1, 0.0, f"{error}\n"
+                    log.write(text)
+                outcomes[cell] = returncode
+                if not (self.stop and returncode):
+                    cell.record(returncode, seconds)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        return outcomes
