@@ -6,8 +6,10 @@ ARGS ?=
 SUITE ?= cpu
 WORKERS ?= 1
 ALGO ?=
+ENV ?= FetchPickAndPlace-v2
+TRIALS ?= 20
 
-.PHONY: help train test setup gl twins speed bench report doctor clean
+.PHONY: help train test setup gl twins speed bench report tune doctor clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -48,6 +50,10 @@ bench: setup  ## run what is not finished of SUITE=smoke|cpu|paper, WORKERS=2 at
 
 report: setup  ## tables and figures in docs/ and README, and report.html, from benchmarks/results/
 	$(BIN)/python benchmarks/report.py
+
+tune: setup  ## search hyper-parameters: ALGO=sac_kian ENV=FetchPush-v2 TRIALS=20
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check optuna==5.0.0
+	$(BIN)/python benchmarks/tune.py --algo $(or $(ALGO),sac_kian) --env $(ENV) --trials $(TRIALS) $(ARGS)
 
 doctor: setup  ## check this machine and say what to fix
 	$(BIN)/python benchmarks/doctor.py

@@ -154,9 +154,11 @@ def to_plain(tree: Any) -> Any:
 
 def describe_machine() -> dict:
     """Commit, package versions and hardware: what a number needs beside it."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    return {"commit": git.stdout.strip() or None, "python": platform.python_version(),
+    commit = os.environ.get("RUN_COMMIT")  # where the code runs outside its repository
+    if not commit and shutil.which("git"):
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent).stdout.strip()
+    return {"commit": commit or None, "python": platform.python_version(),
             "versions": {name: version(name) for name in PACKAGES},
             "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),

@@ -10,8 +10,8 @@ Departures from the paper; flags undo each, docs/sac_kian.md has the reasons and
   in every state; the paper trains both through the action drawn, and scores every policy at its own action in the
   entropy bonus (--credit drawn);
 - an inner policy looks better to its critics than it is, for it maximises their errors. It practises alone in some
-  episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to
-  (--practice 0);
+  episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to; from then
+  on attention alone decides, and the imitation fades (--practice 0);
 - scores are 3 cos(query, key); small networks, 32 environments, 0.1 updates per step, normalised inputs, a share of
   uniform actions: minutes on a laptop, where the paper's sizes take days.
 
@@ -42,6 +42,7 @@ from runtime import (ArgError, Run, can_compile, hidden_layers, load_run, pick_d
 ALGO = "sac_kian"
 LOG_EVERY = 1000  # environment steps
 KEY_DIM = 4  # width m of keys and query
+HELD_BACK = 100.0  # log-odds against an inner policy that is not trusted yet: rules act
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Args:
     updates_per_step: float = 0.1  # updates per environment step (paper: 1)
     her_goals: int = 4  # hindsight goals per real one, strategy "future", on goal environments; 0: no HER
     initial_temperature: float = 1.0  # alpha at the start, then tuned to an entropy of -d
-    random_actions: float = 0.2  # share of executed actions replaced by uniform ones (paper: 0)
+    random_actions: float = 0.2  # share of the inner policy's actions, practice apart, made uniform ones (paper: 0)
     normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5 (paper: off)
 
     # method: KIAN
@@ -86,14 +87,18 @@ class Args:
     ext_log_std: float = -1.0  # log-std of sampled external actions, and of their entropy with --credit drawn
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
     credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
-    practice: float = 0.25  # share of training episodes that the inner policy plays alone, until trusted (paper: 0)
-    handicap: float = 100.0  # log-odds against the inner policy, times the doubt about it, until trusted
+    practice: float = 0.25  # share of episodes that the inner policy plays alone until trusted; 0: trusted (paper)
     imitation: float = 1.0  # weight of imitating the attended rules, times the doubt; for --credit expected
-    attention_temperature: float = 0.1  # difference in Q worth one nat of attention; for --credit expected
+    attention_temperature: float = 0.1  # T of softmax(Q / T), which attention is taught; for --credit expected
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
     warm: Literal["keys", "keys+query", "all"] = "keys"  # what a run folder gives; all: the inner policy as well
+
+
+# ranges of `make tune`: (low, high) on a log scale, or choices
+TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature": (0.01, 1.0),
+        "updates_per_step": (0.05, 0.5), "batch_size": [256, 512, 1024], "random_actions": [0.0, 0.1, 0.2, 0.3]}
 
 
 # twin: replay buffer
@@ -131,9 +136,6 @@ class ReplayBuffer:
         later = t[:relabelled] + 1 + (u[1, :relabelled] * (last - t[:relabelled])).long()
         return self.rows[episode, t], self.rows[episode[:relabelled], later.minimum(last)]
 
-    def transitions(self) -> int:
-        return int(self.lengths.sum())
-
     def state_dict(self) -> dict:
         n = min(self.stored, len(self.rows))  # the rest is empty
         return vars(self) | {"rows": self.rows[:n].clone(), "lengths": self.lengths[:n].clone()}
@@ -143,6 +145,11 @@ class ReplayBuffer:
         rows[:n], lengths[:n] = state["rows"], state["lengths"]
         vars(self).update(state, rows=rows, lengths=lengths)
 # twin end
+
+
+def scaled(features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, args: Args) -> torch.Tensor:
+    """What networks see of features (B, f)."""
+    return ((features - mean) / std).clamp(-5, 5) if args.normalize else features
 
 
 # Networks are dicts of tensors, {"inner.0.weight": ..., "inner.0.bias": ...}, and losses are functions of them: what
@@ -197,7 +204,7 @@ def select(scores: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
 
 def surrogate_log_prob(log_weights: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     """log sum_i w_i p_i(a_i), every policy scored at its *own* action: (B, n+1), (B, n+1) -> (B,). Not the density of
-    the executed action: under that one, entropy is highest when the widest policy has all weight, good or bad."""
+    the executed action, which is next to nothing under all policies but the one drawn, and explodes in the log."""
     return torch.logsumexp(log_weights + log_probs.clamp(min=-18.0), -1)
 
 
@@ -222,11 +229,6 @@ def draw_noise(batch: int, n: int, d: int, generator: torch.Generator | None = N
     return Noise(torch.randn(batch, n + 1, d, generator=generator), -(-uniform.log()).log())
 
 
-def held_back(scores: torch.Tensor, actor: dict) -> torch.Tensor:
-    """Scores (B, n+1) with the handicap taken from the inner policy's, the first."""
-    return torch.cat([scores[:, :1] - actor["handicap"], scores[:, 1:]], 1)
-
-
 def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noise, args: Args) -> Decision:
     """Features (B, f) and the actions of n external policies (B, n, d) -> who acts, what is done, its log-prob."""
     inputs = torch.cat([features, advice.flatten(1)], 1) if args.actor == "kogun" else features
@@ -248,7 +250,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
             query, inner_key = query.chunk(2, -1)
             keys = torch.cat([inner_key.unsqueeze(1), keys[1:].expand(len(query), -1, -1)], 1)  # (B, n+1, m)
         scores = attention_scores(query, keys, args.cosine_scale)
-    scores = held_back(scores, actor)
+    scores = scores - actor["handicap"]  # (n+1,), of the inner policy while it is not trusted
     log_weights = torch.log_softmax(scores, -1)
     selected = select(scores, noise.gumbel)
 
@@ -289,13 +291,12 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
     inner_q = q_of(decision.actions[:, :1])  # (B, 1)
     q = torch.cat([inner_q, q_of(decision.actions[:, 1:].detach())], 1).detach()  # (B, n+1)
-    worth = torch.softmax(held_back(q / args.attention_temperature, actor), 1)
+    worth = torch.softmax(q / args.attention_temperature - actor["handicap"], 1)
     teaching = -(worth * decision.log_weights).sum(1)
     loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) + teaching  # the inner policy: SAC in every state
-    # As long as it is doubted, the inner policy also imitates the rules it would attend to.
     teachers = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
     distance = (decision.actions[:, :1] - decision.actions[:, 1:]).square().sum(-1)  # (B, n)
-    loss = loss + actor["imitation"] * (teachers * distance).sum(1)
+    loss = loss + actor["imitation"] * (teachers * distance).sum(1)  # as long as the inner policy is doubted
     return loss.mean(), (decision, (decision.log_weights.exp() * q).sum(1), decision.inner_log_prob)
 
 
@@ -320,8 +321,7 @@ def update(agent: dict, batch: torch.Tensor, mean: torch.Tensor, std: torch.Tens
     `agent` in place, returns what is logged. The two noises are independent: a draw is never used in two places."""
     actor, critic, target, moments = (agent[k] for k in ("actor", "critic", "target", "moments"))
     f, d = len(mean), advice.shape[-1]
-    features = ((batch[:, :f] - mean) / std).clamp(-5, 5)
-    next_features = ((batch[:, f + d + 2:] - mean) / std).clamp(-5, 5)
+    features, next_features = (scaled(x, mean, std, args) for x in (batch[:, :f], batch[:, f + d + 2:]))
     action, reward, terminated = batch[:, f:f + d], batch[:, f + d], batch[:, f + d + 1]
     alpha = agent["temperature"]["log_alpha"].exp()  # all losses see it as it was before its own step
     agent["count"] += 1
@@ -367,7 +367,7 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
     moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
                for group, params in trained.items()}
     if n and args.actor in ("kian", "a2t"):
-        actor |= {"handicap": torch.zeros(()), "imitation": torch.zeros(())}  # set by `main`, not trained
+        actor |= {"handicap": torch.zeros(n + 1), "imitation": torch.zeros(())}  # set by `main`, not trained
     return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
 
 
@@ -381,10 +381,10 @@ def main(args: Args) -> dict[str, float]:
             stored, evaluate=folder, eval_episodes=args.eval_episodes, video=args.video, device=args.device)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "learning_rate",
                      "updates_per_step", "initial_temperature", "attention_temperature")
-    if args.total_timesteps <= args.batch_size:
-        raise ArgError(f"--total-timesteps {args.total_timesteps} ends before the first batch of {args.batch_size}")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
-        args = replace(args, entropy_fix="off", credit="drawn", practice=0.0)
+        args = replace(args, entropy_fix="off", credit="drawn")
+    if args.credit == "drawn":  # an inner policy that is never drawn would learn nothing
+        args = replace(args, practice=0.0)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     use_fast_matmul(device)
@@ -395,37 +395,44 @@ def main(args: Args) -> dict[str, float]:
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     features = envs.flatten(obs)
     f, d, g = features.shape[1], vec.action_space.shape[0], obs["desired_goal"].shape[1] if vec.is_goal_env else 0
-    example = envs.unflatten(features.repeat(2, 1), g)  # a batch, also with one environment
+    example = envs.unflatten(features.repeat(2, 1), g)
     external = {} if args.actor == "plain" else knowledge.load(args.knowledge, args.env, d, example)
     n, names = len(external), ["inner", *external]
     attends = n > 0 and args.actor in ("kian", "a2t")
 
     agent = make_agent(args, f, d, n)
-    if args.load_keys and not saved:
-        knowledge.take_over(agent["actor"], names, args.load_keys, args.warm)
     if args.save_keys and "keys" not in agent["actor"]:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
     relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g and args.her_goals > 0 else 0
     if relabelled and vec.max_episode_steps is None:
         raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
-    buffer = ReplayBuffer(min(args.total_timesteps, 1_000_000), vec.max_episode_steps if relabelled else 1,
-                          args.num_envs, 2 * f + d + 2)
+    horizon = vec.max_episode_steps if relabelled else 1
+    if args.total_timesteps <= (first := max(args.batch_size, args.num_envs * horizon)):
+        raise ArgError(f"--total-timesteps {args.total_timesteps} ends before the first update, at {first}")
+    buffer = ReplayBuffer(min(args.total_timesteps, 1_000_000), horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
+    if args.load_keys and not saved:
+        known = knowledge.take_over(agent["actor"], names, args.load_keys, args.warm)
+        normalizer.load_state_dict(known or normalizer.state_dict())
     practice = args.practice if attends else 0.0
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
+    if practice and args.total_timesteps < trust.FIRST * (vec.max_episode_steps or 0):
+        print(f"{ALGO}: rules alone will act: the inner policy is judged after {trust.FIRST} episodes; --practice 0 "
+              "trusts it at once", file=sys.stderr)
     step, debt, updates, totals, learning = 0, 0.0, 0, {}, False  # debt: updates owed; totals: since last log
+    parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
         agent, step, debt, updates, totals, features, alone = (saved[name] for name in (
             "agent", "step", "debt", "updates", "totals", "features", "alone"))
-        normalizer.load_state_dict(saved["normalizer"])
-        trust.load_state_dict(saved["trust"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
     agent, totals = tree_map(lambda x: x.to(device), (agent, totals))
 
     def choose(features: torch.Tensor, noise: Noise) -> Decision:
         mean, std = normalizer.stats()
         advice = knowledge.advise(external, envs.unflatten(features, g), d)
-        inputs = tree_map(lambda x: x.to(device), (((features - mean) / std).clamp(-5, 5), advice, noise))
+        inputs = tree_map(lambda x: x.to(device), (scaled(features, mean, std, args), advice, noise))
         return tree_map(lambda x: x.cpu(), decide(agent["actor"], *inputs, args))
 
     def player(draw: bool, log: list) -> envs.Act:
@@ -439,17 +446,18 @@ def main(args: Args) -> dict[str, float]:
             return vec.to_box(decision.action.numpy())
         return play
 
+    sampled = args.eval_select == "sample"
     eval_vec = envs.make_vec(args.env, min(32, args.eval_episodes), threads=torch.get_num_threads())
 
-    def evaluate(episodes: int, draw: bool = args.eval_select == "sample") -> dict[str, float]:
+    def evaluate(episodes: int, draw: bool = sampled) -> dict[str, float]:
         return envs.evaluate(player(draw, []), eval_vec, episodes, 10_000 * args.seed + 5_000)
 
     def film(folder: Path) -> None:
-        play = player(args.eval_select == "sample", log := [])
-        envs.record(play, args.env, args.video, 10_000 * args.seed + 7_000, folder, names if attends else [], log)
+        envs.record(player(sampled, log := []), args.env, args.video, 10_000 * args.seed + 7_000, folder,
+                    names if attends else [], log)
 
     if args.evaluate:
-        for draw in sorted((True, False), key=(args.eval_select == "sample").__eq__) if attends else (False,):
+        for draw in (not sampled, sampled) if attends else (False,):
             result = evaluate(args.eval_episodes, draw)
             print(f"{args.env} after {step} steps, {'sampled' if draw else 'heaviest'} policy acts: "
                   + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
@@ -459,33 +467,24 @@ def main(args: Args) -> dict[str, float]:
     if saved:
         if step >= args.total_timesteps:
             raise ArgError(f"{folder} is finished at {step} steps; --evaluate {folder} plays it")
-        buffer.load_state_dict(saved["buffer"])
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
     run = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0)
     learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile and can_compile(device) else update
-
-    def save() -> None:
-        run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
-                  "features": features, "alone": alone, "trust": trust.state_dict(),
-                  "normalizer": normalizer.state_dict(), "buffer": buffer.state_dict(), "envs": envs.snapshot(vec),
-                  "rng": torch.get_rng_state(), "wall_s": run.wall_s(),
-                  "policy": knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)})
-
     if not saved:
         run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent
-    while step < args.total_timesteps and not run.stop:
-        learning = learning or buffer.transitions() >= args.batch_size  # until then, uniform actions
+    stop = 0
+    while step < args.total_timesteps and not stop:
+        learning = learning or int(buffer.lengths.sum()) >= args.batch_size  # until then, uniform actions
 
         # act
         if attends:
-            agent["actor"]["handicap"].fill_(args.handicap * trust.doubt * (not trust.trusted))
+            agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted)
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
             decision = choose(features, draw_noise(args.num_envs, n, d))
-            inner_acts = ~alone & (decision.selected[:, 0] == 1)  # neither rules nor practice are disturbed
-            explore = inner_acts & (torch.rand(args.num_envs) < args.random_actions)
+            explore = ~alone & (decision.selected[:, 0] == 1) & (torch.rand(args.num_envs) < args.random_actions)
             chosen = torch.where(alone.unsqueeze(1), decision.actions[:, 0], decision.action)
             action = torch.where(explore.unsqueeze(1), action, chosen)
         obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
@@ -525,16 +524,17 @@ def main(args: Args) -> dict[str, float]:
         over = step >= args.total_timesteps
         run.bar.update(args.num_envs)
         if updates and due(LOG_EVERY):
-            totals = {name: total / updates for name, total in totals.items()}
-            run.log(step, totals | {"return": trust.agent, "return_alone": trust.alone, "doubt": trust.doubt}, names)
+            run.log(step, {name: total / updates for name, total in totals.items()} | {
+                "return": trust.agent, "return_alone": trust.alone, "doubt": trust.doubt}, names)
             updates, totals = 0, {}
         if over or due(args.eval_every):
             result = evaluate(args.eval_episodes * (2 if over else 1))
             run.log_evaluation(step, result)
-        if over or due(args.checkpoint_every):
-            save()
-    if run.stop and step < args.total_timesteps:
-        save()
+        if (stop := run.stop) or over or due(args.checkpoint_every):
+            run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
+                      "features": features, "alone": alone, "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
+                      "wall_s": run.wall_s(), **{name: part.state_dict() for name, part in parts.items()},
+                      "policy": knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)})
     run.close(step < args.total_timesteps)  # a stopped run ends here
     if args.save_keys:
         knowledge.save_keys(args.save_keys, knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g))

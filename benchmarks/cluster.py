@@ -1,8 +1,9 @@
 """Cells as tasks of an existing Ray cluster: python benchmarks/run.py --backend ray --ray-address HOST:PORT
 
 Nodes need the packages of requirements.txt, but neither this repository nor a shared disk: the code travels with the
-tasks, run folders and logs come back to the driver's folders. A task whose node dies starts again on another one. To
-stop, cells are asked to save, and their checkpoints come back too: the same command goes on.
+tasks (files named by flags do not: your rules, `run:` folders), and run folders and logs come back to the driver's
+folders when a cell ends. A task whose node dies starts again on another one, from what it was sent. To stop, cells are
+asked to save, and their checkpoints come back too: the same command goes on.
 """
 import ctypes
 import io
@@ -38,12 +39,13 @@ def pack(*paths: Path) -> bytes:
 
 
 def unpack(packed: bytes, folder: Path) -> None:
-    """Put what `pack` took into `folder`, all of it or nothing; what was there is replaced."""
+    """Put what `pack` took into `folder`; what was there is replaced once all is unpacked."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as new:
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            archive.extractall(new, filter="data")
+            archive.extractall(Path(new, "all"), filter="data")
+        Path(new, "all").mkdir(exist_ok=True)  # of nothing
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(new, folder)
+        os.replace(Path(new, "all"), folder)
 
 
 def die_with_parent() -> None:
@@ -71,11 +73,14 @@ class Board:
         return self.stopping
 
 
-def play(cell: str, script: str, fresh: list[str], code: bytes, packed: bytes, board) -> tuple[int, float, bytes, str]:
+def play(cell: str, script: str, fresh: list[str], code: bytes, commit: str, packed: bytes,
+         board) -> tuple[int | None, float, bytes, str]:
     """On a node: run `python script`, with the flags `fresh`, or from a packed run folder with a checkpoint.
 
-    Returns exit status, seconds, the run folder packed, the log.
+    Returns exit status (None: not started), seconds, the run folder packed, the log.
     """
+    if ray.get(board.is_stopping.remote()):
+        return None, 0.0, b"", ""
     ray.get(board.start.remote(cell))
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as parent:
@@ -87,7 +92,8 @@ def play(cell: str, script: str, fresh: list[str], code: bytes, packed: bytes, b
         command = [sys.executable, script, *where]
         with log.open("w") as file:
             child = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                                     env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=die_with_parent)
+                                     env={**os.environ, "OMP_NUM_THREADS": "1", "RUN_COMMIT": commit},
+                                     preexec_fn=die_with_parent)
             while child.poll() is None:
                 time.sleep(0.5)
                 if ray.get(board.is_stopping.remote()):
@@ -120,10 +126,12 @@ class RayEngine:
         outcomes, pending, seen = dict.fromkeys(cells), {}, {}
         task = ray.remote(play).options(num_cpus=1, num_gpus=self.gpus, max_retries=-1)
         code = ray.put(pack(*(ROOT / name for name in ("algos", "envs", "knowledge", "llm", "runtime.py"))))
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
+                                text=True).stdout.strip() if shutil.which("git") else ""
         for cell in cells:
             if log := cell.claim():
                 packed = pack(*cell.folder.glob("*")) if (cell.folder / "checkpoint.pt").is_file() else pack()
-                pending[task.remote(cell.name, cell.script, cell.fresh, code, packed, self.board)] = cell, log
+                pending[task.remote(cell.name, cell.script, cell.fresh, code, commit, packed, self.board)] = cell, log
         while pending:
             done, _ = ray.wait(list(pending), timeout=1)
             for name, starts in ray.get(self.board.news.remote()).items():
@@ -135,12 +143,13 @@ class RayEngine:
                 with log:
                     try:
                         returncode, seconds, packed, text = ray.get(reference)
-                        unpack(packed, cell.folder)
+                        if packed:
+                            unpack(packed, cell.folder)
                     except ray.exceptions.RayError as error:
                         returncode, seconds, text = 1, 0.0, f"{error}\n"
                     log.write(text)
                 outcomes[cell] = returncode
-                if not (self.stop and returncode):
+                if returncode is not None and not (self.stop and returncode):
                     cell.record(returncode, seconds)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

@@ -29,7 +29,7 @@ def defaults(algo: str) -> dict:
 
 
 def variant(config: dict) -> str:
-    """Name of a run's settings: `kian`, `plain`, `kian fetch.official`, `kian --handicap 0.0`, ..."""
+    """Name of a run's settings: `kian`, `plain`, `kian fetch.official`, `kian --practice 0.0`, ..."""
     if "variant" in config:  # a peer names itself
         return config["variant"]
     args, usual = config["args"], defaults(config["algo"])
@@ -77,6 +77,7 @@ class Curve:
     minutes: list[float] = field(default_factory=list)  # wall time of training
     success: list[float] = field(default_factory=list)  # success rate of each evaluation
     returns: list[float] = field(default_factory=list)  # mean return of each evaluation
+    commit: str = ""  # of the code that made it
 
 
 def load_curves(path: Path) -> dict[str, list[Curve]]:
@@ -88,6 +89,7 @@ def load_curves(path: Path) -> dict[str, list[Curve]]:
         curve.minutes.append(float(row["wall_s"]) / 60)
         curve.success.append(float(row["success_rate"]))
         curve.returns.append(float(row["return_mean"]))
+        curve.commit = row.get("commit", "")
     return {name: [found[key] for key in sorted(found) if key[0] == name] for name in sorted({n for n, _ in found})}
 
 

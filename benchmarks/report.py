@@ -25,7 +25,7 @@ MARK = re.compile(r"(<!-- report: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def at(curve: Curve, step: int) -> float:
-    """Success at the last evaluation up to `step`; NaN for a curve that ends more than an evaluation before."""
+    """Success at the last evaluation up to `step`; NaN for a curve that ends before."""
     done = [k for k, s in enumerate(curve.steps) if s <= step * 1.01]  # evaluations come up to 31 steps late
     return curve.success[done[-1]] if curve.steps[-1] >= 0.99 * step else float("nan")
 
@@ -38,25 +38,30 @@ def estimate(values: list[float]) -> str:
 
 
 def thousands(step: float) -> str:
-    return "never" if step == float("inf") else f"{step / 1000:.0f}k"
+    return "not reached" if step == float("inf") else f"{step / 1000:.0f}k"
+
+
+def ends(curves: list[Curve]) -> list[str]:
+    """Where these curves end."""
+    return [thousands(step) for step in sorted({c.steps[-1] // 1000 * 1000 for c in curves})]
 
 
 def summarise(variants: dict[str, list[Curve]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, one row per variant."""
     budgets = [b for b in BUDGETS if any(at(c, b) == at(c, b) for curves in variants.values() for c in curves)]
     head = ["", "seeds", f"steps to {THRESHOLD}, median (each)", "minutes to it, median",
-            *(f"success at {b // 1000}k" for b in budgets), "last success", "worst seed", "at step"]
+            *(f"success at {b // 1000}k" for b in budgets), "last success", "worst seed", "at step", "code"]
     rows = []
     for name, curves in variants.items():
         first = [stats.first_reach(c.steps, c.success, THRESHOLD) for c in curves]
         minutes = [stats.first_reach(c.minutes, c.success, THRESHOLD) for c in curves]
         budget = [[at(c, b) for c in curves if at(c, b) == at(c, b)] for b in budgets]
         last = [c.success[-1] for c in curves]
-        ends = sorted({thousands(c.steps[-1]) for c in curves}, key=lambda text: int(text[:-1]))
         rows.append([name, str(len(curves)), f"{thousands(np.median(first))} ({', '.join(map(thousands, first))})",
-                     "never" if np.isinf(np.median(minutes)) else f"{np.median(minutes):.1f}",
+                     "not reached" if np.isinf(np.median(minutes)) else f"{np.median(minutes):.1f}",
                      *(estimate(values) if len(values) == len(curves) else "" for values in budget),
-                     estimate(last), f"{min(last):.2f}", ", ".join(ends)])
+                     estimate(last), f"{min(last):.2f}", ", ".join(ends(curves)),
+                     ", ".join(sorted({c.commit for c in curves}))])
     return head, rows
 
 
@@ -75,10 +80,10 @@ def status(algo: str, environments: dict[str, dict[str, list[Curve]]]) -> tuple[
     rows = []
     for env, variants in environments.items():
         for name, curves in variants.items():
-            number = paper.get((algo, env), {"value": "none given", "note": ""})
+            number = paper.get((algo, env), {"value": "none given"})
             rows.append([algo, env, name, estimate([c.success[-1] for c in curves]), str(len(curves)),
-                         thousands(max(c.steps[-1] for c in curves)), number["value"], number.get("note", "")])
-    return ["script", "environment", "variant", "success, last evaluation", "seeds", "steps", "paper", ""], rows
+                         ", ".join(ends(curves)), number["value"]])
+    return ["script", "environment", "variant", "success, last evaluation", "seeds", "steps", "paper"], rows
 
 
 def draw(algo: str, environments: dict[str, dict[str, list[Curve]]], target: Path) -> None:
@@ -113,6 +118,8 @@ def draw(algo: str, environments: dict[str, dict[str, list[Curve]]], target: Pat
 def band(curves: list[Curve]) -> tuple[list[int], list[float], list[float], list[float]]:
     """Steps, mean over seeds, and the ends of its 95 % interval (NaN for one seed), as far as every seed goes."""
     steps = min((c.steps for c in curves), key=len)
+    if any(c.steps[:len(steps)] != steps for c in curves):
+        sys.exit("report: seeds of one variant were evaluated at different steps; gather runs with equal --eval-every")
     values = np.array([c.success[:len(steps)] for c in curves])  # (seeds, steps)
     ends = [stats.interval(stats.mean, column[:, None], repetitions=500) for column in values.T]
     return steps, values.mean(0).tolist(), [e[0] for e in ends], [e[1] for e in ends]

@@ -54,9 +54,9 @@ class Cell:
         return self.folder.with_name(self.folder.name + suffix)
 
     def finished(self) -> bool:
-        """Its command ended well; or, when that was not written down (a killed engine), its curve is complete."""
-        if self.beside(".json").is_file():
-            return json.loads(self.beside(".json").read_text())["returncode"] == 0
+        """Its command ended well; or its curve is complete, though the engine was killed, or a film failed."""
+        if self.beside(".json").is_file() and json.loads(self.beside(".json").read_text())["returncode"] == 0:
+            return True
         config, curve = self.folder / "config.json", self.folder / "eval.csv"
         if not (config.is_file() and curve.is_file()):
             return False
@@ -80,7 +80,7 @@ class Cell:
 
     def claim(self) -> IO[str] | None:
         """Its log, locked for whoever holds it, child processes included; None if it runs already, perhaps as what a
-        killed engine left behind."""
+        killed engine left behind, or is finished by now."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         log = self.beside(".log").open("a")
         try:
@@ -88,6 +88,9 @@ class Cell:
         except BlockingIOError:
             log.close()
             print(f"is running already: {self.name}", flush=True)
+            return None
+        if self.finished():  # another engine was faster
+            log.close()
             return None
         self.beside(".json").unlink(missing_ok=True)
         return log

@@ -1,7 +1,8 @@
 """Statistics of a few runs, after Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice".
 
 Scores are arrays (runs, tasks). A run is one seed; intervals come from the percentile bootstrap that draws runs anew,
-with replacement, for each task on its own (stratified): a task is never left out. All are tested against `rliable`.
+with replacement, for each task on its own (stratified): a task is never left out. What `rliable` has too is tested
+against it.
 """
 from typing import Callable, Sequence
 
@@ -42,9 +43,10 @@ def interval(statistic: Statistic, *scores: np.ndarray, repetitions: int = 2000,
              seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic of one or more score arrays, each drawn anew by itself.
 
-    One run has no spread: then the interval is (nan, nan) rather than a point that looks certain.
+    One run has no spread, two hardly any: then the interval is (nan, nan) rather than one that looks certain. With few
+    runs it is too narrow still.
     """
-    if min(len(s) for s in scores) < 2:
+    if min(len(s) for s in scores) < 3:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     values = statistic(*(resample(np.asarray(s, float), repetitions, rng) for s in scores))

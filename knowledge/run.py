@@ -152,13 +152,13 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor
         "inputs": ["achieved_goal", "desired_goal", "observation"] if goal_dim else ["observation"],
         "mean": stats[0],
         "std": stats[1],
-        "clip": 5.0,
+        "clip": 5.0 if args.normalize else float("inf"),
         "actor": args.actor if len(names) > 1 else "plain",
         "inner": inner,
         "query": query or None,
         "keys": dict(zip(names, actor["keys"].cpu().clone())) if "keys" in actor else None,
         "score": "cosine" if args.cosine_scale > 0 else "dot",
-        "handicap": float(actor.get("handicap", 0.0)) / scale,
+        "handicap": float(actor["handicap"][0]) / scale if "handicap" in actor else 0.0,
         "knowledge": args.knowledge,
     }
     if policy["keys"] and args.inner_key == "head":

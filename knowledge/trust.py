@@ -15,7 +15,7 @@ class Trust:
     MARGIN = 0.2
     FADE = 0.002  # of the doubt that is left, per episode after trust: half of it lasts 350 episodes
     RATE = 0.02  # of the running means: about the last 50 episodes of a kind
-    FIRST = 400  # episodes before the means are compared
+    FIRST = 400  # episodes of both kinds before the means are compared
 
     def __init__(self, num_envs: int, trusted: bool = False):
         self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
@@ -42,6 +42,8 @@ class Trust:
             lag = (self.best - self.alone) / max((self.square / self.count) ** 0.5, 1e-8)
             self.doubt = min(1.0, max(0.0, lag))
             self.trusted = lag < self.MARGIN
+            if self.trusted:
+                self.doubt = self.MARGIN
 
     def state_dict(self) -> dict:
         return dict(vars(self))

@@ -385,7 +385,7 @@ def test_trust_compares_returns_and_is_given_once():
     while not trust.trusted:
         before = trust.doubt
         trust.add(torch.tensor([0.0, 0.0]), alone, ended)
-    assert trust.doubt < trust.MARGIN <= before
+    assert trust.doubt == trust.MARGIN <= before
     start = trust.doubt
     for _ in range(100):  # worse again: trust stays, and doubt fades per episode
         trust.add(torch.tensor([-10.0, 0.0]), alone, ended)

@@ -31,13 +31,12 @@ def test_summary_of_hand_made_curves(tmp_path):
             ("plain", 1, 0, 0, 0.0), ("plain", 1, 20_000, 40, 0.2)]
     with (tmp_path / "x.csv").open("w") as file:
         writer = csv.writer(file)
-        writer.writerow(["variant", "seed", "step", "wall_s", "success_rate", "return_mean"])
-        writer.writerows((*row, 0) for row in rows)
+        writer.writerow(["variant", "seed", "step", "wall_s", "success_rate", "return_mean", "commit"])
+        writer.writerows((*row, 0, "abc") for row in rows)
     head, (kian, plain) = report.summarise(curves.load_curves(tmp_path / "x.csv"))
     assert head[4:6] == ["success at 20k", "success at 50k"]
-    assert kian == ["kian", "2", "35k (20k, 50k)", "1.8", "0.70 [0.50, 0.90]", "0.95 [0.90, 1.00]",
-                    "0.95 [0.90, 1.00]", "0.90", "50k"]
-    assert plain == ["plain", "1", "never (never)", "never", "0.20", "", "0.20", "0.20", "20k"]
+    assert kian == ["kian", "2", "35k (20k, 50k)", "1.8", "0.70", "0.95", "0.95", "0.90", "50k", "abc"]
+    assert plain == ["plain", "1", "not reached (not reached)", "not reached", "0.20", "", "0.20", "0.20", "20k", "abc"]
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")

@@ -18,7 +18,8 @@ ARROWS = {"algos": {"envs", "knowledge", "llm", "runtime"}, "envs": {"envs"}, "k
           "llm": {"llm"}, "benchmarks": {"benchmarks"}, "runtime": set()}
 OURS = set(ARROWS) | {"tests"}
 # speed.py times functions of the scripts inside one process, doctor.py tries the environments; all else runs commands
-EXCEPTIONS = {"benchmarks/speed.py": {"algos", "envs", "knowledge", "runtime"}, "benchmarks/doctor.py": {"envs"}}
+EXCEPTIONS = {"benchmarks/speed.py": {"algos", "envs", "knowledge", "runtime"}, "benchmarks/doctor.py": {"envs"},
+              "benchmarks/tune.py": {"benchmarks"}}
 
 
 def blocks(texts: dict[str, str]) -> dict[str, list[tuple[str, str]]]:

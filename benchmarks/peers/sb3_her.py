@@ -4,8 +4,8 @@ Two presets. `zoo` has the settings that rl-baselines3-zoo publishes for these t
 of environments and updates, and the input normalisation of sac_kian.py, so that what differs is the method and the
 code. What SB3 does not offer is left out: a share of uniform actions while learning.
 
-Start states of evaluations are those of sac_kian.py with the same --seed and --eval-episodes, and eval.csv has the same
-columns: the two curves can be laid over each other.
+eval.csv has the same columns as that of sac_kian.py, and evaluations are as many episodes as often, from start states of
+their own: the two curves can be laid over each other.
 
 pip install stable-baselines3==2.9.2
 python benchmarks/peers/sb3_her.py --env FetchPush-v2 --preset ours

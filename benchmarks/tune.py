@@ -1,0 +1,77 @@
+"""Search hyper-parameters of a script with Optuna: make tune ALGO=sac_kian ENV=FetchPush-v2 TRIALS=20
+
+Ranges stand in the script: `TUNE`, below its `Args`. A trial calls `main(args)` and scores the area under its curve of
+evaluation returns, so that fast learning counts. Trials are kept in runs/tune/<algo>/<env>/: the same command goes on.
+Flags that are not listed here go to the script: python benchmarks/tune.py --env FetchPush-v2 --total-timesteps 50000
+"""
+import csv
+import importlib
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import stats
+
+
+@dataclass
+class Args:
+    """Search hyper-parameters; other flags go to the script."""
+    algo: str = "sac_kian"  # script in algos/
+    env: str = "FetchPickAndPlace-v2"  # environment id
+    trials: int = 20  # to run now, beside those that are there
+    seed: int = 1  # of the sampler; trial k trains with seed `seed + k`
+    root: str = "runs/tune"  # above all trials
+
+
+def sample(trial, ranges: dict) -> dict:
+    """One value per range: (low, high) on a log scale, or one of a list."""
+    return {name: trial.suggest_categorical(name, r) if isinstance(r, list) else trial.suggest_float(name, *r, log=True)
+            for name, r in ranges.items()}
+
+
+def score(folder: Path) -> float:
+    """Mean height of a run's curve of evaluation returns."""
+    rows = list(csv.DictReader((folder / "eval.csv").open()))
+    return stats.area_under_curve([int(row["step"]) for row in rows], [float(row["return_mean"]) for row in rows])
+
+
+def main(args: Args, flags: list[str]) -> None:
+    """Raises ValueError, a one-line message, for a script without ranges or a missing package."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError("tuning needs Optuna: pip install optuna==5.0.0") from error
+    try:
+        script = importlib.import_module(f"algos.{args.algo}")
+        ranges = script.TUNE
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"algos/{args.algo}.py is not there, or has no TUNE ({error})") from error
+    base = tyro.cli(script.Args, args=["--env", args.env, *flags])
+    folder = Path(args.root, args.algo, args.env)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def objective(trial) -> float:
+        run = folder / f"trial{trial.number}"
+        script.main(replace(base, **sample(trial, ranges), seed=args.seed + trial.number, run_dir=str(run)))
+        return score(run)
+
+    study = optuna.create_study(storage=f"sqlite:///{folder / 'study.db'}", study_name=args.algo, load_if_exists=True,
+                                direction="maximize")
+    study.sampler = optuna.samplers.TPESampler(seed=args.seed + len(study.trials))  # going on is not starting again
+    study.optimize(objective, args.trials)
+    best = study.best_trial
+    print(f"best of {len(study.trials)}: trial {best.number}, mean return {best.value:.2f}: "
+          + " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in best.params.items()))
+
+
+if __name__ == "__main__":
+    parsed, rest = tyro.cli(Args, return_unknown_args=True)
+    try:
+        main(parsed, rest)
+    except ValueError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        sys.exit(2)

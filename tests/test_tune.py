@@ -1,0 +1,23 @@
+"""make tune: what is sampled is what is trained."""
+import json
+
+import optuna
+
+from algos import sac_kian
+from benchmarks import tune
+
+
+def test_sampled_values_reach_the_run(tmp_path):
+    """Two trials of seconds each: every value of the study is in the run's config, and trials differ."""
+    flags = ["--knowledge", "none", "--her-goals", "0", "--num-envs", "2", "--hidden", "8x1", "--no-compile",
+             "--total-timesteps", "1200", "--eval-every", "600", "--eval-episodes", "2"]
+    tune.main(tune.Args(env="Pendulum-v1", trials=1, root=str(tmp_path)), flags)
+    tune.main(tune.Args(env="Pendulum-v1", trials=1, root=str(tmp_path)), flags)  # goes on
+    folder = tmp_path / "sac_kian" / "Pendulum-v1"
+    trials = optuna.load_study(study_name="sac_kian", storage=f"sqlite:///{folder / 'study.db'}").trials
+    assert [trial.number for trial in trials] == [0, 1] and trials[0].params != trials[1].params
+    for trial in trials:
+        config = json.loads((folder / f"trial{trial.number}" / "config.json").read_text())["args"]
+        assert set(trial.params) == set(sac_kian.TUNE)
+        assert {name: config[name] for name in trial.params} == trial.params
+        assert trial.value == tune.score(folder / f"trial{trial.number}") < 0
