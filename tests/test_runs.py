@@ -159,7 +159,7 @@ def test_keys_are_taken_over_by_name(uncut, tmp_path):
     (dict(num_envs=0), "--num-envs"), (dict(batch_size=-1), "--batch-size"), (dict(learning_rate=0.0), "--learning-rate"),
     (dict(hidden="256"), "--hidden"), (dict(load_keys="missing.json"), "missing.json"),
     (dict(actor="plain", load_keys="missing.json"), "kian"), (dict(knowledge="none", save_keys="k.json"), "kian"),
-    (dict(batch_size=400), "first batch"), (dict(track=True), "pip install wandb")])
+    (dict(batch_size=400), "first update"), (dict(track=True), "pip install wandb")])
 def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError, knowledge.KnowledgeError)) as error:
         train(tmp_path / "run", total_timesteps=400, **kwargs)
