@@ -141,8 +141,9 @@ def page(results: dict[str, dict[str, dict[str, list[Curve]]]]) -> str:
             head, rows = summarise(variants)
             paper = [n for n in paper_numbers() if (n["algo"], n["env"]) == (algo, env)]
             panels.append({"algo": algo, "env": env, "series": series, "head": head, "rows": rows, "paper": paper})
-    pictures = [{"name": p.stem, "data": base64.b64encode(p.read_bytes()).decode()}
-                for p in sorted((ROOT / "docs" / "figures").glob("*.png")) if p.stat().st_size < 500_000]
+    pictures = [{"name": p.stem, "type": p.suffix[1:], "data": base64.b64encode(p.read_bytes()).decode()}
+                for p in sorted((ROOT / "docs" / "figures").iterdir())
+                if p.suffix in (".png", ".gif") and p.stat().st_size < 500_000]
     data = json.dumps({"panels": panels, "pictures": pictures}).replace("</", "<\\/")  # never ends the script element
     return (ROOT / "benchmarks" / "report_template.html").read_text().replace("/*DATA*/null", data)
 
