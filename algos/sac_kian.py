@@ -412,8 +412,7 @@ def main(args: Args) -> dict[str, float]:
     buffer = ReplayBuffer(min(args.total_timesteps, 1_000_000), horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     if args.load_keys and not saved:
-        known = knowledge.take_over(agent["actor"], names, args.load_keys, args.warm)
-        normalizer.load_state_dict(known or normalizer.state_dict())
+        knowledge.take_over(agent["actor"], normalizer, names, args.load_keys, args.warm)
     practice = args.practice if attends else 0.0
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
@@ -531,13 +530,14 @@ def main(args: Args) -> dict[str, float]:
             result = evaluate(args.eval_episodes * (2 if over else 1))
             run.log_evaluation(step, result)
         if (stop := run.stop) or over or due(args.checkpoint_every):
+            policy = knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)
             run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
                       "features": features, "alone": alone, "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
                       "wall_s": run.wall_s(), **{name: part.state_dict() for name, part in parts.items()},
-                      "policy": knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)})
+                      "policy": policy})
     run.close(step < args.total_timesteps)  # a stopped run ends here
     if args.save_keys:
-        knowledge.save_keys(args.save_keys, knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g))
+        knowledge.save_keys(args.save_keys, policy)
     film(run.folder / "video")
     return result
 

@@ -24,12 +24,12 @@ def save_keys(file: str, policy: dict) -> None:
     Path(file).write_text(json.dumps(facts, indent=1))
 
 
-def take_over(actor: dict[str, Tensor], names: list[str], source: str, warm: str) -> dict | None:
+def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: str, warm: str) -> None:
     """Overwrite, in place, the keys of `actor` whose names `source` knows; others keep their fresh ones.
 
     `actor` is as in `knowledge.freeze`. `source` is a file of `save_keys`, which holds keys alone, or the folder of a
-    run, from which `warm` also takes the query network ("keys+query") and the inner policy ("all"). Returns the state
-    of the normaliser that these networks know their inputs by, None if none was taken.
+    run, from which `warm` also takes the query network ("keys+query") and the inner policy ("all"). With a
+    network comes the state of `normalizer` (an envs.Normalizer), by which it knows its inputs.
     Raises KnowledgeError for a source that cannot be read or does not fit.
     """
     path = Path(source)
@@ -37,11 +37,10 @@ def take_over(actor: dict[str, Tensor], names: list[str], source: str, warm: str
         raise KnowledgeError(f"keys {source} have nowhere to go: use --actor kian with at least one knowledge policy")
     if PARTS[warm] and not path.is_dir():
         raise KnowledgeError(f"keys {source}: --warm {warm} needs a run folder, a file holds keys alone")
-    normalizer = None
     try:
         if path.is_dir():
             checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-            policy, normalizer = checkpoint["policy"], checkpoint["normalizer"]
+            policy, statistics = checkpoint["policy"], checkpoint["normalizer"]
             keys = {name: key.clone() for name, key in policy["keys"].items()}
         else:
             keys = {name: torch.tensor(key) for name, key in json.loads(path.read_text())["keys"].items()}
@@ -63,4 +62,5 @@ def take_over(actor: dict[str, Tensor], names: list[str], source: str, warm: str
             raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use the run's --hidden and task")
         for p, theirs in zip(ours, layers):
             p.copy_(theirs)
-    return normalizer if PARTS[warm] else None
+    if PARTS[warm]:
+        normalizer.load_state_dict(statistics)

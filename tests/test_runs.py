@@ -138,12 +138,16 @@ def test_keys_are_taken_over_by_name(uncut, tmp_path):
     args = sac_kian.Args(hidden="16x1", load_keys=str(uncut[0]), warm="all")
     torch.manual_seed(5)
     actor = sac_kian.make_agent(args, 32, 4, 2)["actor"]
-    fresh = actor["keys"].clone()
+    fresh, names, normalizer = actor["keys"].clone(), ["inner", "new_rule", "fetch.carry_to_goal"], envs.Normalizer(32)
     with torch.no_grad():
-        knowledge.take_over(actor, ["inner", "new_rule", "fetch.carry_to_goal"], str(uncut[0]), "all")
+        knowledge.take_over(actor, normalizer, names, str(uncut[0]), "keys")
+        assert normalizer.count == 0  # keys alone see no inputs
+        knowledge.take_over(actor, normalizer, names, str(uncut[0]), "all")
     assert actor["keys"][2].tolist() == pytest.approx(keys["fetch.carry_to_goal"])
     assert torch.equal(actor["keys"][1], fresh[1])  # a new name keeps its fresh key
-    trained = torch.load(uncut[0] / "checkpoint.pt", weights_only=True)["agent"]["actor"]
+    checkpoint = torch.load(uncut[0] / "checkpoint.pt", weights_only=True)
+    trained = checkpoint["agent"]["actor"]
+    assert normalizer.count > 0 and torch.equal(normalizer.mean, checkpoint["normalizer"]["mean"])
     assert torch.equal(actor["inner.0.weight"], trained["inner.0.weight"])
     assert torch.equal(actor["query.2.weight"], trained["query.2.weight"])
     train(tmp_path / "warm", total_timesteps=400, load_keys=str(uncut[0].parent / "keys.json"))
