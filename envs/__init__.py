@@ -2,6 +2,9 @@
 
     vec = envs.make_vec("FetchPush-v2", num_envs=16, seed=1)
     obs, reward, terminated, truncated, info = vec.step(action)   # info["final_obs"]: the true next observations
+
+Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achieved_goal`, `desired_goal` of goal tasks;
+`image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI.
 """
 import re
 
@@ -11,6 +14,7 @@ from envs.evaluation import Act, evaluate, find_renderer, record
 from envs.features import Normalizer, flatten, unflatten
 from envs.fetch import FetchVectorEnv
 from envs.ids import EnvError, resolve
+from envs.minigrid import PlainMiniGridVectorEnv, is_grid
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
 __all__ = ["Act", "EnvError", "Normalizer", "Observation", "VectorEnv", "evaluate", "find_renderer", "flatten", "make",
@@ -36,6 +40,8 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
     try:
         if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
             vec = FetchVectorEnv(resolved, num_envs, threads=threads, **kwargs)
+        elif is_grid(resolved):
+            vec = PlainMiniGridVectorEnv(resolved, num_envs, **kwargs)
         else:
             vec = GymVectorEnv(resolved, num_envs, **kwargs)
     except (gym.error.Error, ImportError) as error:

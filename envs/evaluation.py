@@ -8,6 +8,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 from envs.ids import resolve
+from envs.minigrid import PlainMiniGridVectorEnv, is_grid
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
 Act = Callable[[Observation], np.ndarray]  # a batch of observations -> (num_envs, d) actions
@@ -53,14 +54,15 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
     """
     if episodes < 1:
         return
-    if not find_renderer():
+    grid = is_grid(env_id := resolve(env_id))
+    if not grid and not find_renderer():  # grids are painted by numpy
         print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
               "libosmesa6", file=sys.stderr)
         return
     import imageio.v2 as imageio  # slow to import, and only filming needs it
 
     folder.mkdir(parents=True, exist_ok=True)
-    vec = GymVectorEnv(resolve(env_id), 1, render_mode="rgb_array")
+    vec = (PlainMiniGridVectorEnv if grid else GymVectorEnv)(env_id, 1, render_mode="rgb_array")
     for k in range(episodes):
         obs, ended, frames, first = vec.reset(seed + k), False, [], len(log)
         while not ended:
@@ -70,14 +72,15 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
         imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=vec.env.metadata.get("render_fps", 25))
         if names:
             weights, acting = zip(*log[first:])
-            draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png")
+            draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png", crop=not grid)
     vec.close()
 
 
 def draw_timeline(frames: Sequence[np.ndarray], weights: Sequence[list[float]], acting: Sequence[int],
-                  names: Sequence[str], path: Path) -> None:
+                  names: Sequence[str], path: Path, crop: bool) -> None:
     """Draw who decides when: a strip of the frames, below it the weights (T, n) of `names` stacked to 1, and a band of
-    who acts (T,), indices into `names`. The three share one time axis, in environment steps."""
+    who acts (T,), indices into `names`. The three share one time axis, in environment steps. `crop` shows the middle
+    of each frame, which is larger then: where a robot works, but not all of a grid."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,11 +88,12 @@ def draw_timeline(frames: Sequence[np.ndarray], weights: Sequence[list[float]], 
 
     steps, shown = len(weights), ((np.arange(8) + 0.5) * len(frames) / 8).astype(int)
     colors = [plt.get_cmap("tab10")(i % 10) for i in range(len(names))]
-    figure, (strip, area, band) = plt.subplots(3, 1, figsize=(10, 5.2), height_ratios=[3, 4, 0.5], sharex=True,
-                                               constrained_layout=True)
+    margin = frames[0].shape[1] // 5 if crop else 0
+    tall = 1.8 * frames[0].shape[0] / (frames[0].shape[1] - 2 * margin)  # a strip of frames in their proportions
+    figure, (strip, area, band) = plt.subplots(3, 1, figsize=(10, 3.1 + 0.7 * tall), height_ratios=[tall, 4, 0.5],
+                                               sharex=True, constrained_layout=True)
     for k, frame in enumerate(frames[i] for i in shown):
-        margin = frame.shape[1] // 5  # the middle of the frame, so that it keeps its proportions
-        strip.imshow(frame[:, margin:-margin], extent=(k * steps / 8, (k + 1) * steps / 8, 0, 1), aspect="auto")
+        strip.imshow(frame[:, margin:frame.shape[1] - margin], extent=(k * steps / 8, (k + 1) * steps / 8, 0, 1), aspect="auto")
         strip.text((k + 0.04) * steps / 8, 0.04, f"step {shown[k]}", color="white", fontsize=8)
     strip.set_axis_off()
     area.stackplot(np.arange(steps) + 0.5, np.asarray(weights).T, labels=names, colors=colors, alpha=0.85)

@@ -2,15 +2,21 @@
 import contextlib
 import difflib
 import io
+import os
 import re
 import sys
+import warnings
 
 import gymnasium as gym
 
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # minigrid imports pygame, which greets on stdout
 with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about hand environments at every import
     import gymnasium_robotics
+    import minigrid
 
 gym.register_envs(gymnasium_robotics)
+gym.register_envs(minigrid)
+warnings.filterwarnings("ignore", r".*MiniGrid-\S+ is out of date")  # `resolve` says it in one plain line
 _announced: set[str] = set()
 
 
@@ -21,6 +27,8 @@ class EnvError(ValueError):
 def resolve(env_id: str) -> str:
     """The registered id behind `env_id`; old versions (FetchPush-v2) become today's (-v4), which stderr is told once.
 
+    MiniGrid ids stay as they are, and stderr is told once where a -v0 is not what its name or its paper says.
+
     Raises EnvError, with the nearest known ids, for an unknown one.
     """
     base, _, version = env_id.partition("-v")
@@ -28,13 +36,15 @@ def resolve(env_id: str) -> str:
                        if (m := re.fullmatch(re.escape(base) + r"-v(\d+)", known)))
     fetch = base.startswith("Fetch")
     if env_id in gym.registry and not (fetch and version == "1"):  # Fetch v1 needs the retired mujoco-py
+        if env_id == "MiniGrid-MultiRoom-N4-S5-v0":
+            _announce(env_id, f"{env_id} has 6 rooms in the installed minigrid; {base}-v1 has the 4 of its name")
+        elif env_id.startswith("MiniGrid-") and env_id != installed[-1][1]:
+            _announce(env_id, f"{env_id} has a corrected version, {installed[-1][1]}")
         return env_id
     if installed and fetch:
         current = installed[-1][1]
-        if env_id not in _announced:
-            print(f"{env_id} is {current} in the installed gymnasium-robotics: dynamics and start states differ from "
-                  f"published {env_id} numbers", file=sys.stderr)
-            _announced.add(env_id)
+        _announce(env_id, f"{env_id} is {current} in the installed gymnasium-robotics: dynamics and start states "
+                          f"differ from published {env_id} numbers")
         return current
     known = [name for name in gym.registry if not re.fullmatch(r"Fetch\w+-v\d+", name)]
     tasks = ("Reach", "Push", "Slide", "PickAndPlace")
@@ -42,3 +52,10 @@ def resolve(env_id: str) -> str:
     names = difflib.get_close_matches(env_id, known, n=2)
     hint = f"; did you mean {' or '.join(names)}?" if names else ""
     raise EnvError(f"unknown environment id {env_id!r}{hint}")
+
+
+def _announce(env_id: str, line: str) -> None:
+    """Tell stderr something about an id, the first time that it is resolved."""
+    if env_id not in _announced:
+        print(line, file=sys.stderr)
+        _announced.add(env_id)

@@ -39,14 +39,16 @@ class VectorEnv:
     end): with a time limit the value of a state depends on the steps left.
 
     Attributes: num_envs; observation_space, action_space of one copy; max_episode_steps (None without a time limit);
-    is_goal_env; elapsed (num_envs,), steps since each reset; env, a gymnasium environment of the same id.
+    is_goal_env, whether observations have a desired_goal; elapsed (num_envs,), steps since each reset; env, a gymnasium
+    environment of the same id.
     """
 
     def __init__(self, env: gym.Env, num_envs: int, time_feature: bool):
         self.env, self.num_envs = env, num_envs
         self.max_episode_steps = env.spec.max_episode_steps
         self.action_space, self.observation_space = env.action_space, env.observation_space
-        self.is_goal_env = isinstance(env.observation_space, gym.spaces.Dict)
+        spaces = env.observation_space.spaces if isinstance(env.observation_space, gym.spaces.Dict) else {}
+        self.is_goal_env = "desired_goal" in spaces
         self.time_feature = time_feature and self.is_goal_env and self.max_episode_steps is not None
         if self.time_feature:
             wider = gym.spaces.Box(-np.inf, np.inf, (env.observation_space["observation"].shape[0] + 1,), np.float64)
@@ -61,7 +63,7 @@ class VectorEnv:
         return self._observe_with_time()
 
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """(num_envs, d) actions -> obs, reward, terminated, truncated (num_envs,), info.
+        """(num_envs, d) actions, (num_envs,) int discrete ones -> obs, reward, terminated, truncated (num_envs,), info.
 
         info: `final_obs` (see the module) and `success` (num_envs,), NaN for tasks without a notion of success.
         """
@@ -137,7 +139,7 @@ class GymVectorEnv(VectorEnv):
         return reward, terminated, truncated, np.array(success, np.float64)
 
     def _observe(self) -> Observation:
-        if self.is_goal_env:
+        if isinstance(self.current[0], dict):
             return {key: np.stack([obs[key] for obs in self.current]) for key in self.current[0]}
         return np.stack(self.current)
 
