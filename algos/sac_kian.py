@@ -48,19 +48,19 @@ HELD_BACK = 100.0  # log-odds against an inner policy that is not trusted yet: r
 @dataclass
 class Args:
     """SAC + HER with external knowledge policies fused by attention (KIAN)."""
-    # twin: run arguments
     env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
-    seed: int = 1  # of networks, environments, exploration and batches
     total_timesteps: int = 150_000  # environment steps, summed over environments
     num_envs: int = 32  # environments stepped together
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
-    compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
-    run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
-    evaluate: str = ""  # run folder to evaluate; no training
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
+    compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
+    # twin: run arguments
+    seed: int = 1  # of networks, environments, exploration and batches
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
+    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    evaluate: str = ""  # run folder to evaluate; no training
     video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
     # twin end

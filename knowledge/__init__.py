@@ -17,10 +17,10 @@ import torch
 from knowledge import fetch, run  # noqa: F401  (importing fetch registers its rules)
 from knowledge.keys import save_keys, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, groups_for, rule, rules_for
-from knowledge.run import freeze
+from knowledge.run import freeze, freeze_categorical
 from knowledge.trust import Trust
 
-__all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "groups_for", "load", "rule", "rules_for",
+__all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "freeze_categorical", "groups_for", "load", "rule", "rules_for",
            "save_keys", "take_over"]
 
 
@@ -34,9 +34,10 @@ def advise(policies: dict[str, Policy], obs: Obs, action_dim: int) -> torch.Tens
 def load(spec: str, env_id: str, action_dim: int, example: Obs) -> dict[str, Policy]:
     """The policies that `spec` names, {name: policy}, in the order given.
 
-    `spec` is `none`, `auto` (the default rules of the environment) or a comma-separated list of
-    rules (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public
-    function defined there, `mine.py:push` for one) and trained agents (`run:<RUN_DIR>`).
+    `spec` is `none`, `auto` (the default rules of the environment) or a comma-separated list of rules
+    (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public function
+    defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner policies alone
+    (`inner:<RUN_DIR>`).
     Each policy is called once, on `example`: a batch of two or more observations as it will meet them.
 
     Raises KnowledgeError, a ValueError whose message is one line, for whatever cannot be used.
@@ -47,11 +48,11 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs) -> dict[str, Pol
 def _load(spec: str, env_id: str, action_dim: int, example: Obs, runs: tuple[Path, ...]) -> dict[str, Policy]:
     """As `load`; `runs` are the folders being loaded, outermost first."""
     policies: dict[str, Policy] = {}
-    for item in (item.strip() for item in spec.split(",") if spec.strip() != "none"):
+    for item in (item.strip() for item in spec.split(",") if item.strip() != "none"):
         if item.startswith("llm:"):
             raise KnowledgeError(f"knowledge {item}: generated code is not available in this version; use a .py file")
-        if item.startswith("run:"):
-            found = _load_run(Path(item.removeprefix("run:")), action_dim, example, runs)
+        if item.startswith(("run:", "inner:")):
+            found = _load_run(item, action_dim, example, runs)
         elif item.partition(":")[0].endswith(".py"):
             found = _load_file(item)
         else:
@@ -105,12 +106,14 @@ def _load_file(item: str) -> dict[str, Policy]:
     return {f"{stem}.{name}": value for name, value in found.items() if wanted in ("", name)}
 
 
-def _load_run(folder: Path, action_dim: int, example: Obs, runs: tuple[Path, ...]) -> dict[str, Policy]:
-    """A frozen agent, together with the knowledge it was trained with."""
+def _load_run(item: str, action_dim: int, example: Obs, runs: tuple[Path, ...]) -> dict[str, Policy]:
+    """A frozen agent, together with the knowledge it was trained with, or its inner policy alone."""
+    kind, _, name = item.partition(":")
+    folder = Path(name)
     runs = (*runs, folder.resolve())
     if runs[-1] in runs[:-1]:
         raise KnowledgeError(f"run {folder} has itself as knowledge: {' -> '.join(path.name for path in runs)}")
-    return run.load(folder, lambda spec, env_id: _load(spec, env_id, action_dim, example, runs))
+    return run.load(folder, lambda spec, env_id: _load(spec, env_id, action_dim, example, runs), kind == "inner")
 
 
 def _check(policy: Policy, what: str, action_dim: int, example: Obs) -> None:

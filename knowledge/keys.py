@@ -9,7 +9,8 @@ from torch import Tensor
 
 from knowledge.registry import KnowledgeError
 
-PARTS = {"keys": [], "keys+query": ["query"], "all": ["query", "inner"]}  # networks that --warm takes along
+QUERY = ["encoder", "trunk", "query"]  # PPO's query reads what encoder and trunk make of an image
+PARTS = {"keys": [], "keys+query": QUERY, "all": [*QUERY, "inner", "inner_key"]}  # networks that --warm takes along
 
 
 def query_hash(query: list[Tensor]) -> str:
@@ -27,26 +28,30 @@ def save_keys(file: str, policy: dict) -> None:
 def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: str, warm: str) -> None:
     """Overwrite, in place, the keys of `actor` whose names `source` knows; others keep their fresh ones.
 
-    `actor` is as in `knowledge.freeze`. `source` is a file of `save_keys`, which holds keys alone, or the folder of a
-    run, from which `warm` also takes the query network ("keys+query") and the inner policy ("all"). With a
-    network comes the state of `normalizer` (an envs.Normalizer), by which it knows its inputs.
+    `actor` maps names to tensors: "keys" (n+1, m) in the order of `names`, "query.0.weight", ... `source` is a file of
+    `save_keys`, which holds keys alone, or the folder of a run, from which `warm` also takes the query network
+    ("keys+query") and the inner policy ("all"). The key of an inner policy belongs to it: it goes to the one of this
+    run with "all", and to the frozen one of the source (`inner:<RUN_DIR>`) if that is among `names`. With a network
+    comes the state of `normalizer` (an envs.Normalizer or None), by which it knows its inputs.
     Raises KnowledgeError for a source that cannot be read or does not fit.
     """
     path = Path(source)
     if "keys" not in actor:
         raise KnowledgeError(f"keys {source} have nowhere to go: use --actor kian with at least one knowledge policy")
-    if PARTS[warm] and not path.is_dir():
-        raise KnowledgeError(f"keys {source}: --warm {warm} needs a run folder, a file holds keys alone")
     try:
         if path.is_dir():
             checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-            policy, statistics = checkpoint["policy"], checkpoint["normalizer"]
+            policy = checkpoint["policy"]
             keys = {name: key.clone() for name, key in policy["keys"].items()}
         else:
             keys = {name: torch.tensor(key) for name, key in json.loads(path.read_text())["keys"].items()}
     except Exception as error:  # a foreign file raises anything
         remedy = "name a KIAN run or its --save-keys file"
         raise KnowledgeError(f"keys {source} cannot be read ({type(error).__name__}); {remedy}") from error
+    if PARTS[warm] and not path.is_dir():
+        raise KnowledgeError(f"keys {source}: --warm {warm} needs a run folder, a file holds keys alone")
+    inner_key = keys.pop("inner")
+    keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if warm == "all" else {})
     for i, name in enumerate(names):
         if name not in keys:
             continue
@@ -55,12 +60,12 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
             raise KnowledgeError(f"keys {source}: {name} has {keys[name].numel()} numbers, not {width}")
         actor["keys"][i] = keys[name]
     for part in PARTS[warm]:
-        ours, layers = [p for name, p in actor.items() if name.startswith(f"{part}.")], policy[part]
+        ours, layers = [p for name, p in actor.items() if name.startswith(f"{part}.")], policy.get(part) or []
         if part == "query" and "inner_key_head" in policy:  # frozen apart, trained as one: query | inner key
             layers = layers[:-2] + [torch.cat(pair, -1) for pair in zip(layers[-2:], policy["inner_key_head"])]
         if [p.shape for p in ours] != [p.shape for p in layers]:
             raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use the run's --hidden and task")
         for p, theirs in zip(ours, layers):
             p.copy_(theirs)
-    if PARTS[warm]:
-        normalizer.load_state_dict(statistics)
+    if PARTS[warm] and normalizer:
+        normalizer.load_state_dict(checkpoint["normalizer"])

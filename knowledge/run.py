@@ -1,4 +1,4 @@
-"""A trained agent, frozen, as a knowledge policy: `run:<RUN_DIR>`.
+"""A trained agent, frozen, as a knowledge policy: `run:<RUN_DIR>`, or its inner policy alone: `inner:<RUN_DIR>`.
 
 Reads the entry `policy` of RUN_DIR/checkpoint.pt, tensors and plain types only:
 
@@ -15,6 +15,11 @@ Reads the entry `policy` of RUN_DIR/checkpoint.pt, tensors and plain types only:
     score           cosine | dot
     handicap        what is taken from the inner policy's score, in units of the score (absent: 0)
     knowledge       what the run was given as --knowledge
+
+An agent with discrete actions (`kind` is "categorical") has format, env, actor, keys and knowledge as above, and
+
+    encoder, trunk, inner, query, inner_key     [W, b, W, b, ...] each, W as torch.nn keeps it; the last two or None
+    fusion, entropy_fix                         as the flags of algos/ppo_kian.py
 """
 
 from collections.abc import Callable
@@ -22,17 +27,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from knowledge.registry import KnowledgeError, Obs, Policy
 
 ENTRIES = {"env", "inputs", "mean", "std", "clip", "actor", "inner", "query", "keys", "score", "knowledge"}
+CATEGORICAL = {"env", "actor", "encoder", "trunk", "inner", "query", "inner_key", "keys", "fusion", "entropy_fix",
+               "knowledge"}
 ACTORS = ("plain", "kian", "kogun", "a2t")
 
 
-def load(folder: Path, load_knowledge: Callable[[str, str], dict[str, Policy]]) -> dict[str, Policy]:
-    """The agent trained in `folder`, {run.<folder name>: policy}.
+def load(folder: Path, load_knowledge: Callable[[str, str], dict[str, Policy]],
+         inner_alone: bool = False) -> dict[str, Policy]:
+    """The agent trained in `folder`, {run.<folder name>: policy}, or {inner.<folder name>: its inner policy}.
 
     `load_knowledge(spec, env_id)` loads the policies that the agent itself was given.
     Raises KnowledgeError if there is no such run, or none that can be frozen.
@@ -48,16 +57,20 @@ def load(folder: Path, load_knowledge: Callable[[str, str], dict[str, Policy]]) 
     policy = checkpoint.get("policy") if isinstance(checkpoint, dict) else None
     if not isinstance(policy, dict) or policy.get("format") != 1:
         raise KnowledgeError(f"{file} holds no policy of format 1; name a run of an algorithm that writes one")
-    if missing := ENTRIES - policy.keys():
+    categorical = policy.get("kind") == "categorical"
+    if missing := (CATEGORICAL if categorical else ENTRIES) - policy.keys():
         raise KnowledgeError(f"{file} has no {', '.join(sorted(missing))} in its policy; name another run")
-    if policy["actor"] not in ACTORS:
-        raise KnowledgeError(f"{file} has an actor '{policy['actor']}'; known are {', '.join(ACTORS)}")
+    known = ("plain", "kian") if categorical else ACTORS
+    if inner_alone and policy["actor"] in known and policy["actor"] != "kogun":  # its inner policy reads advice
+        policy = {**policy, "actor": "plain"}
+    if policy["actor"] not in known:
+        raise KnowledgeError(f"{file} has an actor '{policy['actor']}'; known are {', '.join(known)}")
     knowledge = {} if policy["actor"] == "plain" else load_knowledge(policy["knowledge"], policy["env"])
-    agent = FrozenAgent(folder, owned(policy), knowledge)
+    agent = (FrozenCategorical if categorical else FrozenAgent)(folder, owned(policy), knowledge)
     if not agent.fits():
         now = f"'{policy['knowledge']}' gives {', '.join(knowledge) or 'nothing'}"
         raise KnowledgeError(f"run {folder} was trained with other knowledge than {now}; restore what it had")
-    return {f"run.{folder.resolve().name}": agent}
+    return {f"{'inner' if inner_alone else 'run'}.{folder.resolve().name}": agent}
 
 
 @dataclass
@@ -121,6 +134,62 @@ class FrozenAgent:
         return True
 
 
+@dataclass
+class FrozenCategorical:
+    """The action probabilities of a trained agent with discrete actions (algos/ppo_kian.py), (B, A): as advice they are
+    softer than a rule's ones."""
+
+    folder: Path
+    policy: dict
+    knowledge: dict[str, Policy]
+
+    @torch.no_grad()
+    def __call__(self, obs: Obs) -> Tensor:
+        """Probabilities (B, A). Raises KnowledgeError for observations unlike those of the run."""
+        p, x = self.policy, obs["image"] if isinstance(obs, dict) else obs
+        image = p["encoder"][0].dim() == 4
+        if image != isinstance(obs, dict) or (not image and x.shape[1] != p["encoder"][0].shape[1]):
+            raise KnowledgeError(f"run {self.folder} was trained in {p['env']} on other observations; name another")
+        hidden = torch.tanh(layer(p["trunk"], self.encode(x)))  # (B, 64)
+        logits = layer(p["inner"], hidden)
+        if p["actor"] == "plain":
+            return torch.softmax(logits, -1)
+        advice = torch.stack([policy(obs) for policy in self.knowledge.values()], 1)  # (B, n, A)
+        query = layer(p["query"], hidden)
+        inner_key = layer(p["inner_key"], hidden) if p["inner_key"] else p["keys"]["inner"].to(query)
+        keys = [inner_key, *(p["keys"][name].to(query) for name in self.knowledge)]
+        keys = torch.stack([key.expand_as(query) for key in keys], 1)  # (B, n+1, m)
+        scores = (query.unsqueeze(1) * keys).sum(-1)  # (B, n+1)
+        if p["fusion"] == "logit":
+            return torch.softmax((scores.unsqueeze(-1) * torch.cat([logits.unsqueeze(1), advice], 1)).sum(1), -1)
+        norms = query.norm(dim=-1, keepdim=True) * keys.norm(dim=-1)
+        if p["entropy_fix"] == "on":
+            weights, rules = torch.softmax(scores / norms, -1), torch.softmax(norms[:, 1:].unsqueeze(-1) * advice, -1)
+        else:
+            advice = torch.where(advice.sum(-1, keepdim=True) > 0, advice, 1.0)
+            weights, rules = torch.softmax(scores, -1), advice / advice.sum(-1, keepdim=True)
+        return (weights.unsqueeze(-1) * torch.cat([torch.softmax(logits, -1).unsqueeze(1), rules], 1)).sum(1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (B, 7, 7, 3) or features (B, f) -> (B, 64)."""
+        if x.dim() != 4:
+            return torch.tanh(layer(self.policy["encoder"], x))
+        x = x.permute(0, 3, 1, 2).to(self.policy["encoder"][0])
+        for i in range(0, len(self.policy["encoder"]), 2):
+            x = F.conv2d(x, *(p.to(x) for p in self.policy["encoder"][i:i + 2])).relu()
+            x = F.max_pool2d(x, 2) if i == 0 else x
+        return x.flatten(1)
+
+    def fits(self) -> bool:
+        """Whether the knowledge is what the keys were learned for."""
+        return self.policy["actor"] == "plain" or self.policy["keys"].keys() - {"inner"} == self.knowledge.keys()
+
+
+def layer(weights: list[Tensor], x: Tensor) -> Tensor:
+    """One linear layer [W, b], W (out, in)."""
+    return F.linear(x, *(p.to(x) for p in weights))
+
+
 def owned(value):
     """A copy of nested tensors that no longer needs the mapped file."""
     if isinstance(value, torch.Tensor):
@@ -167,3 +236,24 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor
         query[-2:] = weight[:, :width].clone(), bias[:width].clone()
         policy["inner_key_head"] = [weight[:, width:].clone(), bias[width:].clone()]
     return policy
+
+
+def freeze_categorical(agent, names: list[str], args, knowledge: str) -> dict:
+    """The acting part of an `agent` (a module with encoder, trunk, inner and with attention query and keys) in the
+    format above, for its checkpoint; `knowledge` is what the run was given, `names` are those of its policies."""
+    attends = args.actor == "kian" and len(names) > 1
+
+    def weights(part: str) -> list[Tensor] | None:
+        found = [p.detach().cpu().clone() for name, p in agent.state_dict().items() if name.startswith(f"{part}.")]
+        return found or None
+    parts = {part: weights(part) for part in ("encoder", "trunk", "inner", "query", "inner_key")}
+    return parts | {
+        "format": 1,
+        "kind": "categorical",
+        "env": args.env,
+        "actor": "kian" if attends else "plain" if len(names) == 1 else args.actor,
+        "keys": dict(zip(names, agent.keys.detach().cpu().clone())) if attends else None,
+        "fusion": args.fusion,
+        "entropy_fix": args.entropy_fix,
+        "knowledge": knowledge,
+    }

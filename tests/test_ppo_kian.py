@@ -1,0 +1,158 @@
+"""Values of PPO-KIAN against hand numbers, and what must hold for any weights."""
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from algos import ppo_kian
+from algos.ppo_kian import Agent, Args, advantages, attention_scores, rule_log_probs
+
+LN2 = math.log(2)
+
+
+def fused(query, keys, logits, advice, fusion="mixture"):
+    """Weights (n+1,) and probabilities (A,) of one state in float64, through the agent's own forward pass."""
+    args, n = Args(actor="kian", fusion=fusion), len(advice)
+    agent = Agent(args, (1,), len(logits), n).double()
+    hidden = torch.zeros(1, ppo_kian.WIDTH).double()
+    hidden[0, 0] = 1.0
+    agent.encoder = torch.nn.Identity()
+    agent.trunk = torch.nn.Identity()
+    agent.query = torch.nn.Linear(ppo_kian.WIDTH, len(query)).double()
+    agent.keys = torch.nn.Parameter(torch.tensor(keys).double())
+    for layer, row in ((agent.query, query), (agent.inner, logits)):  # the state's first feature gives both
+        layer.weight.data.zero_()
+        layer.weight.data[:, 0], layer.bias.data[:] = torch.tensor(row).double(), 0.0
+    with torch.no_grad():
+        output = agent(hidden, torch.tensor(advice).double().view(1, n, len(logits)), args)
+    return output.log_weights[0].exp(), output.log_probs[0].exp()
+
+
+KEYS, LOGITS, ADVICE = [[1, 0], [0, 2], [-1, 0]], [0, 0, LN2], [[1, 0, 0], [0, 0, 0]]
+
+
+def test_attention_and_fusion():
+    weights, p = fused([3, 4], KEYS, LOGITS, ADVICE)
+    assert weights.tolist() == pytest.approx([.3964, .4842, .1194], abs=1e-4)
+    assert p.tolist() == pytest.approx([.6230, .1389, .2380], abs=1e-4) and p.sum() == pytest.approx(1)
+    scores, norms = attention_scores(torch.tensor([[3., 4.]]), torch.tensor(KEYS).float())
+    assert (scores / norms)[0].tolist() == pytest.approx([.6, .8, -.6]) and norms[0].tolist() == [5, 10, 5]
+    rules = rule_log_probs(torch.tensor([ADVICE]).double(), norms[:, 1:].double()).exp()[0]
+    assert rules[0].tolist() == pytest.approx([.99991, .0000454, .0000454], abs=1e-5)
+    assert rules[1].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_a_draw_is_a_policy_by_weight_and_then_its_action():
+    torch.manual_seed(0)
+    weights, p = fused([3, 4], KEYS, LOGITS, ADVICE)
+    policies = torch.tensor([[.25, .25, .5], [.99991, .0000454, .0000454], [1 / 3] * 3])
+    who = torch.multinomial(weights.float(), 200_000, replacement=True)
+    staged = torch.bincount(torch.multinomial(policies[who], 1).squeeze(1), minlength=3) / 200_000
+    direct = (p.log() + ppo_kian.gumbel((200_000, 3))).argmax(1)
+    assert staged.tolist() == pytest.approx(p.tolist(), abs=0.005)
+    assert (torch.bincount(direct, minlength=3) / 200_000).tolist() == pytest.approx(p.tolist(), abs=0.005)
+
+
+def test_without_knowledge_it_is_ppo():
+    obs, advice = torch.randn(5, 4), torch.zeros(5, 0, 3)
+    losses = []
+    for actor in ("kian", "plain"):
+        torch.manual_seed(3)
+        args = Args(actor=actor)
+        agent = Agent(args, (4,), 3, 0)
+        batch = {"obs": obs, "advice": advice, "action": torch.tensor([0, 1, 2, 0, 1]), "log_prob": torch.zeros(5) - 1,
+                 "advantage": torch.ones(5), "return": torch.ones(5), "value": torch.zeros(5)}
+        loss, scalars = ppo_kian.ppo_loss(agent, batch, args)
+        loss.backward()
+        losses.append([loss.item(), scalars["entropy"].item(), *(p.grad.sum().item() for p in agent.parameters())])
+        logits = agent.inner(agent.trunk(agent.encode(obs)))
+        assert torch.allclose(agent(obs, advice, args).log_probs, torch.log_softmax(logits, -1), atol=1e-6)
+    assert losses[0] == losses[1]
+
+
+def test_order_of_policies_does_not_matter():
+    _, p = fused([3, 4], KEYS, LOGITS, ADVICE)
+    _, swapped = fused([3, 4], [KEYS[0], KEYS[2], KEYS[1]], LOGITS, ADVICE[::-1])
+    assert (p - swapped).abs().max() < 1e-15
+
+
+def test_a_policy_more_takes_from_all_in_proportion():
+    before, _ = fused([3, 4], KEYS, LOGITS, ADVICE)
+    after, _ = fused([3, 4], [*KEYS, [0, -1]], LOGITS, [*ADVICE, [0, 1, 0]])
+    assert after.tolist() == pytest.approx([.3611, .4411, .1088, .0891], abs=1e-4)
+    assert after[:3].tolist() == pytest.approx((before * (1 - after[3])).tolist())
+    assert float(after[0] / after[1]) == pytest.approx(math.exp(-0.2))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_weights_are_bounded_and_probabilities_sum_to_one(seed, n):
+    torch.manual_seed(seed)
+    query, keys, advice = torch.randn(4), torch.randn(n + 1, 4), (torch.rand(n, 5) < 0.5).float()
+    weights, p = fused(query.tolist(), keys.tolist(), torch.randn(5).tolist(), advice.tolist())
+    low, high = 1 / (1 + n * math.e**2), 1 / (1 + n * math.e**-2)
+    assert low - 1e-9 <= weights.min() and weights.max() <= high + 1e-9
+    assert p.sum() == pytest.approx(1)
+
+
+def test_logit_fusion():
+    _, p = fused([3, 4], KEYS, LOGITS, ADVICE, fusion="logit")
+    logits = 3 * torch.tensor(LOGITS).double() + 8 * torch.tensor(ADVICE[0]).double()  # products 3, 8, -3
+    assert p.tolist() == pytest.approx(torch.softmax(logits, -1).tolist())
+
+
+def test_advice_may_be_silent_and_certain_without_nan():
+    advice = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [1, 1, 0]]])
+    assert rule_log_probs(advice, None).exp()[0].tolist() == [pytest.approx(row) for row in (
+        [1 / 3] * 3, [1, 0, 0], [.5, .5, 0])]
+    args = Args(entropy_fix="off")
+    agent = Agent(args, (4,), 3, 3)
+    output = agent(torch.randn(1, 4), advice, args)
+    output.log_probs[0, 0].backward()
+    assert output.log_probs.exp().sum().item() == pytest.approx(1)
+    assert all(p.grad.isfinite().all() for p in agent.parameters() if p.grad is not None)
+
+
+def test_advantages():
+    def column(*values):
+        return torch.tensor(values).unsqueeze(1)
+    args = column(0., 0., 1.), column(.5, .6, .7), torch.tensor([9.]), column(0., 0., 1.), 0.99, 0.95
+    assert advantages(*args).squeeze(1).tolist() == pytest.approx([.446829, .375150, .300000], abs=1e-6)
+    going_on = advantages(column(0., 0., 1.), column(.5, .6, .7), torch.tensor([9.]), torch.zeros(3, 1), 0.99, 0.95)
+    assert going_on[2].item() == pytest.approx(1 + 0.99 * 9 - 0.7)
+
+
+def test_losses_clip_by_hand():
+    """One state, p = (.5, .5), taken with probability .25 then: ratio 2 is cut to 1.2 for a gain and kept for a loss."""
+    agent = Agent(args := Args(entropy_coef=0.0), (1,), 2, 0)
+    for p in agent.parameters():
+        p.data.zero_()
+    batch = {"obs": torch.zeros(2, 1), "advice": torch.zeros(2, 0, 2), "action": torch.tensor([0, 1]),
+             "log_prob": torch.tensor([.25, .25]).log(), "advantage": torch.tensor([1., -1.]),
+             "return": torch.tensor([1., 1.]), "value": torch.tensor([0.5, 0.5])}  # new value 0, held at 0.3
+    loss, scalars = ppo_kian.ppo_loss(agent, batch, args)
+    assert scalars["policy_loss"].item() == pytest.approx(-(1.2 - 2) / 2)
+    assert scalars["value_loss"].item() == pytest.approx(1.0)  # the worse of 1 and 0.49
+    assert loss.item() == pytest.approx(0.4 + 0.5) and scalars["clipped"] == 1.0
+    assert scalars["entropy"].item() == pytest.approx(LN2)
+
+
+def test_bc_is_the_divergence_from_all_advice_together():
+    agent = Agent(args := Args(actor="plain", bc_coef=1.0, entropy_coef=0.0, value_coef=0.0), (1,), 2, 1)
+    for p in agent.parameters():
+        p.data.zero_()
+    batch = {"obs": torch.zeros(1, 1), "advice": torch.tensor([[[1., 0.]]]), "action": torch.tensor([0]),
+             "log_prob": torch.tensor([.5]).log(), "advantage": torch.zeros(1), "return": torch.zeros(1),
+             "value": torch.zeros(1)}
+    target = torch.softmax(torch.tensor([1., 0.]), -1)
+    by_hand = (target * (target / 0.5).log()).sum() / 2  # the mean runs over the two actions as well
+    assert ppo_kian.ppo_loss(agent, batch, args)[0].item() == pytest.approx(by_hand.item())
+
+
+def test_initialisation():
+    layer = ppo_kian.linear(10, 5)
+    assert layer.weight.norm(dim=1).tolist() == pytest.approx([1] * 5) and not layer.bias.any()
+    encoder = Agent(Args(), (7, 7, 3), 7, 3).encoder
+    assert sum(p.numel() for p in encoder.parameters()) == 10_544
