@@ -3,7 +3,7 @@
 A policy takes observations, a tensor (B, n) or a dict of tensors, and returns (B, d) in [-1, 1] for continuous
 actions, or (B, A) multi-hot advice for discrete ones, zeros where it has none. Goal tasks give a dict of
 `observation` (B, n), `achieved_goal` and `desired_goal` (B, 3); `observation` may end with a time feature, so
-rules index it from the front.
+rules index it from the front. Grid tasks give `image` (B, 7, 7, 3) uint8 and `direction` (B,).
 """
 
 import difflib
@@ -14,21 +14,22 @@ from pathlib import Path
 
 import torch
 
-from knowledge import fetch, run  # noqa: F401  (importing fetch registers its rules)
+from knowledge import fetch, minigrid, run  # noqa: F401  (importing fetch and minigrid registers their rules)
 from knowledge.keys import save_keys, take_over
-from knowledge.registry import KnowledgeError, Obs, Policy, groups_for, rule, rules_for
+from knowledge.registry import KnowledgeError, Obs, Policy, group, groups_for, rule, rules_for
 from knowledge.run import freeze, freeze_categorical
 from knowledge.trust import Trust
 
-__all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "freeze_categorical", "groups_for", "load", "rule", "rules_for",
-           "save_keys", "take_over"]
+__all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "freeze_categorical", "group", "groups_for",
+           "load", "rule", "rules_for", "save_keys", "take_over"]
 
 
 def advise(policies: dict[str, Policy], obs: Obs, action_dim: int) -> torch.Tensor:
     """What each of n policies would do, (B, n, action_dim). Goals enter it: after relabelling, ask again."""
     batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
     actions = [policy(obs) for policy in policies.values()]
-    return torch.stack(actions, 1) if actions else batch.new_zeros(len(batch), 0, action_dim)
+    return torch.stack(actions, 1) if actions else torch.zeros(len(batch), 0, action_dim, device=batch.device,
+                                                               dtype=_action_dtype(obs))
 
 
 def load(spec: str, env_id: str, action_dim: int, example: Obs) -> dict[str, Policy]:
@@ -74,6 +75,8 @@ def _load_rules(item: str, env_id: str) -> dict[str, Policy]:
         return {item: rules[item]}
     if not rules:
         remedy = "no rules are registered for it; name a Python file of yours, run:<RUN_DIR> or none"
+    elif item == "auto":
+        remedy = f"it has no default rules; name some of {', '.join([*groups, *rules])}"
     elif close := difflib.get_close_matches(item, [*groups, *rules], n=1):
         remedy = f"did you mean {close[0]}?"
     else:
@@ -120,7 +123,7 @@ def _check(policy: Policy, what: str, action_dim: int, example: Obs) -> None:
     """Raise KnowledgeError unless `policy` returns usable actions for the example batch."""
     tensors = list(example.values()) if isinstance(example, dict) else [example]
     shape = (len(tensors[0]), action_dim)
-    dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.get_default_dtype())
+    dtype = _action_dtype(example)
     try:
         with torch.no_grad():
             action = policy(example)
@@ -134,13 +137,19 @@ def _check(policy: Policy, what: str, action_dim: int, example: Obs) -> None:
     if tuple(action.shape) != shape:
         raise KnowledgeError(f"{what} returns shape {tuple(action.shape)}; return {shape}, one action per observation")
     if action.dtype != dtype:
-        raise KnowledgeError(f"{what} returns {action.dtype}; return {dtype}, the type of the observations")
+        raise KnowledgeError(f"{what} returns {action.dtype}; return {dtype}")
     if not action.isfinite().all():
         value = action[~action.isfinite()][0].item()
         raise KnowledgeError(f"{what} returns {value}; return finite numbers, look for a division by zero")
     if action.abs().max() > 1:
         value = action.flatten()[action.abs().argmax()].item()
         raise KnowledgeError(f"{what} returns {value:.4g}; return numbers in [-1, 1], for example with .clamp(-1, 1)")
+
+
+def _action_dtype(obs: Obs) -> torch.dtype:
+    """That of the observations; float32 where they are all integers, as images are."""
+    tensors = obs.values() if isinstance(obs, dict) else [obs]
+    return next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
 
 
 def _one_line(error: BaseException) -> str:
