@@ -18,7 +18,8 @@ Reads the entry `policy` of RUN_DIR/checkpoint.pt, tensors and plain types only:
 
 An agent with discrete actions (`kind` is "categorical") has format, env, actor, keys and knowledge as above, and
 
-    encoder, trunk, inner, query, inner_key     [W, b, W, b, ...] each, W as torch.nn keeps it; the last two or None
+    encoder, trunk, inner, query, inner_key     [W, b, ...] each, W (out, in); the last two or None. An encoder of
+                                                images has three layers, W (out, 2 x 2 x in) of 2x2 convolutions
     fusion, entropy_fix                         as the flags of algos/ppo_kian.py
 """
 
@@ -147,7 +148,7 @@ class FrozenCategorical:
     def __call__(self, obs: Obs) -> Tensor:
         """Probabilities (B, A). Raises KnowledgeError for observations unlike those of the run."""
         p, x = self.policy, obs["image"] if isinstance(obs, dict) else obs
-        image = p["encoder"][0].dim() == 4
+        image = len(p["encoder"]) > 2
         if image != isinstance(obs, dict) or (not image and x.shape[1] != p["encoder"][0].shape[1]):
             raise KnowledgeError(f"run {self.folder} was trained in {p['env']} on other observations; name another")
         hidden = torch.tanh(layer(p["trunk"], self.encode(x)))  # (B, 64)
@@ -174,9 +175,10 @@ class FrozenCategorical:
         """Images (B, 7, 7, 3) or features (B, f) -> (B, 64)."""
         if x.dim() != 4:
             return torch.tanh(layer(self.policy["encoder"], x))
-        x = x.permute(0, 3, 1, 2).to(self.policy["encoder"][0])
+        x = x.permute(0, 3, 1, 2).float()
         for i in range(0, len(self.policy["encoder"]), 2):
-            x = F.conv2d(x, *(p.to(x) for p in self.policy["encoder"][i:i + 2])).relu()
+            weight, bias = (p.to(x) for p in self.policy["encoder"][i:i + 2])
+            x = F.conv2d(x, weight.view(len(weight), 2, 2, -1).permute(0, 3, 1, 2), bias).relu()
             x = F.max_pool2d(x, 2) if i == 0 else x
         return x.flatten(1)
 

@@ -67,7 +67,7 @@ def test_without_knowledge_it_is_ppo():
         loss, scalars = ppo_kian.ppo_loss(agent, batch, args)
         loss.backward()
         losses.append([loss.item(), scalars["entropy"].item(), *(p.grad.sum().item() for p in agent.parameters())])
-        logits = agent.inner(agent.trunk(agent.encode(obs)))
+        logits = agent.inner(agent.trunk(agent.encoder(obs)))
         assert torch.allclose(agent(obs, advice, args).log_probs, torch.log_softmax(logits, -1), atol=1e-6)
     assert losses[0] == losses[1]
 
@@ -154,5 +154,15 @@ def test_bc_is_the_divergence_from_all_advice_together():
 def test_initialisation():
     layer = ppo_kian.linear(10, 5)
     assert layer.weight.norm(dim=1).tolist() == pytest.approx([1] * 5) and not layer.bias.any()
-    encoder = Agent(Args(), (7, 7, 3), 7, 3).encoder
-    assert sum(p.numel() for p in encoder.parameters()) == 10_544
+    assert sum(p.numel() for p in ppo_kian.GridEncoder().parameters()) == 10_544
+
+
+def test_the_encoder_is_three_convolutions():
+    torch.manual_seed(0)
+    encoder, image = ppo_kian.GridEncoder(), torch.randint(0, 11, (5, 7, 7, 3), dtype=torch.uint8)
+    x = image.permute(0, 3, 1, 2).float()
+    for i, layer in enumerate(encoder.layers):
+        kernel = layer.weight.view(len(layer.weight), 2, 2, -1).permute(0, 3, 1, 2)
+        x = torch.nn.functional.conv2d(x, kernel, layer.bias).relu()
+        x = torch.nn.functional.max_pool2d(x, 2) if i == 0 else x
+    assert torch.allclose(encoder(image), x.flatten(1), atol=1e-4)
