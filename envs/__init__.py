@@ -14,7 +14,7 @@ from envs.evaluation import Act, evaluate, find_renderer, record
 from envs.features import Normalizer, flatten, unflatten
 from envs.fetch import FetchVectorEnv
 from envs.ids import EnvError, resolve
-from envs.minigrid import PlainMiniGridVectorEnv, is_grid
+from envs.minigrid import MiniGridVectorEnv, PlainMiniGridVectorEnv, is_grid
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
 __all__ = ["Act", "EnvError", "Normalizer", "Observation", "VectorEnv", "evaluate", "find_renderer", "flatten", "make",
@@ -41,7 +41,9 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
         if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
             vec = FetchVectorEnv(resolved, num_envs, threads=threads, **kwargs)
         elif is_grid(resolved):
-            vec = PlainMiniGridVectorEnv(resolved, num_envs, **kwargs)
+            probe = gym.make(resolved, disable_env_checker=True, **kwargs) if fast else None
+            kind = MiniGridVectorEnv if fast and MiniGridVectorEnv.fits(probe) else PlainMiniGridVectorEnv
+            vec = kind(resolved, num_envs, **kwargs)
         else:
             vec = GymVectorEnv(resolved, num_envs, **kwargs)
     except (gym.error.Error, ImportError) as error:

@@ -3,15 +3,48 @@
 Observations are {"image": (num_envs, 7, 7, 3) uint8, "direction": (num_envs,) int64}; the text mission is left out.
 `image[:, x, y]` is (object, colour, state) of a cell as the agent sees it, the agent at (3, 6) facing smaller y.
 `info["success"]` is 1 where a step is rewarded, else 0.
+
+A step of minigrid spends its time in Python loops over the cells of the view. `MiniGridVectorEnv` has the grids of all
+copies in one array of bytes and looks views up in it. It takes the tasks whose classes say that they step as it does;
+the others run in `PlainMiniGridVectorEnv`. `tests/test_minigrid.py` steps both side by side, to the last bit.
 """
 import contextlib
 import io
+from functools import cache
 
 import gymnasium as gym
 import numpy as np
+from minigrid import envs as tasks
+from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
+from minigrid.core.grid import Grid
+from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava, Wall, WorldObj
+from minigrid.minigrid_env import MiniGridEnv
 
 from envs.ids import EnvError
-from envs.vector import GymVectorEnv
+from envs.vector import GymVectorEnv, Observation, VectorEnv
+
+LEFT, RIGHT, FORWARD, PICKUP, DROP, TOGGLE, DONE = range(7)
+STEPS = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])  # (x, y) of one step in each direction; +1 turns right
+
+# A cell is one byte, (object * 6 + colour) * 3 + state: what `encode` gives, and all that a step asks of an object.
+KINDS = {kind: OBJECT_TO_IDX[kind.__name__.lower()] for kind in (Wall, Floor, Door, Key, Ball, Box, Goal, Lava)}
+TRIPLES = np.stack(np.unravel_index(np.arange(11 * 6 * 3), (11, 6, 3)), axis=1).astype(np.uint8)  # (198, 3), decoded
+OBJECT, STATE = TRIPLES[:, 0], TRIPLES[:, 2]
+OPEN, CLOSED, LOCKED = range(3)
+EMPTY, OUTSIDE = OBJECT_TO_IDX["empty"] * 18, (KINDS[Wall] * 6 + COLOR_TO_IDX["grey"]) * 3
+IS_OPEN_DOOR = (OBJECT == KINDS[Door]) & (STATE == OPEN)
+ENTERED = np.isin(OBJECT, [OBJECT_TO_IDX["empty"], KINDS[Floor], KINDS[Goal], KINDS[Lava]]) | IS_OPEN_DOOR
+CLEAR = ~np.isin(OBJECT, [KINDS[Wall], KINDS[Door]]) | IS_OPEN_DOOR  # seen through
+HANDLED = np.zeros((7, len(TRIPLES)), bool)  # whether an action may change a cell ahead, or the hands
+HANDLED[PICKUP] = np.isin(OBJECT, [KINDS[Key], KINDS[Ball], KINDS[Box]])
+HANDLED[DROP] = OBJECT == OBJECT_TO_IDX["empty"]
+HANDLED[TOGGLE] = np.isin(OBJECT, [KINDS[Door], KINDS[Box]])
+
+# How an episode ends apart from goal, lava and time, by the function that a task's class has as its `step`.
+ENDINGS = {MiniGridEnv.step: "", tasks.UnlockEnv.step: "unlock", tasks.DynamicObstaclesEnv.step: "obstacles",
+           **{task.step: "pickup" for task in (tasks.UnlockPickupEnv, tasks.BlockedUnlockPickupEnv,
+                                               tasks.KeyCorridorEnv, tasks.ObstructedMazeEnv)}}
+INHERITED = ("reset", "gen_obs", "gen_obs_grid", "get_view_exts", "place_obj", "front_pos", "dir_vec", "_reward")
 
 
 def is_grid(env_id: str) -> bool:
@@ -24,17 +57,26 @@ def observation_space(env: gym.Env) -> gym.spaces.Dict:
     return gym.spaces.Dict({key: env.observation_space[key] for key in ("image", "direction")})
 
 
+def time_limit(env: gym.Env) -> int | None:
+    """Steps of an episode. Tasks count them themselves, not in a wrapper; BabyAI has a limit for each mission, and 0
+    before the first one."""
+    return min(filter(None, (env.spec.max_episode_steps, env.unwrapped.max_steps)), default=None)
+
+
+def missing_file(env: gym.Env) -> str:
+    """Name of a file that the task needs and the minigrid package came without (the WFC tasks of 3.2.0), or ""."""
+    pattern = getattr(getattr(env.unwrapped, "config", None), "pattern_path", None)
+    return pattern.name if pattern and not pattern.exists() else ""
+
+
 class PlainMiniGridVectorEnv(GymVectorEnv):
     """Any MiniGrid or BabyAI id, one copy after another."""
 
     def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, **kwargs):
         super().__init__(env_id, num_envs, time_feature, **kwargs)
-        pattern = getattr(getattr(self.env.unwrapped, "config", None), "pattern_path", None)
-        if pattern and not pattern.exists():
-            raise EnvError(f"{env_id} needs {pattern.name}, which the installed minigrid lacks; use another task")
-        self.observation_space = observation_space(self.env)
-        # They count steps themselves, not in a wrapper. BabyAI's limit is that of a mission, 0 before the first one.
-        self.max_episode_steps = self.env.unwrapped.max_steps or None
+        if missing := missing_file(self.env):
+            raise EnvError(f"{env_id} needs {missing}, which the installed minigrid lacks; use another task")
+        self.observation_space, self.max_episode_steps = observation_space(self.env), time_limit(self.env)
         self.start: list[dict | None] = [None] * num_envs  # random stream from which the episode was made
         self.actions: list[list[int]] = [[] for _ in range(num_envs)]  # of the episode
 
@@ -66,3 +108,194 @@ class PlainMiniGridVectorEnv(GymVectorEnv):
             obs = self.envs[i].step(action)[0]
             self.actions[i].append(action)
             self.current[i] = {"image": obs["image"], "direction": obs["direction"]}
+
+
+def code(obj: WorldObj | None) -> int:
+    """The byte of a cell. Raises KeyError for what has no place in it: other classes, doors both open and locked."""
+    if obj is None:
+        return EMPTY
+    state = {(True, False): OPEN, (False, False): CLOSED, (False, True): LOCKED}[
+        obj.is_open, obj.is_locked] if type(obj) is Door else 0
+    return (KINDS[type(obj)] * 6 + COLOR_TO_IDX[obj.color]) * 3 + state
+
+
+@cache
+def sight(width: int) -> np.ndarray:
+    """How sight spreads along a row of the view and to the row behind it, for every row at once.
+
+    Index: cells seen so far << 7 | cells seen through, as bits, x = 0 the lowest. Entry: cells seen of the row behind
+    << 7 | cells seen of this one, (2 ** 14,) uint16. Minigrid's `process_vis` as a table.
+    """
+    seen, through = np.divmod(np.arange(2 ** 14), 128)
+    behind = np.zeros_like(seen)
+    for side, cells in ((1, range(width - 1)), (-1, range(width - 1, 0, -1))):
+        for x in cells:
+            spreads = (seen & through) >> x & 1
+            seen = seen | spreads << (x + side)
+            behind = behind | spreads << x | spreads << (x + side)
+    return (behind << 7 | seen).astype(np.uint16)
+
+
+class MiniGridVectorEnv(VectorEnv):
+    """`num_envs` copies of one task in arrays. One task object of minigrid makes all their grids, each from its own
+    random stream.
+
+    Attributes beside VectorEnv's: cells (num_envs, height + 2 margin, width + 2 margin), walls around the grid so that
+    no view leaves it; here (num_envs,), the agents' places as indices into cells.ravel(); direction (num_envs,).
+    """
+
+    def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, **kwargs):
+        super().__init__(gym.make(env_id, disable_env_checker=True, **kwargs), num_envs, time_feature)
+        self.observation_space, self.max_episode_steps = observation_space(self.env), time_limit(self.env)
+        self.task = task = self.env.unwrapped
+        task.gen_obs = dict  # a reset need not observe
+        self.ending = ENDINGS[type(task).step]
+        self.rng = [gym.utils.seeding.np_random()[0] for _ in range(num_envs)]
+        view = self.view = task.agent_view_size
+        self.margin = view - 1
+        self.cells = np.full((num_envs, task.height + 2 * self.margin, task.width + 2 * self.margin), OUTSIDE, np.uint8)
+        self.flat, self.row = self.cells.reshape(-1), self.cells.shape[2]
+        self.first = np.arange(num_envs) * self.cells[0].size  # index of each copy's first cell
+        self.here, self.direction = np.zeros((2, num_envs), np.int64)
+        self.carried = np.full(num_envs, EMPTY, np.uint8)
+        # what boxes hold, by cell, and the carried one; EMPTY for nothing
+        self.inside, self.carried_inside = np.full_like(self.flat, EMPTY), self.carried.copy()
+        self.target = np.full(num_envs, -1)  # the cell of the task's object; -1 where it is gone
+        self.obstacles: list[list[list[int]]] = [[] for _ in range(num_envs)]  # [x, y] of each
+
+        self.ahead = STEPS @ [1, self.row]  # (4,), from a cell to the one ahead
+        right, (x, y) = np.roll(self.ahead, -1), np.indices((view, view)).reshape(2, -1)
+        self.window = np.outer(self.ahead, view - 1 - y) + np.outer(right, x - view // 2)  # (4, view * view), of the view
+
+    @staticmethod
+    def fits(env: gym.Env) -> bool:
+        """Whether this class steps the task as its own class does: by its methods, and by the objects of a grid."""
+        task = env.unwrapped
+        if type(task).step not in ENDINGS or task.agent_view_size > 7 or missing_file(env) or any(
+                getattr(type(task), name) is not getattr(MiniGridEnv, name) for name in INHERITED):
+            return False
+        task.reset(seed=0)
+        try:
+            for obj in task.grid.grid:
+                code(obj)
+                code(getattr(obj, "contains", None))
+        except KeyError:
+            return False
+        return type(task.grid) is Grid
+
+    def _reset(self, i: int, seed: int | None) -> None:
+        if seed is not None:
+            self.rng[i] = gym.utils.seeding.np_random(seed)[0]
+        task, edge = self.task, self.margin
+        task.np_random = self.rng[i]
+        task.reset()
+        grid, height, width = task.grid.grid, task.height, task.width
+        self.cells[i, edge:edge + height, edge:edge + width].flat = [code(obj) for obj in grid]
+        self.here[i] = self.place(i, *task.agent_pos)
+        self.direction[i], self.carried[i] = task.agent_dir, EMPTY
+        for k, obj in enumerate(grid):
+            if type(obj) is Box:
+                self.inside[self.place(i, k % width, k // width)] = code(obj.contains)
+        if self.ending in ("unlock", "pickup"):
+            wanted = task.door if self.ending == "unlock" else task.obj
+            k = next(k for k, obj in enumerate(grid) if obj is wanted)
+            self.target[i] = self.place(i, k % width, k // width)
+        elif self.ending == "obstacles":
+            self.obstacles[i] = [list(map(int, obj.cur_pos)) for obj in task.obstacles]
+
+    def place(self, i: int, x: int, y: int) -> int:
+        """Index into `flat` of the cell (x, y) of copy i's grid."""
+        return int(self.first[i]) + (y + self.margin) * self.row + x + self.margin
+
+    def _step(self, action):
+        action = np.asarray(action)
+        blocked = None
+        if self.ending == "obstacles":
+            front = self.flat[self.here + self.ahead[self.direction]]
+            blocked = (action == FORWARD) & (front != EMPTY) & (OBJECT[front] != KINDS[Goal])
+            for i in range(self.num_envs):
+                self._move_obstacles(i)
+        front = self.here + self.ahead[self.direction]  # of actions other than turns, which ask for none
+        ahead = self.flat[front]
+        forward = action == FORWARD
+        self.here = np.where(forward & ENTERED[ahead], front, self.here)
+        self.direction = (self.direction + (action == RIGHT) - (action == LEFT)) & 3
+        kind = OBJECT[ahead]
+        rewarded = forward & (kind == KINDS[Goal])
+        terminated = rewarded | forward & (kind == KINDS[Lava])
+        picked = [i for i in np.flatnonzero(HANDLED[action, ahead]) if self._handle(i, action[i], front[i])]
+        if self.ending == "pickup":
+            rewarded[picked] = terminated[picked] = True
+        elif self.ending == "unlock":
+            opened = (action == TOGGLE) & IS_OPEN_DOOR[self.flat[self.target]]
+            rewarded, terminated = rewarded | opened, terminated | opened
+        reward = np.where(rewarded, 1 - 0.9 * ((self.elapsed + 1) / self.task.max_steps), 0.0)
+        if blocked is not None:
+            reward, terminated = np.where(blocked, -1.0, reward), terminated | blocked
+        return reward, terminated, np.zeros(self.num_envs, bool), (reward > 0).astype(np.float64)
+
+    def _handle(self, i: int, action: int, front: int) -> bool:
+        """Pickup, drop or toggle of copy i; whether it takes the task's object."""
+        cell, hands = int(self.flat[front]), int(self.carried[i])
+        if action == PICKUP and hands == EMPTY:
+            self.carried[i], self.carried_inside[i] = cell, self.inside[front]
+            self.flat[front] = EMPTY
+            return front == self.target[i]
+        if action == DROP and hands != EMPTY:
+            self.flat[front], self.inside[front] = hands, self.carried_inside[i]
+            self.carried[i] = EMPTY
+        elif action == TOGGLE and OBJECT[cell] == KINDS[Box]:  # what it holds takes its place
+            self.flat[front] = self.inside[front]
+            if front == self.target[i]:
+                self.target[i] = -1
+        elif action == TOGGLE and STATE[cell] != LOCKED:
+            self.flat[front] = cell + 1 if STATE[cell] == OPEN else cell - 1
+        elif action == TOGGLE and OBJECT[hands] == KINDS[Key] and TRIPLES[hands, 1] == TRIPLES[cell, 1]:
+            self.flat[front] = cell - LOCKED
+        return False
+
+    def _move_obstacles(self, i: int) -> None:
+        """Each obstacle goes to a random free cell around it, drawn as the original draws it."""
+        cells, edge, integers, agent = self.cells[i], self.margin, self.rng[i].integers, self.here[i]
+        for place in self.obstacles[i]:
+            left, top = max(place[0] - 1, 0), max(place[1] - 1, 0)
+            right, bottom = min(left + 3, self.task.width), min(top + 3, self.task.height)
+            for _ in range(101):
+                x, y = int(integers(left, right)), int(integers(top, bottom))
+                if cells[y + edge, x + edge] == EMPTY and self.place(i, x, y) != agent:
+                    cells[y + edge, x + edge] = cells[place[1] + edge, place[0] + edge]
+                    cells[place[1] + edge, place[0] + edge] = EMPTY
+                    place[:] = x, y
+                    break
+
+    def _observe(self) -> Observation:
+        view, n = self.view, self.num_envs
+        cells = self.flat[self.here[:, None] + self.window[self.direction]].reshape(n, view, view)
+        if not self.task.see_through_walls:
+            through = np.packbits(CLEAR[cells], axis=1, bitorder="little")[:, 0].T  # (n, x, y) -> (y, n), x as bits
+            table, rows = sight(view), np.empty((view, n), np.uint16)
+            row = np.full(n, 1 << view // 2 + 7, np.uint16)  # the agent sees its own cell
+            for y in reversed(range(view)):
+                row = rows[y] = table[row & 0x3F80 | through[y]]
+            seen = np.unpackbits(rows.T.astype(np.uint8)[:, None], axis=1, count=view, bitorder="little")  # (n, x, y)
+            cells *= seen  # 0 is the code of an unseen cell
+        cells[:, view // 2, view - 1] = self.carried
+        return {"image": TRIPLES[cells], "direction": self.direction.copy()}
+
+    def _snapshot(self, i: int) -> dict:
+        held = slice(self.first[i], self.first[i] + self.cells[i].size)
+        return {"rng": self.rng[i].bit_generator.state, "cells": self.flat[held].copy(),
+                "inside": self.inside[held].copy(), "here": int(self.here[i] - self.first[i]),
+                "direction": int(self.direction[i]), "carried": int(self.carried[i]),
+                "carried_inside": int(self.carried_inside[i]), "target": int(self.target[i] - self.first[i]),
+                "obstacles": [list(place) for place in self.obstacles[i]]}
+
+    def _restore(self, i: int, snapshot: dict) -> None:
+        self.rng[i].bit_generator.state = snapshot["rng"]
+        held = slice(self.first[i], self.first[i] + self.cells[i].size)
+        self.flat[held], self.inside[held] = np.asarray(snapshot["cells"]), np.asarray(snapshot["inside"])
+        for name in ("here", "target"):
+            getattr(self, name)[i] = snapshot[name] + self.first[i]
+        for name in ("direction", "carried", "carried_inside"):
+            getattr(self, name)[i] = snapshot[name]
+        self.obstacles[i] = [list(map(int, place)) for place in snapshot["obstacles"]]

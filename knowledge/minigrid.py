@@ -21,8 +21,8 @@ WALL, DOOR, KEY, BALL, GOAL, LAVA = 2, 4, 5, 6, 8, 9
 CLOSED, LOCKED = 1, 2
 
 
-# A rule is a mask of cells (B, 49), x-major, times a matrix (49, 7) of what a cell there says about each action. Entries
-# are small integers, so that the product is exact in every precision of matrix products.
+# A rule is a matrix (7, 49), what a cell there says about each action, times a mask of cells (B, 49), x-major. Entries
+# are small integers: exact in every precision of matrix products. This way round it is several times faster on a CPU.
 
 
 @cache
@@ -34,27 +34,28 @@ def toward_matrix(act: int | None, device: torch.device) -> Tensor:
         says[3, 5] = 0
         says[3, 5, [LEFT, RIGHT, FORWARD]] = -49  # outvotes all other cells
         says[3, 5, act] = 1
-    return says.flatten(0, 1).to(device)  # (7, 7, 7) -> (49, 7)
+    return says.flatten(0, 1).T.to(device).contiguous()  # (7, 7, 7) -> (7, 49)
 
 
 @cache
 def avoid_matrix(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Without a cell, move (7,); the cells beside and ahead of the agent forbid the move into them (49, 7)."""
+    """Without a cell, move (7, 1); the cells beside and ahead of the agent forbid the move into them (7, 49)."""
     says = torch.zeros(7, 7, ACTIONS)
     says[2, 6, LEFT] = says[4, 6, RIGHT] = says[3, 5, FORWARD] = -1
-    return torch.eye(ACTIONS)[:3].sum(0).to(device), says.flatten(0, 1).to(device)
+    moves = (torch.arange(ACTIONS) < 3).float().unsqueeze(1)
+    return moves.to(device), says.flatten(0, 1).T.to(device).contiguous()
 
 
 def toward(mask: Tensor, act: int | None = None) -> Tensor:
     """Advice (B, 7) to get to the cells of `mask` (B, 49): left, right and forward may be given together. With the
     target straight ahead, `act`."""
-    return (mask.float() @ toward_matrix(act, mask.device)).clamp(0, 1)
+    return (toward_matrix(act, mask.device) @ mask.float().T).T.clamp(0, 1)
 
 
 def avoid(mask: Tensor) -> Tensor:
     """Advice (B, 7) for left, right and forward, less those with a cell of `mask` (B, 49) beside or ahead."""
     moves, says = avoid_matrix(mask.device)
-    return torch.addmm(moves, mask.float(), says)
+    return torch.addmm(moves, says, mask.float().T).T
 
 
 def objects(obs: dict[str, Tensor]) -> Tensor:
