@@ -51,6 +51,7 @@ class Args:
     env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
     total_timesteps: int = 150_000  # environment steps, summed over environments
     num_envs: int = 32  # environments stepped together
+    goal_range: float = 0.0  # Fetch: tenths of the task's range of goals; 0: all of it, or with --evaluate as trained
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
@@ -91,6 +92,7 @@ class Args:
     imitation: float = 1.0  # weight of imitating the attended rules, times the doubt; for --credit expected
     attention_temperature: float = 0.1  # T of softmax(Q / T), which attention is taught; for --credit expected
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
+    init_from: str = ""  # run folder whose keys are taken over by name, and whose inner policy becomes knowledge
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
     warm: Literal["keys", "keys+query", "all"] = "keys"  # what a run folder gives; all: the inner policy as well
@@ -273,8 +275,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
 
 
 def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args: Args) -> torch.Tensor:
-    q = mlp(critic, "q", inputs, args.bf16).squeeze(-1)  # (2, B)
-    return 0.5 * (q - target_q).square().mean(1).sum()
+    return 0.5 * (mlp(critic, "q", inputs, args.bf16).squeeze(-1) - target_q).square().mean(1).sum()  # of (2, B)
 
 
 def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice, noise: Noise, args: Args):
@@ -378,7 +379,8 @@ def main(args: Args) -> dict[str, float]:
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
         args = replace(stored, resume=folder, device=args.device) if args.resume else replace(
-            stored, evaluate=folder, eval_episodes=args.eval_episodes, video=args.video, device=args.device)
+            stored, evaluate=folder, eval_episodes=args.eval_episodes, video=args.video, device=args.device,
+            goal_range=args.goal_range or stored.goal_range)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "learning_rate",
                      "updates_per_step", "initial_temperature", "attention_temperature")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
@@ -389,17 +391,17 @@ def main(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     use_fast_matmul(device)
 
-    vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads())
+    vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
     if not isinstance(vec.action_space, gym.spaces.Box):
         raise ArgError(f"{args.env} has {vec.action_space} actions; {ALGO} needs continuous ones (Box)")
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     features = envs.flatten(obs)
     f, d, g = features.shape[1], vec.action_space.shape[0], obs["desired_goal"].shape[1] if vec.is_goal_env else 0
     example = envs.unflatten(features.repeat(2, 1), g)
-    external = {} if args.actor == "plain" else knowledge.load(args.knowledge, args.env, d, example)
+    given = "none" if args.actor == "plain" else args.knowledge + (args.init_from and f",inner:{args.init_from}")
+    external = knowledge.load(given, args.env, d, example)
     n, names = len(external), ["inner", *external]
     attends = n > 0 and args.actor in ("kian", "a2t")
-
     agent = make_agent(args, f, d, n)
     if args.save_keys and "keys" not in agent["actor"]:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
@@ -411,14 +413,13 @@ def main(args: Args) -> dict[str, float]:
         raise ArgError(f"--total-timesteps {args.total_timesteps} ends before the first update, at {first}")
     buffer = ReplayBuffer(min(args.total_timesteps, 1_000_000), horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
-    if args.load_keys and not saved:
-        knowledge.take_over(agent["actor"], normalizer, names, args.load_keys, args.warm)
+    if (source := args.init_from or args.load_keys) and not saved:
+        knowledge.take_over(agent["actor"], normalizer, names, source, args.warm)
     practice = args.practice if attends else 0.0
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     if practice and args.total_timesteps < trust.FIRST * (vec.max_episode_steps or 0):
-        print(f"{ALGO}: rules alone will act: the inner policy is judged after {trust.FIRST} episodes; --practice 0 "
-              "trusts it at once", file=sys.stderr)
+        print(f"rules alone act in the first {trust.FIRST} episodes, all of this run", file=sys.stderr)
     step, debt, updates, totals, learning = 0, 0.0, 0, {}, False  # debt: updates owed; totals: since last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
@@ -446,14 +447,15 @@ def main(args: Args) -> dict[str, float]:
         return play
 
     sampled = args.eval_select == "sample"
-    eval_vec = envs.make_vec(args.env, min(32, args.eval_episodes), threads=torch.get_num_threads())
+    eval_vec = envs.make_vec(args.env, min(32, args.eval_episodes), threads=torch.get_num_threads(),
+                             goal_range=args.goal_range)
 
     def evaluate(episodes: int, draw: bool = sampled) -> dict[str, float]:
         return envs.evaluate(player(draw, []), eval_vec, episodes, 10_000 * args.seed + 5_000)
 
     def film(folder: Path) -> None:
         envs.record(player(sampled, log := []), args.env, args.video, 10_000 * args.seed + 7_000, folder,
-                    names if attends else [], log)
+                    names if attends else [], log, goal_range=args.goal_range)
 
     if args.evaluate:
         for draw in (not sampled, sampled) if attends else (False,):
@@ -530,7 +532,7 @@ def main(args: Args) -> dict[str, float]:
             result = evaluate(args.eval_episodes * (2 if over else 1))
             run.log_evaluation(step, result)
         if (stop := run.stop) or over or due(args.checkpoint_every):
-            policy = knowledge.freeze(agent["actor"], names, args, normalizer.stats(), g)
+            policy = knowledge.freeze(agent["actor"], names, args, given, normalizer.stats(), g)
             run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,
                       "features": features, "alone": alone, "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
                       "wall_s": run.wall_s(), **{name: part.state_dict() for name, part in parts.items()},

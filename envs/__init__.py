@@ -29,23 +29,23 @@ def make(env_id: str, **kwargs) -> gym.Env:
 
 
 def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int = 1, fast: bool = True,
-             **kwargs) -> VectorEnv:
+             goal_range: float = 0.0, **kwargs) -> VectorEnv:
     """`num_envs` copies of `env_id`, the fast class where there is one (`fast=False`: never), reset when seeded.
 
-    Raises EnvError for an unknown id, a missing package or `num_envs` < 1.
+    With `goal_range`, Fetch draws its goals from so many tenths of its range. Raises EnvError for an unknown id, a missing package or `num_envs` < 1.
     """
     if num_envs < 1:
         raise EnvError(f"num_envs must be at least 1, not {num_envs}")
     resolved = resolve(env_id)
     try:
         if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
-            vec = FetchVectorEnv(resolved, num_envs, threads=threads, **kwargs)
+            vec = FetchVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif is_grid(resolved):
             probe = gym.make(resolved, disable_env_checker=True, **kwargs) if fast else None
             kind = MiniGridVectorEnv if fast and MiniGridVectorEnv.fits(probe) else PlainMiniGridVectorEnv
             vec = kind(resolved, num_envs, **kwargs)
         else:
-            vec = GymVectorEnv(resolved, num_envs, **kwargs)
+            vec = GymVectorEnv(resolved, num_envs, goal_range=goal_range, **kwargs)
     except (gym.error.Error, ImportError) as error:
         raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
     if seed is not None:

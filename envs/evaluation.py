@@ -46,11 +46,11 @@ def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, fl
 
 
 def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names: Sequence[str] = (),
-           log: Sequence[tuple[list[float], int]] = ()) -> None:
+           log: Sequence[tuple[list[float], int]] = (), **kwargs) -> None:
     """Play and film `episodes` episodes into `folder/episode-<k>.mp4`; episode k starts as a reset with `seed + k`.
 
     With `names`, also draw `folder/attention-<k>.png` from `log`, to which `act` appends at every step the weights of
-    these policies and the index of the one that acts. Without any working renderer, say on stderr what to install.
+    these policies and the index of the one that acts. `kwargs` go to the environment. Without any working renderer, say on stderr what to install.
     """
     if episodes < 1:
         return
@@ -62,7 +62,7 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
     import imageio.v2 as imageio  # slow to import, and only filming needs it
 
     folder.mkdir(parents=True, exist_ok=True)
-    vec = (PlainMiniGridVectorEnv if grid else GymVectorEnv)(env_id, 1, render_mode="rgb_array")
+    vec = (PlainMiniGridVectorEnv if grid else GymVectorEnv)(env_id, 1, render_mode="rgb_array", **kwargs)
     for k in range(episodes):
         obs, ended, frames, first = vec.reset(seed + k), False, [], len(log)
         while not ended:

@@ -11,7 +11,7 @@ import mujoco
 import numpy as np
 from gymnasium_robotics.utils import rotations
 
-from envs.vector import Observation, VectorEnv, mujoco_restore, mujoco_snapshot
+from envs.vector import Observation, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
 
 MOCAP_QUAT_DELTA = np.array([1.0, 0.0, 1.0, 0.0])  # added to the gripper's quaternion at every step, as upstream does
 
@@ -22,8 +22,10 @@ class FetchVectorEnv(VectorEnv):
     Attributes beside VectorEnv's: goal (num_envs, 3); rng, one numpy Generator per copy, seeded as gymnasium does.
     """
 
-    def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, threads: int = 1, **kwargs):
-        super().__init__(gym.make(env_id, disable_env_checker=True, **kwargs), num_envs, time_feature)
+    def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, threads: int = 1,
+                 goal_range: float = 0.0, **kwargs):
+        env = narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range)
+        super().__init__(env, num_envs, time_feature)
         self.task = task = self.env.unwrapped
         self.model = model = task.model
         self.data = [mujoco.MjData(model) for _ in range(num_envs)]

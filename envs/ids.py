@@ -37,14 +37,14 @@ def resolve(env_id: str) -> str:
     fetch = base.startswith("Fetch")
     if env_id in gym.registry and not (fetch and version == "1"):  # Fetch v1 needs the retired mujoco-py
         if env_id == "MiniGrid-MultiRoom-N4-S5-v0":
-            _announce(env_id, f"{env_id} has 6 rooms in the installed minigrid; {base}-v1 has the 4 of its name")
+            announce(f"{env_id} has 6 rooms in the installed minigrid; {base}-v1 has the 4 of its name")
         elif env_id.startswith("MiniGrid-") and env_id != installed[-1][1]:
-            _announce(env_id, f"{env_id} has a corrected version, {installed[-1][1]}")
+            announce(f"{env_id} has a corrected version, {installed[-1][1]}")
         return env_id
     if installed and fetch:
         current = installed[-1][1]
-        _announce(env_id, f"{env_id} is {current} in the installed gymnasium-robotics: dynamics and start states "
-                          f"differ from published {env_id} numbers")
+        announce(f"{env_id} is {current} in the installed gymnasium-robotics: dynamics and start states "
+                 f"differ from published {env_id} numbers")
         return current
     known = [name for name in gym.registry if not re.fullmatch(r"Fetch\w+-v\d+", name)]
     tasks = ("Reach", "Push", "Slide", "PickAndPlace")
@@ -54,8 +54,8 @@ def resolve(env_id: str) -> str:
     raise EnvError(f"unknown environment id {env_id!r}{hint}")
 
 
-def _announce(env_id: str, line: str) -> None:
-    """Tell stderr something about an id, the first time that it is resolved."""
-    if env_id not in _announced:
+def announce(line: str) -> None:
+    """Tell stderr a line, once."""
+    if line not in _announced:
         print(line, file=sys.stderr)
-        _announced.add(env_id)
+        _announced.add(line)

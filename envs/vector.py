@@ -8,6 +8,8 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from envs.ids import EnvError, announce
+
 Observation = np.ndarray | dict[str, np.ndarray]
 
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -112,11 +114,22 @@ class VectorEnv:
         return obs
 
 
+def narrow_goals(env: gym.Env, goal_range: float) -> gym.Env:
+    """`env` with goals drawn from `goal_range` tenths of its range; 0: as it is. Raises EnvError for a task without."""
+    if goal_range:
+        if not hasattr(env.unwrapped, "target_range"):
+            raise EnvError(f"{env.spec.id} has no range of goals to narrow; leave --goal-range out")
+        env.unwrapped.target_range *= goal_range / 10
+        announce(f"{env.spec.id} draws its goals within {env.unwrapped.target_range:.4g} m in each direction")
+    return env
+
+
 class GymVectorEnv(VectorEnv):
     """Any gymnasium id, one copy after another: the reference for the fast classes, and the way to render."""
 
-    def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, **kwargs):
-        self.envs = [gym.make(env_id, disable_env_checker=True, **kwargs) for _ in range(num_envs)]
+    def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, goal_range: float = 0.0, **kwargs):
+        self.envs = [narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range)
+                     for _ in range(num_envs)]
         super().__init__(self.envs[0], num_envs, time_feature)
         self.current = [None] * num_envs
 

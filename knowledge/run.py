@@ -209,11 +209,12 @@ def mlp(weights: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     return x, hidden
 
 
-def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor, Tensor], goal_dim: int) -> dict:
+def freeze(actor: dict[str, Tensor], names: list[str], args, knowledge: str, stats: tuple[Tensor, Tensor],
+           goal_dim: int) -> dict:
     """The acting part of an agent in the format above, for its checkpoint.
 
     `actor` holds "inner.<i>.weight", ... and, with knowledge, "query.<i>..." and "keys" (n+1, m), in the order of
-    `names`; with `args.inner_key == "head"` the query network ends in query | inner key, (B, 2 m).
+    `names`, that `knowledge` gave; with `args.inner_key == "head"` the query network ends in query | inner key, (B, 2 m).
     """
     inner, query = ([p.cpu().clone() for k, p in actor.items() if k.startswith(part)] for part in ("inner.", "query."))
     scale = args.cosine_scale if "keys" in actor and args.cosine_scale > 0 else 1.0  # of cosines in the run's scores
@@ -230,7 +231,7 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, stats: tuple[Tensor
         "keys": dict(zip(names, actor["keys"].cpu().clone())) if "keys" in actor else None,
         "score": "cosine" if args.cosine_scale > 0 else "dot",
         "handicap": float(actor["handicap"][0]) / scale if "handicap" in actor else 0.0,
-        "knowledge": args.knowledge,
+        "knowledge": knowledge,
     }
     if policy["keys"] and args.inner_key == "head":
         width = actor["keys"].shape[1]
