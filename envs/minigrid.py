@@ -192,7 +192,7 @@ class MiniGridVectorEnv(VectorEnv):
     def fits(env: gym.Env) -> bool:
         """Whether this class steps the task as its own class does: by its methods, and by the objects of a grid."""
         task = env.unwrapped
-        if type(task).step not in ENDINGS or task.agent_view_size > 7 or missing_file(env) or any(
+        if task.render_mode or type(task).step not in ENDINGS or task.agent_view_size > 7 or missing_file(env) or any(
                 getattr(type(task), name) is not getattr(MiniGridEnv, name) for name in INHERITED):
             return False
         task.reset(seed=0)

@@ -190,6 +190,8 @@ def test_film(tmp_path):
 
     envs.record(act, "MiniGrid-Empty-5x5-v0", 1, 0, tmp_path, ["inner", "minigrid.go_to_goal"], log)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["attention-0.png", "episode-0.mp4"]
+    vec = envs.make_vec("MiniGrid-Empty-5x5-v0", 1, seed=0, render_mode="rgb_array")  # only plain stepping can render
+    assert vec.render().shape == (160, 160, 3)
 
 
 def test_ids(capsys):
