@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
-PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco"]
+PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
 
 
 class ArgError(ValueError):

@@ -88,12 +88,13 @@ def draw_timeline(frames: Sequence[np.ndarray], weights: Sequence[list[float]], 
 
     steps, shown = len(weights), ((np.arange(8) + 0.5) * len(frames) / 8).astype(int)
     colors = [plt.get_cmap("tab10")(i % 10) for i in range(len(names))]
-    margin = frames[0].shape[1] // 5 if crop else 0
+    margin, gap = (frames[0].shape[1] // 5, 0) if crop else (0, 0.03)
     tall = 1.8 * frames[0].shape[0] / (frames[0].shape[1] - 2 * margin)  # a strip of frames in their proportions
     figure, (strip, area, band) = plt.subplots(3, 1, figsize=(10, 3.1 + 0.7 * tall), height_ratios=[tall, 4, 0.5],
                                                sharex=True, constrained_layout=True)
     for k, frame in enumerate(frames[i] for i in shown):
-        strip.imshow(frame[:, margin:frame.shape[1] - margin], extent=(k * steps / 8, (k + 1) * steps / 8, 0, 1), aspect="auto")
+        left, right = (k + gap) * steps / 8, (k + 1 - gap) * steps / 8
+        strip.imshow(frame[:, margin:frame.shape[1] - margin], extent=(left, right, 0, 1), aspect="auto")
         strip.text((k + 0.04) * steps / 8, 0.04, f"step {shown[k]}", color="white", fontsize=8)
     strip.set_axis_off()
     area.stackplot(np.arange(steps) + 0.5, np.asarray(weights).T, labels=names, colors=colors, alpha=0.85)

@@ -148,8 +148,8 @@ family(official, "MiniGrid-Unlock-", "get_key", "open_door")
 family(official, "MiniGrid-DoorKey", "get_key", "open_door", "go_to_goal")
 family(official, "MiniGrid-Dynamic-Obstacles", "go_to_goal", "avoid_ball")
 family(official, "MiniGrid-LavaCrossing", "go_to_goal", "avoid_obstacles")
-family(official, ("MiniGrid-KeyCorridor", "BabyAI-KeyCorridor"), "open_one_unlocked_door", "open_locked_door", "get_key",
-       "get_ball")
+family(official, ("MiniGrid-KeyCorridor", "BabyAI-KeyCorridor"), "open_one_unlocked_door", "open_locked_door",
+       "get_key", "get_ball")
 family(official, "MiniGrid-MultiRoom", "open_unlocked_door", "go_to_goal", "avoid_obstacles")
 # Not in the paper. A box has no rule: the last step of UnlockPickup is left to the agent.
 family(ours, ("MiniGrid-SimpleCrossing", "MiniGrid-LavaGap", "MiniGrid-DistShift", "MiniGrid-FourRooms"), "go_to_goal",
