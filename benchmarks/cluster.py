@@ -113,6 +113,10 @@ class RayEngine:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one with `ray start "
                              "--head`, or name it with --ray-address") from error
+        if not any(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 and node["Resources"].get("GPU", 0) >= gpus
+                   for node in ray.nodes()):  # Ray would wait for one for ever
+            raise ValueError(f"no node of the cluster has a CPU and {gpus:g} GPUs for a cell: lower --gpus, or start a "
+                             "node with `ray start --num-gpus`")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
