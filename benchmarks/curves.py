@@ -75,21 +75,24 @@ class Curve:
     seed: int
     steps: list[int] = field(default_factory=list)  # environment steps
     minutes: list[float] = field(default_factory=list)  # wall time of training
-    success: list[float] = field(default_factory=list)  # success rate of each evaluation
-    returns: list[float] = field(default_factory=list)  # mean return of each evaluation
+    scores: list[float] = field(default_factory=list)  # of each evaluation
     commit: str = ""  # of the code that made it
 
 
-def load_curves(path: Path) -> dict[str, list[Curve]]:
-    """{variant: its seeds} of a results CSV, both in order."""
+def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
+    """{variant: its seeds} of a results CSV, both in order; `score` is the column that evaluations are judged by.
+
+    Raises ValueError, a one-line message, where that column is not a number.
+    """
     found: dict[tuple[str, int], Curve] = {}
     for row in load(path):
         curve = found.setdefault((row["variant"], int(row["seed"])), Curve(int(row["seed"])))
         curve.steps.append(int(row["step"]))
         curve.minutes.append(float(row["wall_s"]) / 60)
-        curve.success.append(float(row["success_rate"]))
-        curve.returns.append(float(row["return_mean"]))
+        curve.scores.append(float(row[score]))
         curve.commit = row.get("commit", "")
+    if any(x != x for curve in found.values() for x in curve.scores):
+        raise ValueError(f"{path.parent.name}/{path.name} has no {score}; name another score in benchmarks/paper.toml")
     return {name: [found[key] for key in sorted(found) if key[0] == name] for name in sorted({n for n, _ in found})}
 
 
