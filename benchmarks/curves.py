@@ -46,6 +46,9 @@ def variant(config: dict) -> str:
 def gather(folders: list[str]) -> None:
     """Add the curves of these run folders to the CSVs; a run that is there already is replaced."""
     for folder in map(Path, folders):
+        if not ((folder / "config.json").is_file() and (folder / "eval.csv").is_file()):
+            print(f"skipped, no run: {folder}")
+            continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
         path = RESULTS / config["algo"] / f"{args['env']}.csv"
@@ -53,14 +56,20 @@ def gather(folders: list[str]) -> None:
         rows = [row for row in load(path) if (row["variant"], row["seed"]) != (name, seed)] if path.exists() else []
         facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"],
                  "commit": config.get("commit"), "cpu": config.get("cpu")}
-        rows += [facts | row for row in csv.DictReader((folder / "eval.csv").open())]
+        curve = list(csv.DictReader((folder / "eval.csv").open()))
+        if not curve:
+            print(f"skipped, not evaluated yet: {folder}")
+            continue
+        rows += [facts | row for row in curve]
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}")
+        last, total = int(curve[-1]["step"]), args["total_timesteps"]
+        print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"
+              + (f"; unfinished, {last} of {total} steps" if last < total else ""))
 
 
 def load(path: Path) -> list[dict[str, str]]:

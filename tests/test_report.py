@@ -1,5 +1,6 @@
 """make report: pages say what the CSVs say, and report.html works in a browser without server or network."""
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -24,6 +25,29 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
     report.main(tmp_path / "report.html")
     for page in ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page} is out of date: make report"
+
+
+def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys):
+    """Variants are named by actor, knowledge and changed flags; a run replaces its rows; a cut one is said to be cut."""
+    shutil.copytree(ROOT / "algos", tmp_path / "algos")
+    monkeypatch.setattr(curves, "RESULTS", tmp_path / "benchmarks" / "results")
+    usual = curves.defaults("sac_kian") | {"env": "FetchPush-v2", "total_timesteps": 1000}
+    for k, changed in enumerate([{}, {"actor": "plain", "practice": 0.0}, {"knowledge": "fetch.official", "seed": 2},
+                                 {"gamma": 0.9, "eval_every": 7}]):
+        run = tmp_path / f"run{k}"
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}))
+        (run / "eval.csv").write_text("step,wall_s,episodes,return_mean,return_std,success_rate,length_mean\n"
+                                      f"0,1,8,-50,0,0.1,50\n{1000 - k},2,8,-5,0,0.{k},50\n")
+    folders = [str(tmp_path / f"run{k}") for k in (0, 1, 2, 3, 0, 4)]
+    curves.gather(folders)
+    said = capsys.readouterr().out.splitlines()
+    assert "unfinished" not in said[0] and said[1].endswith("plain, seed 1; unfinished, 999 of 1000 steps")
+    assert said[5] == f"skipped, no run: {folders[-1]}"
+    found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate")
+    assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
+        "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
+        "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9": [(1, [0, 997], [0.1, 0.3])]}
 
 
 def write(path: Path, rows: list[tuple]) -> Path:
