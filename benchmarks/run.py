@@ -202,6 +202,8 @@ def main(args: Args) -> int:
         raise ValueError(f"--workers must be at least 1, not {args.workers}")
     if args.gpus and args.backend == "local":
         raise ValueError("--gpus needs --backend ray; here, a cell takes the GPU that it finds")
+    if args.gpus < 0 or args.gpus > 1 and args.gpus % 1:
+        raise ValueError(f"--gpus is a share of one GPU or a whole number, not {args.gpus}")
     args.root = str(Path(args.root).resolve())
     cells = load_suite(args)
     todo = [cell for cell in cells if not cell.finished()]

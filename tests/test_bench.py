@@ -93,6 +93,7 @@ def test_errors_are_one_line(tmp_path):
     (tmp_path / "bad.toml").write_text("[[cell]]\nalgo = 'sac_kian'\n")
     for flags, said in ((["--suite", "smoek"], "known are"), (["--suite", str(tmp_path / "bad.toml")], "is no suite"),
                         (["--suite", "smoke", "--algo", "x"], "no cell"), (["--workers", "0"], "at least 1"),
-                        (["--gpus", "1"], "needs --backend ray")):
+                        (["--gpus", "1"], "needs --backend ray"),
+                        (["--backend", "ray", "--gpus", "1.5"], "a share")):
         done = subprocess.run([sys.executable, "benchmarks/run.py", *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
