@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.run import ROOT, Cell
+from benchmarks.run import ROOT, Cell, say
 
 try:
     import ray
@@ -108,11 +109,19 @@ class RayEngine:
 
     def __init__(self, address: str, gpus: float):
         self.stop, self.gpus = 0, gpus
+        address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
+            if port.isdigit():  # Ray would try for many minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address, log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one with `ray start "
                              "--head`, or name it with --ray-address") from error
+        if not any(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 and node["Resources"].get("GPU", 0) >= gpus
+                   for node in ray.nodes()):  # Ray would wait for one for ever
+            raise ValueError(f"no node of the cluster has a CPU and {gpus:g} GPUs for a cell: lower --gpus, or start a "
+                             "node with `ray start --num-gpus`")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
@@ -136,7 +145,7 @@ class RayEngine:
             done, _ = ray.wait(list(pending), timeout=1)
             for name, starts in ray.get(self.board.news.remote()).items():
                 if starts != seen.get(name):
-                    print(("starts   " if name not in seen else "again    ") + name, flush=True)
+                    say(("starts   " if name not in seen else "again    ") + name)
                     seen[name] = starts
             for reference in done:
                 cell, log = pending.pop(reference)

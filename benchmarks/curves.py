@@ -46,6 +46,9 @@ def variant(config: dict) -> str:
 def gather(folders: list[str]) -> None:
     """Add the curves of these run folders to the CSVs; a run that is there already is replaced."""
     for folder in map(Path, folders):
+        if not ((folder / "config.json").is_file() and (folder / "eval.csv").is_file()):
+            print(f"skipped, no run: {folder}")
+            continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
         path = RESULTS / config["algo"] / f"{args['env']}.csv"
@@ -53,14 +56,20 @@ def gather(folders: list[str]) -> None:
         rows = [row for row in load(path) if (row["variant"], row["seed"]) != (name, seed)] if path.exists() else []
         facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"],
                  "commit": config.get("commit"), "cpu": config.get("cpu")}
-        rows += [facts | row for row in csv.DictReader((folder / "eval.csv").open())]
+        curve = list(csv.DictReader((folder / "eval.csv").open()))
+        if not curve:
+            print(f"skipped, not evaluated yet: {folder}")
+            continue
+        rows += [facts | row for row in curve]
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}")
+        last, total = int(curve[-1]["step"]), args["total_timesteps"]
+        print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"
+              + (f"; unfinished, {last} of {total} steps" if last < total else ""))
 
 
 def load(path: Path) -> list[dict[str, str]]:
@@ -75,21 +84,24 @@ class Curve:
     seed: int
     steps: list[int] = field(default_factory=list)  # environment steps
     minutes: list[float] = field(default_factory=list)  # wall time of training
-    success: list[float] = field(default_factory=list)  # success rate of each evaluation
-    returns: list[float] = field(default_factory=list)  # mean return of each evaluation
+    scores: list[float] = field(default_factory=list)  # of each evaluation
     commit: str = ""  # of the code that made it
 
 
-def load_curves(path: Path) -> dict[str, list[Curve]]:
-    """{variant: its seeds} of a results CSV, both in order."""
+def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
+    """{variant: its seeds} of a results CSV, both in order; `score` is the column that evaluations are judged by.
+
+    Raises ValueError, a one-line message, where that column is not a number.
+    """
     found: dict[tuple[str, int], Curve] = {}
     for row in load(path):
         curve = found.setdefault((row["variant"], int(row["seed"])), Curve(int(row["seed"])))
         curve.steps.append(int(row["step"]))
         curve.minutes.append(float(row["wall_s"]) / 60)
-        curve.success.append(float(row["success_rate"]))
-        curve.returns.append(float(row["return_mean"]))
+        curve.scores.append(float(row[score]))
         curve.commit = row.get("commit", "")
+    if any(x != x for curve in found.values() for x in curve.scores):
+        raise ValueError(f"{path.parent.name}/{path.name} has no {score}; name another score in benchmarks/paper.toml")
     return {name: [found[key] for key in sorted(found) if key[0] == name] for name in sorted({n for n, _ in found})}
 
 

@@ -55,12 +55,17 @@ def environment(env_id: str) -> Callable[[], str]:
 def rendering() -> str:
     import envs
 
+    chosen = os.environ.get("MUJOCO_GL")
+    fix = (f"unset MUJOCO_GL, which is {chosen}, or " if chosen else "") + "as root: apt-get install libegl1 libgl1 libosmesa6"
     if not (name := envs.find_renderer()):
-        raise RuntimeError("no EGL or OSMesa, so no video; as root: apt-get install libegl1 libgl1 libosmesa6")
-    env = envs.make("FetchReach-v4", render_mode="rgb_array")
-    env.reset(seed=1)
-    frame = env.render()
-    env.close()
+        raise RuntimeError(f"no {chosen or 'EGL or OSMesa'}, so no video; {fix}")
+    try:
+        env = envs.make("FetchReach-v4", render_mode="rgb_array")
+        env.reset(seed=1)
+        frame = env.render()
+        env.close()
+    except Exception as error:  # each renderer has its own
+        raise RuntimeError(f"{name} does not render, so no video; {fix}") from error
     if frame.std() == 0:
         raise RuntimeError(f"{name} renders a blank frame; try MUJOCO_GL=osmesa")
     return f"a {frame.shape[1]}x{frame.shape[0]} frame with {name}"

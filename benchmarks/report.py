@@ -1,14 +1,15 @@
 """Tables, figures and one self-contained page, from benchmarks/results/ alone: make report
 
 Rewrites docs/figures/<algo>_curves.svg, whatever stands between `<!-- report: <algo> <env> -->` and `<!-- end -->` in
-README.md and docs/, and report.html (not committed): open it in a browser, no server or network needed.
-Numbers of the papers come from benchmarks/paper.toml.
+README.md and docs/ (for <env> also `all` environments together, or `status`), and report.html (not committed): open it
+in a browser, no server or network needed. How curves are read, and the papers' numbers, are in benchmarks/paper.toml.
 """
 import base64
 import json
 import re
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,128 +20,204 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import stats
 from benchmarks.curves import RESULTS, Curve, load_curves
 
-THRESHOLD = 0.9  # success rate that counts as learned
-BUDGETS = (20_000, 50_000, 100_000, 200_000, 400_000)  # environment steps
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"]  # Okabe and Ito: for all eyes
 MARK = re.compile(r"(<!-- report: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
+Variants = dict[str, list[Curve]]  # {variant: its seeds}, of one environment
 
 
-def at(curve: Curve, step: int) -> float:
-    """Success at the last evaluation up to `step`; NaN for a curve that ends before."""
-    done = [k for k, s in enumerate(curve.steps) if s <= step * 1.01]  # evaluations come up to 31 steps late
-    return curve.success[done[-1]] if curve.steps[-1] >= 0.99 * step else float("nan")
+@dataclass
+class Reading:
+    """How the curves of a method in an environment are read: benchmarks/paper.toml."""
+    score: str = "return_mean"  # column of eval.csv
+    threshold: float | None = None  # score that counts as learned
+    baseline: str = "plain"  # variant that others are compared with
+    paper: str = "none given"  # what the paper gives
+
+    @property
+    def label(self) -> str:
+        return self.score.split("_")[0]
 
 
-def estimate(values: list[float]) -> str:
-    """`0.93 [0.88, 0.97]`: mean and 95 % bootstrap interval over seeds; the mean alone of one seed."""
-    scores = np.array(values)[:, None]
-    low, high = stats.interval(stats.mean, scores)
-    return f"{stats.mean(scores):.2f}" + (f" [{low:.2f}, {high:.2f}]" if low == low else "")
+def reading(algo: str, env: str = "") -> Reading:
+    data = tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text())
+    ours = next((e for e in data["environment"] if (e["algo"], e["env"]) == (algo, env)), {})
+    known = {**data["method"].get(algo, {}), **ours}
+    return Reading(**{key: known[key] for key in known if key not in ("algo", "env")})
+
+
+def number(x: float) -> str:
+    places = 2 if abs(x) < 10 else 1 if abs(x) < 100 else 0
+    return f"{round(float(x), places) + 0.0:.{places}f}"  # never -0.00
 
 
 def thousands(step: float) -> str:
-    return "not reached" if step == float("inf") else f"{step / 1000:.0f}k"
+    return "not reached" if np.isinf(step) else f"{step / 1e6:.3g}M" if step >= 999_500 else f"{step / 1000:.3g}k"
 
 
-def ends(curves: list[Curve]) -> list[str]:
+def estimate(statistic: stats.Statistic, *scores: list) -> str:
+    """`0.93 [0.88, 0.97]`: a statistic of (runs,) or (runs, tasks), and its 95 % bootstrap interval from three runs on."""
+    arrays = [np.array(s, float).reshape(len(s), -1) for s in scores]
+    low, high = stats.interval(statistic, *arrays)
+    return number(statistic(*arrays)) + (f" [{number(low)}, {number(high)}]" if low == low else "")
+
+
+def ends(curves: list[Curve]) -> str:
     """Where these curves end."""
-    return [thousands(step) for step in sorted({c.steps[-1] // 1000 * 1000 for c in curves})]
+    return ", ".join(thousands(step) for step in sorted({c.steps[-1] // 1000 * 1000 for c in curves}))
 
 
-def summarise(variants: dict[str, list[Curve]]) -> tuple[list[str], list[list[str]]]:
+def shared_budget(variants: Variants) -> int:
+    """The step that every curve gets to."""
+    return min(c.steps[-1] for curves in variants.values() for c in curves)
+
+
+def smaller_budgets(budget: int) -> list[int]:
+    """Round numbers near a tenth and a third: 10k and 50k of 150k."""
+    rounds = [m * 10 ** k for k in range(9) for m in (1, 2, 5)]
+    return [max(r for r in rounds if r <= max(budget / part, 1)) for part in (10, 3)]
+
+
+def areas(curves: list[Curve], budget: int) -> list[float]:
+    """Mean height of each curve up to `budget`: fast and good learning in one number."""
+    return [stats.area_under_curve(c.steps, c.scores, budget) for c in curves]
+
+
+def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, one row per variant."""
-    budgets = [b for b in BUDGETS if any(at(c, b) == at(c, b) for curves in variants.values() for c in curves)]
-    head = ["", "seeds", f"steps to {THRESHOLD}, median (each)", "minutes to it, median",
-            *(f"success at {b // 1000}k" for b in budgets), "last success", "worst seed", "at step", "code"]
+    budget = shared_budget(variants)
+    budgets = [*smaller_budgets(budget), budget]
+    longer = any(c.steps[-1] > 1.01 * budget for curves in variants.values() for c in curves)
+    learned = [f"steps to {how.threshold:g}, median (range)", "minutes, median"] if how.threshold is not None else []
+    head = ["", "seeds", *learned, *(f"{how.label} at {thousands(b)}" for b in budgets),
+            f"mean up to {thousands(budget)}", *([f"P(above {how.baseline})"] if how.baseline in variants else []),
+            *(["last (at step)"] if longer else []), "worst seed", "code"]
     rows = []
     for name, curves in variants.items():
-        first = [stats.first_reach(c.steps, c.success, THRESHOLD) for c in curves]
-        minutes = [stats.first_reach(c.minutes, c.success, THRESHOLD) for c in curves]
-        budget = [[at(c, b) for c in curves if at(c, b) == at(c, b)] for b in budgets]
-        last = [c.success[-1] for c in curves]
-        rows.append([name, str(len(curves)), f"{thousands(np.median(first))} ({', '.join(map(thousands, first))})",
-                     "not reached" if np.isinf(np.median(minutes)) else f"{np.median(minutes):.1f}",
-                     *(estimate(values) if len(values) == len(curves) else "" for values in budget),
-                     estimate(last), f"{min(last):.2f}", ", ".join(ends(curves)),
+        row = [name, str(len(curves))]
+        if learned:
+            first = sorted(stats.first_reach(c.steps, c.scores, how.threshold) for c in curves)
+            minutes = np.median([stats.first_reach(c.minutes, c.scores, how.threshold) for c in curves])
+            low, high = thousands(first[0]), thousands(first[-1])
+            row += [thousands(np.median(first)) + (f" ({low} to {high})" if low != high else ""),
+                    "" if np.isinf(minutes) else f"{minutes:.1f}"]
+        row += [estimate(stats.mean, [np.interp(b, c.steps, c.scores) for c in curves]) for b in budgets]
+        last = [c.scores[-1] for c in curves]
+        row.append(estimate(stats.mean, areas(curves, budget)))
+        if how.baseline in variants:  # how likely a seed's mean up to there is above one of the baseline's
+            row.append("" if name == how.baseline else estimate(
+                stats.probability_of_improvement, areas(curves, budget), areas(variants[how.baseline], budget)))
+        if longer:
+            row.append(f"{estimate(stats.mean, last)} ({ends(curves)})")
+        rows.append([*row, number(min(last)),
                      ", ".join(sorted({c.commit for c in curves}))])
     return head, rows
+
+
+def across(algo: str, environments: dict[str, Variants]) -> tuple[list[str], list[list[str]]]:
+    """Each variant over all environments that have it and the baseline, as far as every curve there goes; every
+    environment counts the same, with as many seeds as the one with the fewest."""
+    how, rows = reading(algo), []
+    for name in sorted({name for variants in environments.values() for name in variants}):
+        both = [v for v in environments.values() if name in v and how.baseline in v]
+        scores = {who: np.array(list(zip(*(areas(v[who], shared_budget(v)) for v in both))))
+                  for who in (name, how.baseline)}  # (seeds, environments)
+        if both:
+            rows.append([name, str(len(both)), str(len(scores[name])), estimate(stats.mean, scores[name]),
+                         estimate(stats.iqm, scores[name]), "" if name == how.baseline else estimate(
+                             stats.probability_of_improvement, scores[name], scores[how.baseline])])
+    return ["", "environments", "seeds", "mean up to shared budgets", "IQM", f"P(above {how.baseline})"], rows
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def paper_numbers() -> list[dict]:
-    """What the papers give: algo, env, value, source."""
-    return tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text()).get("number", [])
-
-
-def status(algo: str, environments: dict[str, dict[str, list[Curve]]]) -> tuple[list[str], list[list[str]]]:
+def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], list[list[str]]]:
     """The reproduction status of one method: ours beside the paper's, per environment."""
-    paper = {(n["algo"], n["env"]): n for n in paper_numbers()}
     rows = []
     for env, variants in environments.items():
+        how = reading(algo, env)
         for name, curves in variants.items():
-            number = paper.get((algo, env), {"value": "none given"})
-            rows.append([algo, env, name, estimate([c.success[-1] for c in curves]), str(len(curves)),
-                         ", ".join(ends(curves)), number["value"]])
-    return ["script", "environment", "variant", "success, last evaluation", "seeds", "steps", "paper"], rows
+            seeds = str(len(curves))
+            if how.threshold is not None:
+                learned = sum(max(c.scores) >= how.threshold for c in curves)
+                seeds += f", {'none' if not learned else learned if learned < len(curves) else 'all'} of them reached " \
+                         f"{how.threshold:g}"
+            rows.append([algo, env, name, estimate(stats.mean, [c.scores[-1] for c in curves]), ends(curves), seeds,
+                         how.paper])
+    return ["script", "environment", "variant", f"{reading(algo).label}, last evaluation", "steps", "seeds", "paper"], rows
 
 
-def draw(algo: str, environments: dict[str, dict[str, list[Curve]]], target: Path) -> None:
-    """Success over environment steps, one panel per environment: seeds thin, their mean thick with its interval."""
+def paint(environments: dict[str, Variants]) -> dict[str, str]:
+    """A colour per variant, the same in all environments."""
+    names = sorted({name for variants in environments.values() for name in variants})
+    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+
+
+def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
+    """Scores over environment steps, one panel per environment: the seeds' mean thick, their interval shaded, the
+    baseline dashed. Seeds are thin lines, but not where more than three variants would become a thicket."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "report", "svg.fonttype": "none"})  # the same bytes for the same curves
-    figure, panels = plt.subplots(1, len(environments), figsize=(5.2 * len(environments), 3.8), squeeze=False,
-                                  constrained_layout=True)
-    colors = {name: plt.get_cmap("tab10")(i % 10)
-              for i, name in enumerate(sorted({n for variants in environments.values() for n in variants}))}
-    for panel, (env, variants) in zip(panels[0], environments.items()):
+    colors, columns = paint(environments), 2 if len(environments) == 4 else min(len(environments), 3)
+    rows = -(-len(environments) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows + 0.4), squeeze=False,
+                                  layout="constrained")
+    for panel in panels.flat[len(environments):]:
+        panel.set_axis_off()
+    lines = {}
+    for panel, (env, variants) in zip(panels.flat, environments.items()):
+        how = reading(algo, env)
         for name, curves in variants.items():
-            for curve in curves:
-                panel.plot(np.array(curve.steps) / 1000, curve.success, color=colors[name], alpha=0.3, linewidth=0.7)
             steps, middle, low, high = band(curves)
-            panel.plot(np.array(steps) / 1000, middle, color=colors[name], linewidth=2.2,
-                       label=f"{name} ({len(curves)})")
-            if len(curves) > 1:
-                panel.fill_between(np.array(steps) / 1000, low, high, color=colors[name], alpha=0.15, linewidth=0)
-        panel.set(title=env, xlabel="environment steps, thousands", ylabel="success rate", ylim=(-0.02, 1.02))
+            if len(variants) <= 3 or np.isnan(low).any():
+                for curve in curves:
+                    panel.plot(np.array(curve.steps) / 1000, curve.scores, color=colors[name], alpha=0.3, linewidth=0.7)
+            lines[name], = panel.plot(np.array(steps) / 1000, middle, color=colors[name], linewidth=2.2,
+                                      linestyle="--" if name == how.baseline else "-")
+            panel.fill_between(np.array(steps) / 1000, low, high, color=colors[name], alpha=0.15, linewidth=0)
+        panel.set(title=env, xlabel="environment steps, thousands", ylabel=how.label)
+        if how.score == "success_rate":
+            panel.set_ylim(-0.02, 1.02)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="lower right")
+    figure.legend([lines[name] for name in sorted(lines)], sorted(lines), loc="outside lower center", ncols=6)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, metadata={"Date": None})
     plt.close(figure)
 
 
 def band(curves: list[Curve]) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Steps, mean over seeds, and the ends of its 95 % interval (NaN for one seed), as far as every seed goes."""
-    steps = min((c.steps for c in curves), key=len)
-    if any(c.steps[:len(steps)] != steps for c in curves):
-        sys.exit("report: seeds of one variant were evaluated at different steps; gather runs with equal --eval-every")
-    values = np.array([c.success[:len(steps)] for c in curves])  # (seeds, steps)
+    """Steps, mean over seeds, and the ends of its 95 % interval (NaN below three seeds), as far as every seed goes."""
+    steps = min((c.steps for c in curves), key=lambda s: s[-1])
+    values = np.array([np.interp(steps, c.steps, c.scores) for c in curves])  # (seeds, steps)
     ends = [stats.interval(stats.mean, column[:, None], repetitions=500) for column in values.T]
     return steps, values.mean(0).tolist(), [e[0] for e in ends], [e[1] for e in ends]
 
 
-def page(results: dict[str, dict[str, dict[str, list[Curve]]]]) -> str:
+def page(results: dict[str, dict[str, Variants]]) -> str:
     """report.html: the template with all curves, tables and small pictures inside."""
     def clean(values: list[float]) -> list[float | None]:
         return [None if v != v else round(v, 4) for v in values]
 
     panels = []
     for algo, environments in results.items():
+        colors, (head, rows) = paint(environments), across(algo, environments)
+        if len(environments) > 1 and len(rows) > 1:
+            panels.append({"algo": algo, "env": "all environments", "series": [], "head": head, "rows": rows})
         for env, variants in environments.items():
-            series = []
+            series, how = [], reading(algo, env)
             for name, curves in variants.items():
                 steps, middle, low, high = band(curves)
-                series.append({"name": name, "steps": steps, "mean": clean(middle), "low": clean(low),
-                               "high": clean(high), "seeds": {c.seed: [c.steps, clean(c.success)] for c in curves}})
-            head, rows = summarise(variants)
-            paper = [n for n in paper_numbers() if (n["algo"], n["env"]) == (algo, env)]
-            panels.append({"algo": algo, "env": env, "series": series, "head": head, "rows": rows, "paper": paper})
+                series.append({"name": name, "color": colors[name], "steps": steps, "mean": clean(middle),
+                               "low": clean(low), "high": clean(high), "baseline": name == how.baseline,
+                               "seeds": {c.seed: [c.steps, clean(c.scores)] for c in curves}})
+            head, rows = summarise(variants, how)
+            panels.append({"algo": algo, "env": env, "series": series, "head": head, "rows": rows, "paper": how.paper,
+                           "label": how.label, "scale": [0, 1] if how.score == "success_rate" else None})
     pictures = [{"name": p.stem, "type": p.suffix[1:], "data": base64.b64encode(p.read_bytes()).decode()}
                 for p in sorted((ROOT / "docs" / "figures").iterdir())
                 if p.suffix in (".png", ".gif") and p.stat().st_size < 500_000]
@@ -149,17 +226,21 @@ def page(results: dict[str, dict[str, dict[str, list[Curve]]]]) -> str:
 
 
 def main(html: Path = ROOT / "report.html") -> None:
-    results = {folder.name: {path.stem: load_curves(path) for path in sorted(folder.glob("*.csv"))}
-               for folder in sorted(RESULTS.iterdir()) if (ROOT / "algos" / f"{folder.name}.py").is_file()}
+    results = {}
+    for path in sorted(RESULTS.glob("*/*.csv")):
+        algo, env = path.parent.name, path.stem
+        if (ROOT / "algos" / f"{algo}.py").is_file():  # speed/ has no curves
+            results.setdefault(algo, {})[env] = load_curves(path, reading(algo, env).score)
     for algo, environments in results.items():
         draw(algo, environments, ROOT / "docs" / "figures" / f"{algo}_curves.svg")
 
     def fill(match: re.Match) -> str:
-        algo, env = match[2], match[3]
-        if algo not in results or env not in (*results[algo], "status"):
-            sys.exit(f"report: no results for {algo} {env}, which a page asks for")
-        return match[1] + markdown(*(status(algo, results[algo]) if env == "status" else
-                                     summarise(results[algo][env]))) + match[4]
+        algo, what = match[2], match[3]
+        if algo not in results or what not in (*results[algo], "status", "all"):
+            raise ValueError(f"no results for {algo} {what}, which a page asks for")
+        return match[1] + markdown(*(
+            status(algo, results[algo]) if what == "status" else across(algo, results[algo]) if what == "all" else
+            summarise(results[algo][what], reading(algo, what)))) + match[4]
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text()
         new = MARK.sub(fill, old)
@@ -171,4 +252,8 @@ def main(html: Path = ROOT / "report.html") -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    try:
+        main(*map(Path, sys.argv[1:2]))
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -29,6 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def say(line: str) -> None:
+    """Print a line, whole though threads do the same."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 @dataclass(frozen=True)
 class Cell:
     """One command of a suite."""
@@ -87,7 +93,7 @@ class Cell:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.close()
-            print(f"is running already: {self.name}", flush=True)
+            say(f"is running already: {self.name}")
             return None
         if self.finished():  # another engine was faster
             log.close()
@@ -100,7 +106,7 @@ class Cell:
         partial = self.beside(".json.tmp")
         partial.write_text(json.dumps({"returncode": returncode, "seconds": round(seconds)}))
         os.replace(partial, self.beside(".json"))
-        print("FAILED   " if returncode else "finished ", f"{self.name} ({seconds:.0f} s)", sep="", flush=True)
+        say(("FAILED   " if returncode else "finished ") + f"{self.name} ({seconds:.0f} s)")
 
 
 @dataclass
@@ -165,7 +171,7 @@ class Engine:
             command = cell.command()
             if "--resume" not in command and cell.folder.exists():  # cut before its first checkpoint
                 shutil.rmtree(cell.folder)
-            print(("resumes  " if "--resume" in command else "starts   ") + cell.name, flush=True)
+            say(("resumes  " if "--resume" in command else "starts   ") + cell.name)
             start = time.monotonic()
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
@@ -191,9 +197,13 @@ class Engine:
 
 
 def main(args: Args) -> int:
-    """0: all cells are finished; 1: some failed, which the last lines name; 128 + signal: stopped."""
+    """0: all cells are finished; 1: some failed, which the last lines name, or run elsewhere; 128 + signal: stopped."""
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, not {args.workers}")
+    if args.gpus and args.backend == "local":
+        raise ValueError("--gpus needs --backend ray; here, a cell takes the GPU that it finds")
+    if args.gpus < 0 or args.gpus > 1 and args.gpus % 1:
+        raise ValueError(f"--gpus is a share of one GPU or a whole number, not {args.gpus}")
     args.root = str(Path(args.root).resolve())
     cells = load_suite(args)
     todo = [cell for cell in cells if not cell.finished()]
@@ -202,7 +212,7 @@ def main(args: Args) -> int:
             print(shlex.join(["python", *cell.command()[1:]]))
         print(f"{len(todo)} to run, {len(cells) - len(todo)} finished", file=sys.stderr)
         return 0
-    print(f"{args.suite}: {len(cells)} cells, {len(cells) - len(todo)} finished already", flush=True)
+    say(f"{args.suite}: {len(cells)} cells, {len(cells) - len(todo)} finished already")
     if args.backend == "ray":
         from benchmarks.cluster import RayEngine  # an optional package
 
@@ -217,7 +227,7 @@ def main(args: Args) -> int:
     done = sum(cell.finished() for cell in cells)
     print(f"\n{done} of {len(cells)} cells finished" + (f", {len(failed)} failed" if failed else "")
           + ("; stopped, the same command goes on" if engine.stop else ""))
-    return 128 + engine.stop if engine.stop else int(bool(failed))
+    return 128 + engine.stop if engine.stop else int(done < len(cells))
 
 
 if __name__ == "__main__":

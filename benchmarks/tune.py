@@ -39,12 +39,18 @@ def score(folder: Path) -> float:
     return stats.area_under_curve([int(row["step"]) for row in rows], [float(row["return_mean"]) for row in rows])
 
 
+def as_flags(params: dict) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in params.items())
+
+
 def main(args: Args, flags: list[str]) -> None:
     """Raises ValueError, a one-line message, for a script without ranges or a missing package."""
     try:
         import optuna
     except ImportError as error:
         raise ValueError("tuning needs Optuna: pip install optuna==5.0.0") from error
+    if args.trials < 1:
+        raise ValueError(f"--trials must be at least 1, not {args.trials}")
     try:
         script = importlib.import_module(f"algos.{args.algo}")
         ranges = script.TUNE
@@ -59,13 +65,14 @@ def main(args: Args, flags: list[str]) -> None:
         script.main(replace(base, **sample(trial, ranges), seed=args.seed + trial.number, run_dir=str(run)))
         return score(run)
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # an error is one line, ours
     study = optuna.create_study(storage=f"sqlite:///{folder / 'study.db'}", study_name=args.algo, load_if_exists=True,
                                 direction="maximize")
     study.sampler = optuna.samplers.TPESampler(seed=args.seed + len(study.trials))  # going on is not starting again
-    study.optimize(objective, args.trials)
+    study.optimize(objective, args.trials, callbacks=[
+        lambda _, trial: print(f"trial {trial.number}: mean return {trial.value}: {as_flags(trial.params)}", flush=True)])
     best = study.best_trial
-    print(f"best of {len(study.trials)}: trial {best.number}, mean return {best.value:.2f}: "
-          + " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in best.params.items()))
+    print(f"best of {len(study.trials)}: trial {best.number}, mean return {best.value:.2f}: {as_flags(best.params)}")
 
 
 if __name__ == "__main__":

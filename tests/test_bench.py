@@ -1,5 +1,6 @@
 """The bench engine: idempotent, honest about failures, able to go on after a stop."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def suite(path: Path, *cells: str) -> Path:
 
 def bench(path: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "benchmarks/run.py", "--suite", str(path), "--root", str(path.parent / "runs"), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "2"})  # of the engine, not of its cells
 
 
 def test_runs_once_and_names_failures(tmp_path):
@@ -37,6 +39,8 @@ def test_runs_once_and_names_failures(tmp_path):
     output = first.communicate()[0]
     assert first.returncode == 1 and "1 of 2 cells finished, 1 failed" in output
     assert "knowledge 'no.such.rule' is unknown" in output  # the failed cell's last lines
+    config, = (tmp_path / "runs").glob("*/*/*/seed1/config.json")
+    assert json.loads(config.read_text())["threads"] == 1
     again = bench(path)
     output = again.communicate()[0]
     assert again.returncode == 1 and output.count("starts ") == 1 and "1 finished already" in output
@@ -50,7 +54,8 @@ def test_a_stopped_suite_goes_on(tmp_path):
     while not (cell.folder / "checkpoint.pt").is_file():
         assert first.poll() is None
         time.sleep(0.05)
-    assert "is running already" in bench(path).communicate()[0]
+    other = bench(path)
+    assert "is running already" in other.communicate()[0] and other.returncode == 1  # not all is finished
     first.send_signal(signal.SIGTERM)
     assert "stopped, the same command goes on" in first.communicate()[0] and first.returncode == 128 + signal.SIGTERM
     assert not cell.finished() and not cell.beside(".json").exists()
@@ -87,6 +92,8 @@ def test_shipped_suites_are_valid(name):
 def test_errors_are_one_line(tmp_path):
     (tmp_path / "bad.toml").write_text("[[cell]]\nalgo = 'sac_kian'\n")
     for flags, said in ((["--suite", "smoek"], "known are"), (["--suite", str(tmp_path / "bad.toml")], "is no suite"),
-                        (["--suite", "smoke", "--algo", "x"], "no cell"), (["--workers", "0"], "at least 1")):
+                        (["--suite", "smoke", "--algo", "x"], "no cell"), (["--workers", "0"], "at least 1"),
+                        (["--gpus", "1"], "needs --backend ray"),
+                        (["--backend", "ray", "--gpus", "1.5"], "a share")):
         done = subprocess.run([sys.executable, "benchmarks/run.py", *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

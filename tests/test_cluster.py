@@ -1,6 +1,7 @@
 """The Ray backend on a real cluster of two nodes on this machine."""
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from test_bench import bench, suite
@@ -11,6 +12,14 @@ pytest.importorskip("ray", reason="pip install ray==2.60.0")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 STORE = 100_000_000  # bytes; Ray's default is a share of the machine per node
+
+
+def read(path: Path) -> list[str]:
+    """Of a process: its arguments, or its environment; nothing once it is gone."""
+    try:
+        return path.read_text().split("\0")
+    except OSError:
+        return []
 
 
 @pytest.fixture
@@ -46,17 +55,27 @@ def test_a_dead_node_costs_nothing(cluster, tmp_path):
         assert cell.beside(".log").read_text().count("$ ") == 1  # what came back is of one attempt
 
 
-def test_a_stopped_cluster_run_goes_on(cluster, tmp_path):
-    """SIGTERM at the driver: the cell saves on its node, its checkpoint comes back, the next call resumes it."""
-    path = suite(tmp_path, "--total-timesteps 200000")
-    cell, = load_suite(Args(suite=str(path), root=str(tmp_path / "runs")))
-    flags = ["--backend", "ray", "--ray-address", cluster.address]
-    engine = bench(path, *flags)
-    while not list((tmp_path / "node").glob("*/run/checkpoint.pt")):
-        assert engine.poll() is None
+def test_shared_gpu_and_a_stop(cluster, tmp_path):
+    """Two cells share a GPU (one that Ray is only told of), the third waits though a core is free. SIGTERM at the
+    driver: cells save on their node, checkpoints come back, the next call resumes them."""
+    path = suite(tmp_path, *(f"--total-timesteps 200000 --gamma 0.9{i}" for i in range(3)))
+    flags = ["--backend", "ray", "--ray-address", cluster.address, "--gpus"]
+    cluster.add_node(num_cpus=3, num_gpus=1, object_store_memory=STORE)
+    cluster.wait_for_nodes()
+    greedy = bench(path, *flags, "2")
+    output = greedy.communicate()[0]
+    assert greedy.returncode == 2 and output.splitlines()[-1].startswith("bench: no node"), output
+    engine = bench(path, *flags, "0.5")
+    while len(saved := list((tmp_path / "node").glob("*/run/checkpoint.pt"))) < 2:
+        assert engine.poll() is None, engine.stdout.read()
         time.sleep(0.1)
+    assert len(list((tmp_path / "node").glob("*/run"))) == 2
+    running = [p for p in Path("/proc").glob("[0-9]*/cmdline") if any(str(s.parent) in read(p) for s in saved)]
+    assert len(running) == 2 and all("CUDA_VISIBLE_DEVICES=0" in read(p.parent / "environ") for p in running)
     engine.send_signal(signal.SIGTERM)
     output = engine.communicate()[0]
     assert engine.returncode == 128 + signal.SIGTERM and "the same command goes on" in output, output
-    assert (cell.folder / "checkpoint.pt").is_file() and not cell.finished()
-    assert "--resume" in bench(path, "--dry-run").communicate()[0]
+    cells = load_suite(Args(suite=str(path), root=str(tmp_path / "runs")))
+    assert sum((cell.folder / "checkpoint.pt").is_file() for cell in cells) == 2
+    assert not any(cell.finished() or cell.beside(".json").exists() for cell in cells)
+    assert bench(path, "--dry-run").communicate()[0].count("--resume") == 2

@@ -1,6 +1,9 @@
 """make doctor: fine where the tests run, and clear about what is not."""
 import shutil
 
+import pytest
+
+import envs
 from benchmarks import doctor
 
 
@@ -20,3 +23,16 @@ def test_what_is_broken_is_named(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "BROKEN  packages" in out and "not 1.0.0; no-such-package is missing" in out and "make clean setup" in out
     assert "warning compiler         no C++ compiler" in out
+
+
+@pytest.mark.parametrize("chosen", ["", "egl"])
+def test_no_renderer_is_a_warning_with_its_remedy(monkeypatch, capsys, chosen):
+    """As on a machine without GL: training works, and what to install, or to unset, is said."""
+    monkeypatch.setenv("MUJOCO_GL", chosen)
+    monkeypatch.setattr(envs, "find_renderer", lambda: None)
+    monkeypatch.setattr(doctor, "REQUIRED", {})
+    monkeypatch.setattr(doctor, "OPTIONAL", {"rendering": doctor.rendering})
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("warning rendering") and "apt-get install libegl1" in out
+    assert ("unset MUJOCO_GL, which is egl" in out) == bool(chosen)

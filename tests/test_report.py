@@ -1,5 +1,7 @@
 """make report: pages say what the CSVs say, and report.html works in a browser without server or network."""
 import csv
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,25 +27,91 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page} is out of date: make report"
 
 
-def test_summary_of_hand_made_curves(tmp_path):
-    rows = [("kian", 1, 0, 0, 0.1), ("kian", 1, 20_000, 60, 0.9), ("kian", 1, 50_000, 150, 1.0),
-            ("kian", 2, 0, 0, 0.0), ("kian", 2, 20_000, 60, 0.5), ("kian", 2, 50_000, 150, 0.9),
-            ("plain", 1, 0, 0, 0.0), ("plain", 1, 20_000, 40, 0.2)]
-    with (tmp_path / "x.csv").open("w") as file:
+def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys):
+    """Variants are named by actor, knowledge and changed flags; a run replaces its rows; a cut one is said to be cut."""
+    shutil.copytree(ROOT / "algos", tmp_path / "algos")
+    monkeypatch.setattr(curves, "RESULTS", tmp_path / "benchmarks" / "results")
+    usual = curves.defaults("sac_kian") | {"env": "FetchPush-v2", "total_timesteps": 1000}
+    for k, changed in enumerate([{}, {"actor": "plain", "practice": 0.0}, {"knowledge": "fetch.official", "seed": 2},
+                                 {"gamma": 0.9, "eval_every": 7}]):
+        run = tmp_path / f"run{k}"
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}))
+        (run / "eval.csv").write_text("step,wall_s,episodes,return_mean,return_std,success_rate,length_mean\n"
+                                      f"0,1,8,-50,0,0.1,50\n{1000 - k},2,8,-5,0,0.{k},50\n")
+    folders = [str(tmp_path / f"run{k}") for k in (0, 1, 2, 3, 0, 4)]
+    curves.gather(folders)
+    said = capsys.readouterr().out.splitlines()
+    assert "unfinished" not in said[0] and said[1].endswith("plain, seed 1; unfinished, 999 of 1000 steps")
+    assert said[5] == f"skipped, no run: {folders[-1]}"
+    found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate")
+    assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
+        "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
+        "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9": [(1, [0, 997], [0.1, 0.3])]}
+
+
+def write(path: Path, rows: list[tuple]) -> Path:
+    with path.open("w") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "seed", "step", "wall_s", "success_rate", "return_mean", "commit"])
-        writer.writerows((*row, 0, "abc") for row in rows)
-    head, (kian, plain) = report.summarise(curves.load_curves(tmp_path / "x.csv"))
-    assert head[4:6] == ["success at 20k", "success at 50k"]
-    assert kian == ["kian", "2", "35k (20k, 50k)", "1.8", "0.70", "0.95", "0.95", "0.90", "50k", "abc"]
-    assert plain == ["plain", "1", "not reached (not reached)", "not reached", "0.20", "", "0.20", "0.20", "20k", "abc"]
+        writer.writerows((*row, "abc") for row in rows)
+    return path
+
+
+def test_summary_of_hand_made_curves(tmp_path):
+    rows = [("kian", 1, 0, 0, 0.1, 0), ("kian", 1, 20_000, 60, 0.9, 0), ("kian", 1, 50_000, 150, 1.0, 0),
+            ("kian", 2, 0, 0, 0.0, 0), ("kian", 2, 20_000, 60, 0.5, 0), ("kian", 2, 50_000, 150, 0.9, 0),
+            ("plain", 1, 0, 0, 0.0, 0), ("plain", 1, 20_000, 40, 0.6, 0)]
+    variants = curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate")
+    head, (kian, plain) = report.summarise(variants, report.Reading("success_rate", 0.9))
+    assert head == ["", "seeds", "steps to 0.9, median (range)", "minutes, median", "success at 2k", "success at 5k",
+                    "success at 20k", "mean up to 20k", "P(above plain)", "last (at step)", "worst seed", "code"]
+    assert kian == ["kian", "2", "35k (20k to 50k)", "1.8", "0.11", "0.21", "0.70", "0.38", "0.50", "0.95 (50k)", "0.90",
+                    "abc"]
+    assert plain == ["plain", "1", "not reached", "", "0.06", "0.15", "0.60", "0.30", "", "0.60 (20k)", "0.60", "abc"]
+
+
+def returns(tmp_path: Path, env: str, last: int) -> Path:
+    """Six variants of three seeds that have returns and know no success; the k-th variant ends at k - 2 + seed / 10."""
+    names = ["a2t", "kian", "kogun", "mix", "plain", "rule"]
+    return write(tmp_path / f"{env}.csv", [
+        (name, seed, step, step, "nan", (k - 2 + seed / 10) * step / last) for k, name in enumerate(names)
+        for seed in (1, 2, 3) for step in (0, last // 2 // 2048 * 2048, last)])
+
+
+def test_a_method_that_is_judged_by_returns(tmp_path):
+    """Nothing is about success, or about a threshold where there is none; environments with other budgets together."""
+    files = [returns(tmp_path, "Maze", 99_000), returns(tmp_path, "Door", 400_000)]
+    with pytest.raises(ValueError, match="Maze.csv has no success_rate"):
+        curves.load_curves(files[0], "success_rate")
+    environments = {path.stem: curves.load_curves(path, "return_mean") for path in files}
+    assert report.reading("new", "Maze") == report.Reading("return_mean", None, "plain", "none given")
+    head, rows = report.summarise(environments["Maze"], report.reading("new", "Maze"))
+    assert head == ["", "seeds", "return at 5k", "return at 20k", "return at 99k", "mean up to 99k", "P(above plain)",
+                    "worst seed", "code"]
+    assert rows[0][4] == "-1.80 [-1.90, -1.70]" and rows[0][6] == "0.00 [0.00, 0.00]" and rows[4][6] == ""
+    head, rows = report.across("new", environments)
+    assert head[-1] == "P(above plain)" and [row[1:3] for row in rows] == [["2", "3"]] * 6
+    assert [row[-1][:4] for row in rows] == ["0.00"] * 4 + ["", "1.00"] and rows[1][3].startswith("-0.40 [")
+    assert report.status("new", environments)[0][3] == "return, last evaluation"
+    report.draw("new", environments, tmp_path / "new.svg")
+    drawn = (tmp_path / "new.svg").read_text()
+    assert drawn.count(">return</text>") == 2 and all(f">{name}</text>" in drawn for name in environments["Door"])
+    assert len(set(report.paint(environments).values())) == 6
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
 def test_page_in_a_browser(tmp_path):
-    """The script inside draws every curve, gives hover values, and the address filters by environment."""
-    results = {"sac_kian": {p.stem: curves.load_curves(p) for p in sorted((curves.RESULTS / "sac_kian").glob("*.csv"))}}
-    (tmp_path / "report.html").write_text(report.page(results))
+    """The script inside draws every curve, pointing gives values, the address filters, and nothing is fetched."""
+    results = {"sac_kian": {p.stem: curves.load_curves(p, "success_rate")
+                            for p in sorted((curves.RESULTS / "sac_kian").glob("*.csv"))},
+               "new": {env: curves.load_curves(returns(tmp_path, env, 99_000), "return_mean") for env in ("Maze", "Door")}}
+    html = report.page(results)
+    assert set(re.findall(r"https?://[^\"]*", html)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert all(source.startswith("`data:") for source in re.findall(r"\b(?:src|href)\b\W+?([`'\"].{5})", html))
+    point = """<script>document.querySelector("circle").dispatchEvent(new MouseEvent("mouseenter"));
+        document.querySelector("[data-box=plain]").click()</script></html>"""
+    (tmp_path / "report.html").write_text(html.replace("</html>", point))
 
     def dom(fragment: str = "") -> str:
         done = subprocess.run([CHROMIUM, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
@@ -52,13 +120,19 @@ def test_page_in_a_browser(tmp_path):
         return done.stdout
 
     everything, push = dom(), dom("#env=FetchPush-v2")
-    environments = results["sac_kian"]
-    assert everything.count("<section") == len(environments)
     assert 'hidden=""' not in everything.split("<main")[1].split("</main")[0]
-    for env, variants in environments.items():
-        section = everything.split(f'data-env="{env}"')[1].split("</section>")[0]
-        assert section.count("<circle") == sum(len(report.band(c)[0]) for c in variants.values())
-        name, (first, *_) = next(iter(variants.items()))
-        assert f"{name}\n{first.steps[0]} steps" in section  # what pointing there shows
+    for algo, environments in results.items():
+        assert everything.count(f'<section data-algo="{algo}"') == len(environments) + 1  # and all of them together
+        for env, variants in environments.items():
+            section = everything.split(f'data-env="{env}"')[1].split("</section>")[0]
+            assert section.count("<circle") == sum(len(report.band(c)[0]) for c in variants.values())
+            name, (first, *_) = next(iter(variants.items()))
+            assert f"{name}\n{first.steps[0]} steps" in section  # what pointing there shows
+            assert "NaN" not in section and "undefined" not in section
+            for other in variants:  # plain was unticked, in every environment
+                shown = section.split(f'<g data-name="{other}"')[1].split(">")[0]
+                assert ("display: none" in shown) == (other == "plain")
+    tip = everything.split('id="tip"')[1].split("</div>")[0]
+    assert "hidden" not in tip and "kian\n0 steps\nsuccess 0." in tip
     shown = [part.split(">")[0] for part in push.split("<section")[1:]]
     assert [s for s in shown if "hidden" not in s] == [s for s in shown if 'data-env="FetchPush-v2"' in s] != []

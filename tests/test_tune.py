@@ -1,13 +1,18 @@
 """make tune: what is sampled is what is trained."""
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import optuna
 
 from algos import sac_kian
 from benchmarks import tune
 
+ROOT = Path(__file__).resolve().parent.parent
 
-def test_sampled_values_reach_the_run(tmp_path):
+
+def test_sampled_values_reach_the_run(tmp_path, capsys):
     """Two trials of seconds each: every value of the study is in the run's config, and trials differ."""
     flags = ["--knowledge", "none", "--her-goals", "0", "--num-envs", "2", "--hidden", "8x1", "--no-compile",
              "--total-timesteps", "1200", "--eval-every", "600", "--eval-episodes", "2"]
@@ -21,3 +26,12 @@ def test_sampled_values_reach_the_run(tmp_path):
         assert set(trial.params) == set(sac_kian.TUNE)
         assert {name: config[name] for name in trial.params} == trial.params
         assert trial.value == tune.score(folder / f"trial{trial.number}") < 0
+    assert f"best of 2: trial {max(trials, key=lambda t: t.value).number}," in capsys.readouterr().out
+
+
+def test_errors_are_one_line(tmp_path):
+    for flags, said in ((["--algo", "nope"], "nope.py is not there"), (["--trials", "0"], "at least 1"),
+                        (["--env", "Nope-v1"], "unknown environment id 'Nope-v1'")):
+        done = subprocess.run([sys.executable, "benchmarks/tune.py", "--root", str(tmp_path), *flags], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
