@@ -6,11 +6,16 @@ weight of each policy (Eqs. 1-2), and the actor is the mixture of all with these
 the actions it is for, becomes softmax(beta e): how sharp, beta = |query| |key|, is learned per rule and state, which
 balances the entropies of rules and inner policy. `--knowledge none` and `--actor plain` are PPO itself.
 
-Departures from the released code, all undone by --official: the key of the inner policy is a vector as in the paper,
-not a function of the state; a time-out is bootstrapped, not taken for the end of the task; with three actions
-(Dynamic-Obstacles) policies are mixed as everywhere, not added up as logits.
+Departures from the paper and its released code. --official undoes all, docs/ppo_kian.md measures each:
+- the entropy bonus is the inner policy's alone; of the fused policy it makes rules uniform before a first reward comes;
+- a rule that has no advice steps back, instead of acting at random with its weight;
+- scores are 3 cos(query, key): cosines alone leave a share of at least 29 % to three rules, however good the agent is;
+- rules start sharp, beta = 8 |query| |key|: nearly as good as their mean (--actor mix) from the first step;
+- the key of the inner policy is a vector as in the paper, in the code a function of the state;
+- a time-out is bootstrapped, in the code it ends the task;
+- with three actions (Dynamic-Obstacles) policies are mixed as everywhere, in the code added up as logits.
 
-diff algos/sac_kian.py algos/ppo_kian.py shows the same idea in two algorithms.
+diff algos/sac_kian.py algos/ppo_kian.py shows one idea in two algorithms.
 
 python algos/ppo_kian.py --env MiniGrid-DoorKey-5x5-v0
 """
@@ -80,9 +85,13 @@ class Args:
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>, inner:<RUN_DIR>; comma-separated
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
     fusion: Literal["mixture", "logit"] = "mixture"  # of policies: probabilities by weight, or logits by score
+    cosine_scale: float = 3.0  # attention scores are this times cos(query, key) (paper: 1)
+    sharpness: float = 8.0  # advice becomes softmax(this times |query| |key| times advice) (paper: 1)
+    silent: Literal["abstain", "uniform"] = "abstain"  # a rule without advice steps back, or acts at random (paper)
+    entropy_of: Literal["inner", "fused"] = "inner"  # whose entropy is rewarded: the inner policy's, or all's (paper)
     entropy_fix: Literal["on", "off"] = "on"  # off: scores are dot products, advice is a distribution as it stands
     bc_coef: float = 0.0  # weight of KL(softmax of all advice || policy), PPO+BC of the paper: 0.001 with --actor plain
-    official: bool = False  # --inner-key head, time-outs end the task, --fusion logit with three actions or fewer
+    official: bool = False  # all as released: see the departures above
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions (paper), or takes the likeliest
     init_from: str = ""  # run folder whose keys are taken over by name, and whose inner policy becomes knowledge
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
@@ -175,10 +184,14 @@ class Agent(nn.Module):
         if args.fusion == "logit":
             fused = (scores.unsqueeze(-1) * policies).sum(1, keepdim=True)
             return Output(torch.log_softmax(fused, -1), value, torch.log_softmax(scores, -1), norms)
-        log_weights = torch.log_softmax(scores / norms if args.entropy_fix == "on" else scores, -1)  # of cosines
-        sharpness = norms[:, 1:] if args.entropy_fix == "on" else None
-        log_probs = torch.cat([torch.log_softmax(logits, -1), rule_log_probs(advice, sharpness)], 1)
-        return Output(log_weights.unsqueeze(-1) + log_probs, value, log_weights, norms)
+        scores = args.cosine_scale * scores / norms if args.entropy_fix == "on" else scores
+        if args.silent == "abstain":
+            scores = scores.masked_fill(F.pad(advice.amax(-1) <= 0, (1, 0)), -1e4)  # never the inner one
+        log_weights = torch.log_softmax(scores, -1)
+        sharpness = args.sharpness * norms[:, 1:] if args.entropy_fix == "on" else None
+        inner = torch.log_softmax(logits, -1)
+        log_probs = torch.cat([inner, rule_log_probs(advice, sharpness)], 1)
+        return Output(log_weights.unsqueeze(-1) + log_probs, value, log_weights, norms, inner.squeeze(1))
 
 
 class Output(NamedTuple):
@@ -186,6 +199,7 @@ class Output(NamedTuple):
     value: torch.Tensor  # (B,)
     log_weights: torch.Tensor | None = None  # (B, n+1)
     norms: torch.Tensor | None = None  # (B, n+1), |query| |key|
+    inner: torch.Tensor | None = None  # (B, A), log-probabilities of the inner policy
 
     @property
     def log_probs(self) -> torch.Tensor:
@@ -221,6 +235,11 @@ def advantages(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tens
     return advantage
 
 
+def mean_entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """Of a batch of distributions (B, A), in nats."""
+    return -(log_probs.exp() * log_probs).sum(1).mean()
+
+
 def ppo_loss(agent: Agent, batch: dict[str, torch.Tensor], args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of a batch, and what is logged of it."""
     output = agent(batch["obs"], batch["advice"], args)
@@ -231,8 +250,9 @@ def ppo_loss(agent: Agent, batch: dict[str, torch.Tensor], args: Args) -> tuple[
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()
     clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
     value_loss = torch.max((value - target).square(), (clipped_value - target).square()).mean()
-    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
-    loss = policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss
+    entropy = mean_entropy(log_probs)
+    bonus = mean_entropy(output.inner) if args.entropy_of == "inner" and output.inner is not None else entropy
+    loss = policy_loss - args.entropy_coef * bonus + args.value_coef * value_loss
     if args.bc_coef > 0:  # the mean runs over actions as well, as in the released code
         loss = loss + args.bc_coef * F.kl_div(
             log_probs, torch.softmax(batch["advice"].sum(1), -1), reduction="none").mean()
@@ -292,7 +312,10 @@ def main(args: Args) -> dict[str, float]:
         raise ArgError(f"{env_id} has {vec.action_space} actions; {ALGO} needs discrete ones; use algos/sac_kian.py")
     num_actions = int(vec.action_space.n)
     if args.official:
-        args = replace(args, inner_key="head", fusion="logit" if num_actions <= 3 else "mixture")
+        args = replace(args, inner_key="head", fusion="logit" if num_actions <= 3 else "mixture", cosine_scale=1.0,
+                       sharpness=1.0, silent="uniform", entropy_of="fused")
+    if saved and len(saved["agent"]["inner.bias"]) != num_actions:
+        raise ArgError(f"{env_id} has {num_actions} actions, {args.env} of {folder} {len(saved['agent']['inner.bias'])}")
     obs = to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i: no two seeds share one
     wanted = "none" if args.actor == "plain" and not args.bc_coef else args.knowledge
     if args.init_from:

@@ -25,6 +25,7 @@ def save_keys(file: str, policy: dict) -> None:
     Path(file).write_text(json.dumps(facts, indent=1))
 
 
+@torch.no_grad()
 def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: str, warm: str) -> None:
     """Overwrite, in place, the keys of `actor` whose names `source` knows; others keep their fresh ones.
 

@@ -20,7 +20,7 @@ An agent with discrete actions (`kind` is "categorical") has format, env, actor,
 
     encoder, trunk, inner, query, inner_key     [W, b, ...] each, W (out, in); the last two or None. An encoder of
                                                 images has three layers, W (out, 2 x 2 x in) of 2x2 convolutions
-    fusion, entropy_fix                         as the flags of algos/ppo_kian.py
+    fusion, entropy_fix, cosine_scale, sharpness, silent    as the flags of algos/ppo_kian.py
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ from torch.nn.functional import cosine_similarity
 from knowledge.registry import KnowledgeError, Obs, Policy
 
 ENTRIES = {"env", "inputs", "mean", "std", "clip", "actor", "inner", "query", "keys", "score", "knowledge"}
-CATEGORICAL = {"env", "actor", "encoder", "trunk", "inner", "query", "inner_key", "keys", "fusion", "entropy_fix",
-               "knowledge"}
+FUSION = ("fusion", "entropy_fix", "cosine_scale", "sharpness", "silent")
+CATEGORICAL = {"env", "actor", "encoder", "trunk", "inner", "query", "inner_key", "keys", "knowledge", *FUSION}
 ACTORS = ("plain", "kian", "kogun", "a2t")
 
 
@@ -164,11 +164,16 @@ class FrozenCategorical:
         if p["fusion"] == "logit":
             return torch.softmax((scores.unsqueeze(-1) * torch.cat([logits.unsqueeze(1), advice], 1)).sum(1), -1)
         norms = query.norm(dim=-1, keepdim=True) * keys.norm(dim=-1)
+        says_nothing = advice.amax(-1) <= 0  # (B, n)
         if p["entropy_fix"] == "on":
-            weights, rules = torch.softmax(scores / norms, -1), torch.softmax(norms[:, 1:].unsqueeze(-1) * advice, -1)
+            scores = p["cosine_scale"] * scores / norms
+            rules = torch.softmax(p["sharpness"] * norms[:, 1:].unsqueeze(-1) * advice, -1)
         else:
-            advice = torch.where(advice.sum(-1, keepdim=True) > 0, advice, 1.0)
-            weights, rules = torch.softmax(scores, -1), advice / advice.sum(-1, keepdim=True)
+            rules = torch.where(says_nothing.unsqueeze(-1), 1.0, advice)
+            rules = rules / rules.sum(-1, keepdim=True)
+        if p["silent"] == "abstain":
+            scores = scores.masked_fill(F.pad(says_nothing, (1, 0)), -1e4)
+        weights = torch.softmax(scores, -1)
         return (weights.unsqueeze(-1) * torch.cat([torch.softmax(logits, -1).unsqueeze(1), rules], 1)).sum(1)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -256,7 +261,6 @@ def freeze_categorical(agent, names: list[str], args, knowledge: str) -> dict:
         "env": args.env,
         "actor": "kian" if attends else "plain" if len(names) == 1 else args.actor,
         "keys": dict(zip(names, agent.keys.detach().cpu().clone())) if attends else None,
-        "fusion": args.fusion,
-        "entropy_fix": args.entropy_fix,
         "knowledge": knowledge,
+        **{name: getattr(args, name) for name in FUSION},
     }

@@ -14,7 +14,7 @@ LN2 = math.log(2)
 
 def fused(query, keys, logits, advice, fusion="mixture"):
     """Weights (n+1,) and probabilities (A,) of one state in float64, through the agent's own forward pass."""
-    args, n = Args(actor="kian", fusion=fusion), len(advice)
+    args, n = Args(fusion=fusion, cosine_scale=1.0, sharpness=1.0, silent="uniform"), len(advice)
     agent = Agent(args, (1,), len(logits), n).double()
     hidden = torch.zeros(1, ppo_kian.WIDTH).double()
     hidden[0, 0] = 1.0
@@ -103,11 +103,34 @@ def test_logit_fusion():
     assert p.tolist() == pytest.approx(torch.softmax(logits, -1).tolist())
 
 
+def test_a_silent_rule_steps_back():
+    torch.manual_seed(0)
+    agent, obs = Agent(Args(), (4,), 3, 2), torch.randn(1, 4)
+    output = agent(obs, torch.tensor([[[0., 0, 0], [0, 1, 0]]]), Args())
+    weights = output.log_weights[0].exp()
+    assert weights[1] == 0 and weights.sum().item() == pytest.approx(1)
+    alone = agent(obs, torch.zeros(1, 2, 3), Args())
+    assert torch.allclose(alone.log_probs, alone.inner, atol=1e-6)  # all silent: PPO
+    scores, norms = attention_scores(agent.query(agent.trunk(agent.encoder(obs))), agent.keys)
+    cosines = (scores / norms)[0]
+    assert (weights[2] / weights[0]).item() == pytest.approx(math.exp(3 * (cosines[2] - cosines[0])), rel=1e-4)
+
+
+def test_the_entropy_bonus_does_not_reach_the_rules():
+    advice, obs = torch.tensor([[[1., 0, 0]]]), torch.randn(1, 4)
+    batch = {"obs": obs, "advice": advice, "action": torch.tensor([0]), "log_prob": torch.zeros(1),
+             "advantage": torch.zeros(1), "return": torch.zeros(1), "value": torch.zeros(1)}
+    for entropy_of, reaches in (("inner", False), ("fused", True)):
+        agent = Agent(args := Args(entropy_of=entropy_of, value_coef=0.0), (4,), 3, 1)
+        ppo_kian.ppo_loss(agent, batch, args)[0].backward()
+        assert bool(agent.keys.grad.any()) == reaches and agent.inner.weight.grad.any()
+
+
 def test_advice_may_be_silent_and_certain_without_nan():
     advice = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [1, 1, 0]]])
     assert rule_log_probs(advice, None).exp()[0].tolist() == [pytest.approx(row) for row in (
         [1 / 3] * 3, [1, 0, 0], [.5, .5, 0])]
-    args = Args(entropy_fix="off")
+    args = Args(entropy_fix="off", silent="uniform")
     agent = Agent(args, (4,), 3, 3)
     output = agent(torch.randn(1, 4), advice, args)
     output.log_probs[0, 0].backward()
