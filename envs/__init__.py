@@ -11,10 +11,11 @@ from envs.evaluation import Act, evaluate, find_renderer, record
 from envs.features import Normalizer, flatten, unflatten
 from envs.fetch import FetchVectorEnv
 from envs.ids import EnvError, resolve
+from envs.series import Series
 from envs.stream import StreamEnv, evaluate_stream, record_stream
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
-__all__ = ["Act", "EnvError", "Normalizer", "Observation", "StreamEnv", "VectorEnv", "evaluate", "evaluate_stream",
+__all__ = ["Act", "EnvError", "Normalizer", "Observation", "Series", "StreamEnv", "VectorEnv", "evaluate", "evaluate_stream",
            "find_renderer", "flatten", "make", "make_vec", "record", "record_stream", "resolve", "restore", "snapshot",
            "unflatten"]
 
