@@ -223,7 +223,8 @@ def make_part(net: Net, args: "Args") -> dict[str, torch.Tensor]:
     """A network and its optimiser: flat weights and trace, and the second moments of --optimizer adaptive."""
     weights = sparse_init(net, args.sparsity)
     part = {"weights": weights, "trace": torch.zeros_like(weights)}
-    return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)} if args.optimizer == "adaptive" else {})
+    return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)}
+                   if args.optimizer == "adaptive" else {})
 
 
 def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
@@ -307,8 +308,8 @@ def update(agent: dict, nets: tuple[Net, Net], state, action, next_state, reward
 
 
 @torch.enable_grad()
-def reference_update(agent: dict, nets: tuple[Net, Net], state, action, next_state, reward, discount, ended, args: Args
-                     ) -> tuple:
+def reference_update(agent: dict, nets: tuple[Net, Net], state, action, next_state, reward, discount, ended,
+                     args: Args) -> tuple:
     """`update` as one would write it first: autograd, distributions, loops over tensors."""
     params = {name: [p.detach().requires_grad_() for layer in views(agent[name]["weights"], net) for p in layer]
               for name, net in zip(("policy", "value"), nets)}
@@ -334,7 +335,7 @@ def reference_update(agent: dict, nets: tuple[Net, Net], state, action, next_sta
 
 
 def draw(weights: torch.Tensor, net: Net, state: torch.Tensor, noise: torch.Tensor, args: Args) -> torch.Tensor:
-    """An action: mean + std * noise, not clipped (d,), or one-hot by Gumbel noise (A,). Without noise, the likeliest."""
+    """An action: mean + std * noise (d,), not clipped; or one-hot by Gumbel noise (A,). Zero noise: the likeliest."""
     outputs, _ = forward(weights, net, state, args.layer_norm)
     if len(outputs) == 2:
         return outputs[0] + F.softplus(outputs[1]) * noise
@@ -422,20 +423,26 @@ def main(args: Args) -> dict[str, float]:
         state = look(env.reset(seed), env, None, learn=True)
         return state, draw(agent["policy"]["weights"], nets[0], state, noise(), args)
 
-    def play(obs: np.ndarray, env: envs.StreamEnv, last: list = [None]) -> np.ndarray | int:
+    seen = None  # state of an episode that is played, not learned from
+
+    def play(obs: np.ndarray, env: envs.StreamEnv) -> np.ndarray | int:
         """The likeliest action. Statistics stay as they are: an evaluation must leave no trace in training."""
-        last[0] = look(obs, env, last[0] if env.elapsed else None, learn=False)
-        return to_env(draw(agent["policy"]["weights"], nets[0], last[0], torch.zeros(d), args))
+        nonlocal seen
+        seen = look(obs, env, seen if env.elapsed else None, learn=False)
+        return to_env(draw(agent["policy"]["weights"], nets[0], seen, torch.zeros(d), args))
 
     def evaluate(episodes: int) -> dict[str, float]:
         return envs.evaluate_stream(play, eval_env, episodes, 10_000 * args.seed + 5_000)
+
+    def film(folder: Path) -> None:
+        envs.record_stream(play, args.env, args.video, 10_000 * args.seed + 7_000, folder, **settings)
 
     if saved:
         agent, at = saved["agent"], saved["step"]
     if args.evaluate:
         result = evaluate(args.eval_episodes)
         print(f"{args.env} after {at} steps: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-        envs.record_stream(play, args.env, args.video, 10_000 * args.seed + 7_000, Path(args.evaluate, "video"), **settings)
+        film(Path(args.evaluate, "video"))
         return result
 
     learn = torch.compile(step, fullgraph=True, dynamic=False) if args.impl == "compiled" else step
@@ -453,7 +460,7 @@ def main(args: Args) -> dict[str, float]:
     run = Run(ALGO, args, envs.resolve(args.env), at, saved["wall_s"] if saved else 0.0)
     if not saved:
         run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent
-    stop, since = 0, at
+    stop = 0
     while at < args.total_timesteps and not stop:
         obs, reward, terminated, truncated, over = env.step(to_env(action))
         raw[:n] = obs.reshape(-1)
@@ -488,7 +495,7 @@ def main(args: Args) -> dict[str, float]:
                       "length": lengths, "overshoots": overshoots, "checks": checks, "env": envs.snapshot(env),
                       "rng": torch.get_rng_state(), "wall_s": run.wall_s()})
     run.close(at < args.total_timesteps)  # a stopped run ends here
-    envs.record_stream(play, args.env, args.video, 10_000 * args.seed + 7_000, run.folder / "video", **settings)
+    film(run.folder / "video")
     return result
 
 

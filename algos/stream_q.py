@@ -220,7 +220,8 @@ def make_part(net: Net, args: "Args") -> dict[str, torch.Tensor]:
     """A network and its optimiser: flat weights and trace, and the second moments of --optimizer adaptive."""
     weights = sparse_init(net, args.sparsity)
     part = {"weights": weights, "trace": torch.zeros_like(weights)}
-    return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)} if args.optimizer == "adaptive" else {})
+    return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)}
+                   if args.optimizer == "adaptive" else {})
 
 
 def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
@@ -398,20 +399,26 @@ def main(args: Args) -> dict[str, float]:
     def values(state: torch.Tensor) -> torch.Tensor:
         return forward(agent["value"]["weights"], net, state, args.layer_norm)[0][0]
 
-    def play(obs: np.ndarray, env: envs.StreamEnv, last: list = [None]) -> int:
+    seen = None  # state of an episode that is played, not learned from
+
+    def play(obs: np.ndarray, env: envs.StreamEnv) -> int:
         """The greedy action. Statistics stay as they are: an evaluation must leave no trace in training."""
-        last[0] = look(obs, env, last[0] if env.elapsed else None, learn=False)
-        return int(values(last[0]).argmax())
+        nonlocal seen
+        seen = look(obs, env, seen if env.elapsed else None, learn=False)
+        return int(values(seen).argmax())
 
     def evaluate(episodes: int) -> dict[str, float]:
         return envs.evaluate_stream(play, eval_env, episodes, 10_000 * args.seed + 5_000)
+
+    def film(folder: Path) -> None:
+        envs.record_stream(play, args.env, args.video, 10_000 * args.seed + 7_000, folder, **settings)
 
     if saved:
         agent, at = saved["agent"], saved["step"]
     if args.evaluate:
         result = evaluate(args.eval_episodes)
         print(f"{args.env} after {at} steps: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-        envs.record_stream(play, args.env, args.video, 10_000 * args.seed + 7_000, Path(args.evaluate, "video"), **settings)
+        film(Path(args.evaluate, "video"))
         return result
 
     learn = torch.compile(step, fullgraph=True, dynamic=False) if args.impl == "compiled" else step
@@ -467,7 +474,7 @@ def main(args: Args) -> dict[str, float]:
                       "length": lengths, "overshoots": overshoots, "checks": checks, "env": envs.snapshot(env),
                       "rng": torch.get_rng_state(), "wall_s": run.wall_s()})
     run.close(at < args.total_timesteps)  # a stopped run ends here
-    envs.record_stream(play, args.env, args.video, 10_000 * args.seed + 7_000, run.folder / "video", **settings)
+    film(run.folder / "video")
     return result
 
 

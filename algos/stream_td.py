@@ -1,9 +1,9 @@
 """Stream TD(lambda): predicting from a stream. One transition, one update, nothing stored.
 
-Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606): the prediction part of
-stream_ac.py, on a time series that does not hold still. Every row is an input, a column of it the cumulant; the network
-predicts the discounted sum of all cumulants to come, which is known afterwards, so that the error can be measured
-exactly. Written from the paper's formulas alone.
+Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606): the value part of
+stream_ac.py, on a time series that does not hold still. Every row is an input, a column of it the cumulant; the
+network predicts the discounted sum of all cumulants to come, which is known afterwards, so that the error can be
+measured exactly. Written from the paper's formulas alone.
 
 The paper predicts the oil temperature of the ETTm2 series (`--env ETTm2.csv`, not shipped). The default is a generated
 series of the same kind (envs/series.py says how). Inputs are slow averages of the rows, as published.
@@ -13,6 +13,7 @@ python algos/stream_td.py --env series/transformer
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -197,7 +198,8 @@ def make_part(net: Net, args: "Args") -> dict[str, torch.Tensor]:
     """A network and its optimiser: flat weights and trace, and the second moments of --optimizer adaptive."""
     weights = sparse_init(net, args.sparsity)
     part = {"weights": weights, "trace": torch.zeros_like(weights)}
-    return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)} if args.optimizer == "adaptive" else {})
+    return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)}
+                   if args.optimizer == "adaptive" else {})
 
 
 def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
@@ -279,7 +281,8 @@ def reference_update(agent: dict, net: Net, state, next_state, reward, args: Arg
     (-v).backward()
     with torch.no_grad():
         grads = [p.grad for p in params]
-        return delta, v.detach(), *reference_obgd(agent["value"], net, grads, delta.item(), False, args.kappa_value, args)
+        done = reference_obgd(agent["value"], net, grads, delta.item(), False, args.kappa_value, args)
+    return delta, v.detach(), *done
 
 
 def step(agent: dict, net: Net, state: torch.Tensor, row: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
@@ -375,6 +378,9 @@ def main(args: Args) -> dict[str, float]:
         state = observe(agent, torch.from_numpy(series.rows[0]), args)
     if args.impl == "compiled":  # now, on copies: a signal to the compiler then leaves no update half done
         learn(tree_map(torch.clone, agent), net, state, row, args)
+    if not (args.run_dir or args.resume) and args.env.endswith(".csv"):  # a path is no name for a folder
+        name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        args = replace(args, run_dir=str(Path("runs", ALGO, Path(args.env).stem, name)))
     run = Run(ALGO, args, args.env, at, saved["wall_s"] if saved else 0.0)
     if not saved:  # the untrained network, over the first rows
         fresh, first = tree_map(torch.clone, agent), min(args.eval_every or LOG_EVERY, args.total_timesteps)

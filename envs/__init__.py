@@ -15,9 +15,9 @@ from envs.series import Series
 from envs.stream import StreamEnv, evaluate_stream, record_stream
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
-__all__ = ["Act", "EnvError", "Normalizer", "Observation", "Series", "StreamEnv", "VectorEnv", "evaluate", "evaluate_stream",
-           "find_renderer", "flatten", "make", "make_vec", "record", "record_stream", "resolve", "restore", "snapshot",
-           "unflatten"]
+__all__ = ["Act", "EnvError", "Normalizer", "Observation", "Series", "StreamEnv", "VectorEnv", "evaluate",
+           "evaluate_stream", "find_renderer", "flatten", "make", "make_vec", "record", "record_stream", "resolve",
+           "restore", "snapshot", "unflatten"]
 
 def make(env_id: str, **kwargs) -> gym.Env:
     """One gymnasium environment, ids resolved as in `resolve`. Raises EnvError for an unknown id or missing package."""

@@ -186,7 +186,7 @@ def as_arrays(state: dict) -> dict:
 
 
 def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> dict[str, float]:
-    """Play `episodes` episodes of `act` (observation, environment -> action); episode k starts as a reset with `seed + k`.
+    """Play `episodes` episodes of `act` (observation, environment -> action); episode k is reset with `seed + k`.
 
     Returns the columns of eval.csv; no task here has a notion of success (NaN).
     """
