@@ -42,8 +42,8 @@ test: $(VENV)/.tests-installed gl  ## all tests, about 7 minutes on two cores
 twins: setup  ## rewrite every marked twin block from its first copy
 	$(BIN)/python tests/test_twins.py --write
 
-speed: setup  ## updates/s and steps/s beside stable-baselines3
-	$(BIN)/python benchmarks/speed.py sac $(ARGS)
+speed: setup  ## updates/s and steps/s: ALGO=sac beside stable-baselines3, ALGO=stream beside plain autograd
+	$(BIN)/python benchmarks/speed.py $(or $(ALGO),sac) $(ARGS)
 
 bench: setup  ## run what is not finished of SUITE=smoke|cpu|paper, WORKERS=2 at a time, ALGO=sac_kian only
 	$(BIN)/python benchmarks/run.py --suite $(SUITE) --workers $(WORKERS) $(if $(ALGO),--algo $(ALGO)) $(ARGS)

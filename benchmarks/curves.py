@@ -16,7 +16,7 @@ COLUMNS = ["variant", "seed", "step", "wall_s", "episodes", "return_mean", "retu
            "total_timesteps", "commit", "cpu"]
 # arguments that name a run, not a variant
 RUN = {"env", "seed", "total_timesteps", "device", "compile", "run_dir", "resume", "evaluate", "eval_every",
-       "eval_episodes", "checkpoint_every", "video", "track", "save_keys"}
+       "eval_episodes", "checkpoint_every", "video", "track", "save_keys", "impl", "overshoot_every"}
 
 
 def defaults(algo: str) -> dict:

@@ -1,16 +1,18 @@
-"""Speed beside stable-baselines3: updates per second, the whole training loop, environment steps.
+"""Speed beside a peer: updates per second, the whole training loop, environment steps.
 
 Everything runs in one process and takes turns: in every round each contender does its share of work, and a ratio is
 the median over rounds of the ratio within a round, so that a busy machine slows all of them alike. Rates move with the
 machine; ratios are what to quote. Nothing here asserts a time.
 
-python benchmarks/speed.py sac
+python benchmarks/speed.py sac       # beside stable-baselines3
+python benchmarks/speed.py stream    # beside the same maths written with autograd
 """
 import argparse
 import csv
 import importlib.util
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -29,6 +31,7 @@ import torch
 import envs
 import knowledge
 from algos import sac_kian as sac
+from algos import stream_ac
 from runtime import use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
@@ -144,6 +147,44 @@ class Gym:
         return self.obs
 
 
+class Stream:
+    """stream_ac's functions in the order of its main(), without logging."""
+
+    def __init__(self, impl: str):
+        self.args = args = stream_ac.Args(impl=impl)
+        torch.manual_seed(args.seed)
+        self.env = envs.StreamEnv(args.env)
+        self.agent, self.nets = stream_ac.make_agent(args, self.env)
+        self.n, self.low, self.high = self.env.shape[0], self.env.action_space.low, self.env.action_space.high
+        self.row = torch.zeros(self.n + 4, dtype=torch.float64)
+        self.learn = (torch.compile(stream_ac.step, fullgraph=True, dynamic=False) if impl == "compiled"
+                      else stream_ac.step)
+        self.begin(self.env.reset(seed=args.seed))
+
+    def begin(self, obs: np.ndarray) -> None:
+        time = torch.tensor([self.env.time], dtype=torch.float64)
+        self.state = stream_ac.observe(self.agent["obs"], torch.from_numpy(obs), time, None, 1, self.args)
+        self.action = self.draw()
+
+    def draw(self) -> torch.Tensor:
+        noise = torch.randn(len(self.low))
+        return stream_ac.draw(self.agent["policy"]["weights"], self.nets[0], self.state, noise, self.args)
+
+    @torch.no_grad()
+    def train(self, steps: int) -> None:
+        """The training loop for `steps` environment steps."""
+        raw, shape = self.row.numpy(), self.env.shape
+        for _ in range(steps):
+            action = np.clip(self.action.numpy(), self.low, self.high)
+            obs, reward, terminated, truncated, over = self.env.step(action)
+            raw[:self.n] = obs
+            raw[self.n:] = self.env.time, reward, over, not over
+            self.state, self.action, *_ = self.learn(self.agent, self.nets, self.state, self.action, self.row,
+                                                     torch.randn(len(self.low)), shape, 1, self.args)
+            if over:
+                self.begin(self.env.reset())
+
+
 class Contender(NamedTuple):
     name: str
     run: Callable[[int], None]  # does that many units of work
@@ -218,6 +259,32 @@ def step_fetch(env_id: str, share: int, rounds: int) -> list[dict]:
     return rows
 
 
+def time_stream(share: int, rounds: int, compiled: bool) -> list[dict]:
+    """Stream AC on HalfCheetah, one transition at a time, beside itself by autograd; and what memory it takes."""
+    torch.compiler.reset()
+    names = {"autograd, loops over tensors": "autograd", "closed form, eager": "eager"}
+    if compiled:
+        names["closed form, one graph"] = "compiled"
+    learners = {name: Stream(impl) for name, impl in names.items()}
+    agents, env = list(learners.values()), envs.StreamEnv("HalfCheetah-v4")
+    env.reset(seed=1)
+    action = np.zeros(6)
+
+    def step_alone(steps: int) -> None:
+        for _ in range(steps):
+            if env.step(action)[-1]:
+                env.reset()
+
+    contenders = [Contender(name, learner.train) for name, learner in learners.items()]
+    rows = measure("stream", "Stream AC on HalfCheetah-v4, networks 128x2: the whole loop, with the environment", "steps",
+                   [*contenders, Contender("the environment alone", step_alone)], share, rounds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    agents[-1].train(10 * share)
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    print(f"  {10 * share} more steps raise the peak of resident memory by {growth} KiB")
+    return rows
+
+
 def bfloat16_pays() -> bool:
     """Whether bfloat16 matrix products are faster here than float32 ones: CPUs without them emulate them slowly."""
     use_fast_matmul(torch.device("cpu"))
@@ -240,27 +307,11 @@ def describe_cpu() -> str:
     return f"{name or platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def main() -> int:
-    """Measure, print the tables, write the CSV; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("algo", choices=["sac"], help="what to measure")
-    parser.add_argument("--rounds", type=int, help="turns of every contender (default: 7, with --quick 2)")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
-    parser.add_argument("--quick", action="store_true", help="little work, only the small update compiled: a test")
-    parser.add_argument("--csv", type=Path, help="file for the rows of all tables")
-    flags = parser.parse_args()
-    if importlib.util.find_spec("stable_baselines3") is None:
-        print(f"speed: stable-baselines3 is not installed; pip install {PEER}", file=sys.stderr)
-        return 2
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    full, rounds = not flags.quick, flags.rounds or (2 if flags.quick else 7)
-
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": describe_cpu()}
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    print(f"torch {machine['torch']}, {machine['threads']} threads of {os.cpu_count()} cores, {machine['cpu']}{load}")
+def time_sac(full: bool, rounds: int) -> list[dict]:
+    """Updates, training and stepping beside stable-baselines3."""
     fast = "medium" if use_fast_matmul(torch.device("cpu")) else "highest"
-    print(f"float32 products: ours {fast} (runtime.use_fast_matmul tests the CPU), SB3 highest (torch's default) and medium")
+    print(f"float32 products: ours {fast} (runtime.use_fast_matmul tests the CPU), SB3 highest (torch's default) and "
+          "medium")
     bf16 = bfloat16_pays()
     if not bf16:
         print("no native bfloat16 here: its rows are left out")
@@ -278,6 +329,29 @@ def main() -> int:
         "8 updates; ours: 1 step of 8 environments, 8 updates", "steps",
         learners(LOOP, "train", compiled=full, bf16=bf16, kian=False), 200 if full else 40, rounds)
     rows += step_fetch("FetchPickAndPlace-v4", 960 if full else 160, rounds)
+    return rows
+
+
+def main() -> int:
+    """Measure, print the tables, write the CSV; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("algo", choices=["sac", "stream"], help="what to measure")
+    parser.add_argument("--rounds", type=int, help="turns of every contender (default: 7, with --quick 2)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--quick", action="store_true", help="little work, only the small update compiled: a test")
+    parser.add_argument("--csv", type=Path, help="file for the rows of all tables")
+    flags = parser.parse_args()
+    if flags.algo == "sac" and importlib.util.find_spec("stable_baselines3") is None:
+        print(f"speed: stable-baselines3 is not installed; pip install {PEER}", file=sys.stderr)
+        return 2
+    if flags.threads or flags.algo == "stream":
+        torch.set_num_threads(flags.threads or 1)
+    full, rounds = not flags.quick, flags.rounds or (2 if flags.quick else 7)
+
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": describe_cpu()}
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    print(f"torch {machine['torch']}, {machine['threads']} threads of {os.cpu_count()} cores, {machine['cpu']}{load}")
+    rows = time_sac(full, rounds) if flags.algo == "sac" else time_stream(2000 if full else 100, rounds, compiled=full)
     if flags.csv:
         with flags.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *machine])

@@ -15,10 +15,13 @@ from envs.features import Normalizer, flatten, unflatten
 from envs.fetch import FetchVectorEnv
 from envs.ids import EnvError, resolve
 from envs.minigrid import MiniGridVectorEnv, PlainMiniGridVectorEnv, is_grid
+from envs.series import Series
+from envs.stream import StreamEnv, evaluate_stream, record_stream
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
-__all__ = ["Act", "EnvError", "Normalizer", "Observation", "VectorEnv", "evaluate", "find_renderer", "flatten", "make",
-           "make_vec", "record", "resolve", "restore", "snapshot", "unflatten"]
+__all__ = ["Act", "EnvError", "Normalizer", "Observation", "Series", "StreamEnv", "VectorEnv", "evaluate",
+           "evaluate_stream", "find_renderer", "flatten", "make", "make_vec", "record", "record_stream", "resolve",
+           "restore", "snapshot", "unflatten"]
 
 def make(env_id: str, **kwargs) -> gym.Env:
     """One gymnasium environment, ids resolved as in `resolve`. Raises EnvError for an unknown id or missing package."""

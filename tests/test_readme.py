@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 import tyro
 
-from algos import sac_kian
+from algos import sac_kian, stream_ac, stream_q, stream_td
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32", "--updates-per-step", "0.05",
        "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
+# other scripts: (module, few steps)
+FEW_STREAM = ["--total-timesteps", "300", "--hidden", "16x1", "--impl", "eager", "--eval-every", "0"]
+STREAMS = {"stream_ac": (stream_ac, [*FEW_STREAM, "--eval-episodes", "1"]),
+           "stream_q": (stream_q, [*FEW_STREAM, "--eval-episodes", "1"]), "stream_td": (stream_td, FEW_STREAM)}
+OPTIONAL = {"MinAtar/": "minatar", "dm_control/": "shimmy", "NoFrameskip": "ale_py"}  # requirements-envs.txt
 
 
 def blocks(language: str) -> list[str]:
@@ -37,6 +42,14 @@ def test_command(command, tmp_path, monkeypatch):
     if "my_idea" in script:
         script = "algos/sac_kian.py"
     assert (ROOT / script).is_file()
+    if (stem := Path(script).stem) in STREAMS:
+        for mark, package in OPTIONAL.items():
+            if mark in command:
+                pytest.importorskip(package)
+        (tmp_path / "ETTm2.csv").write_text("date,a,OT\n" + "".join(f"now,{i % 7},{i % 11}\n" for i in range(400)))
+        module, few = STREAMS[stem]
+        module.main(tyro.cli(module.Args, args=[*flags, *few, "--run-dir", str(tmp_path / "RUN")]))
+        return
     run = tmp_path / "RUN"
     if any(word.startswith("runs/") or word == "RUN" or "run:RUN" in word for word in flags):
         args = tyro.cli(sac_kian.Args, args=[*FEW, "--run-dir", str(run), "--checkpoint-every", "200"])

@@ -1,0 +1,224 @@
+"""One environment, one transition at a time: what learners without a buffer step.
+
+    env = envs.StreamEnv("HalfCheetah-v4")       # or CartPole-v1, MinAtar/Breakout-v1, dm_control/cheetah-run-v0, ...
+    obs = env.reset(seed=1)
+    obs, reward, terminated, truncated, over = env.step(action)      # over: call reset
+
+MinAtar, dm_control (through shimmy) and Atari (through ale-py, with gymnasium's own preprocessing) are optional:
+pip install -r requirements-envs.txt
+"""
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Callable
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+from envs.evaluation import find_renderer
+from envs.ids import EnvError, resolve
+from envs.vector import GymVectorEnv, mujoco_restore, mujoco_snapshot
+
+TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
+PACKAGES = {"MinAtar/": "minatar", "dm_control/": "shimmy[dm-control]", "ALE/": "ale-py", "NoFrameskip": "ale-py"}
+
+
+class StreamEnv:
+    """A gymnasium environment with a time feature and exact snapshots.
+
+    Attributes: kind, "vector", "minatar" or "atari"; shape of an observation, (n,) or channels first (C, h, w);
+    frames, how many the learner is to stack; action_space; max_episode_steps, None without a limit; time, the feature
+    that belongs to the last observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari episodes
+    end for the learner when a life is lost (terminated), and go on until the game is over (`over`).
+    """
+
+    def __init__(self, env_id: str, max_episode_steps: int = 0, time_feature: bool = True, **kwargs):
+        """Raises EnvError for an unknown id, a missing package, or observations that are no arrays."""
+        register(env_id)
+        limit = {"max_episode_steps": max_episode_steps} if max_episode_steps else {}
+        self.kind = "atari" if "NoFrameskip" in env_id else "minatar" if env_id.startswith("MinAtar/") else "vector"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # v4 is asked for by name: papers report it
+                self.env = gym.make(resolve(env_id), disable_env_checker=True, **limit, **kwargs)
+                if self.kind == "atari":
+                    self.env = gym.wrappers.AtariPreprocessing(self.env)
+        except (gym.error.Error, ImportError) as error:
+            raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+        self.action_space, space = self.env.action_space, self.env.observation_space
+        boxes = list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else [space]
+        if not all(isinstance(box, gym.spaces.Box) for box in boxes):
+            raise EnvError(f"{env_id} observes {space}; a stream needs arrays (Box, or a Dict of them)")
+        self.shape = (sum(int(np.prod(box.shape)) for box in boxes),)
+        if self.kind == "minatar":
+            self.shape = (space.shape[2], *space.shape[:2])
+        elif self.kind == "atari":
+            self.shape = (1, *space.shape)
+        self.frames = 4 if self.kind == "atari" else 1
+        self.max_episode_steps = self.env.spec.max_episode_steps
+        self.horizon = self.max_episode_steps or TIME_LIMIT
+        self.timed = time_feature and self.kind == "vector"
+        self.elapsed, self.time, self.lives, self.current = 0, None, 0, None
+        if self.kind == "atari":
+            self.fire = "FIRE" in self.env.unwrapped.get_action_meanings()
+
+    def _observed(self, obs) -> np.ndarray:
+        self.current = obs
+        if isinstance(obs, dict):
+            return np.concatenate([np.ravel(part) for part in obs.values()])
+        return obs.transpose(2, 0, 1) if self.kind == "minatar" else obs.reshape(self.shape)
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """First observation of an episode, of shape `shape`."""
+        obs, info = self.env.reset(seed=seed)
+        if self.kind == "atari":
+            if self.fire:  # games that wait for it would stand still
+                obs, _, terminated, truncated, info = self.env.step(1)
+                if terminated or truncated:
+                    obs, info = self.env.reset()
+            self.lives = info["lives"]
+        self.elapsed, self.time = 0, -0.5 if self.timed else None
+        return self._observed(obs)
+
+    def step(self, action: np.ndarray | int) -> tuple[np.ndarray, float, bool, bool, bool]:
+        """Observation, reward, terminated, truncated, and whether the episode is over and `reset` is due."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        over = terminated or truncated
+        if self.timed:
+            self.time = -0.5 + self.elapsed / self.horizon
+        elif self.kind == "atari":
+            terminated, self.lives = terminated or info["lives"] < self.lives, info["lives"]
+        self.elapsed += 1
+        return self._observed(obs), float(reward), terminated, truncated, over
+
+    def close(self) -> None:
+        """Free simulators and windows."""
+        self.env.close()
+
+    def snapshot(self) -> dict:
+        """Everything a later `restore` needs to continue bit by bit: plain numbers and arrays."""
+        snap = {"elapsed": self.elapsed, "lives": self.lives, "time": self.time, "current": self.current}
+        env = self.env.unwrapped
+        if self.kind == "minatar":
+            state = {k: v for k, v in vars(env.game.env).items() if k != "random"}
+            return snap | {"game": state, "last_action": env.game.last_action, "rng": random_state(env.game.random)}
+        if self.kind == "atari":
+            return snap | {"ale": np.frombuffer(env.clone_state(include_rng=True).__getstate__(), np.uint8),
+                           "rng": env.np_random.bit_generator.state}
+        if hasattr(env, "_env"):  # dm_control
+            physics, task = env._env.physics, env._env.task
+            plain = {k: v for k, v in vars(task).items() if isinstance(v, (bool, int, float, np.ndarray))}
+            return snap | {"mujoco": mujoco_snapshot(physics.model.ptr, physics.data.ptr), "task": plain,
+                           "steps": env._env._step_count, "rng": random_state(task.random)}
+        return snap | {"gym": self._as_vector()._snapshot(0)}
+
+    def restore(self, snap: dict) -> None:
+        """Continue from a `snapshot` of an environment of the same id."""
+        self.reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
+        self.elapsed, self.lives, self.time = snap["elapsed"], snap["lives"], snap["time"]
+        env, wrapper = self.env.unwrapped, self.env
+        if self.kind == "minatar":
+            vars(env.game.env).update(as_arrays(snap["game"]))
+            env.game.last_action = snap["last_action"]
+            set_random_state(env.game.random, snap["rng"])
+        elif self.kind == "atari":
+            from ale_py import ALEState
+            state = ALEState.__new__(ALEState)
+            state.__setstate__(np.asarray(snap["ale"]).tobytes())
+            env.restore_state(state)
+            env.np_random.bit_generator.state = snap["rng"]
+            self.env.lives, self.env.game_over = self.lives, False
+        elif hasattr(env, "_env"):
+            physics, task = env._env.physics, env._env.task
+            vars(task).update(as_arrays(snap["task"]))
+            mujoco_restore(physics.model.ptr, physics.data.ptr, snap["mujoco"])
+            mujoco.mj_step1(physics.model.ptr, physics.data.ptr)  # dm_control leaves this first half of a step done
+            env._env._step_count, env._env._reset_next_step = snap["steps"], False
+            set_random_state(task.random, snap["rng"])
+        else:
+            self._as_vector()._restore(0, snap["gym"])
+        while wrapper is not env:
+            if isinstance(wrapper, gym.wrappers.TimeLimit):
+                wrapper._elapsed_steps = self.elapsed
+            wrapper = wrapper.env
+
+    def _as_vector(self) -> GymVectorEnv:
+        """This environment as the only copy of a vector, which knows how to save and restore gymnasium's."""
+        vec = GymVectorEnv.__new__(GymVectorEnv)
+        vec.envs, vec.env, vec.num_envs, vec.current = [self.env], self.env, 1, [self.current]
+        vec.elapsed = np.array([self.elapsed])
+        return vec
+
+
+def register(env_id: str) -> None:
+    """Make the ids of an optional package known. Raises EnvError that names the package if it is not installed."""
+    package = next((package for mark, package in PACKAGES.items() if mark in env_id), None)
+    if package is None or env_id in gym.registry:
+        return
+    try:
+        if package == "minatar":
+            importlib.import_module("minatar.gym").register_envs()
+        else:
+            gym.register_envs(importlib.import_module(package.split("[")[0].replace("-", "_")))
+            if package.startswith("shimmy"):
+                importlib.import_module("dm_control.suite")
+    except ImportError as error:
+        raise EnvError(f"{env_id} needs a package that is not installed: pip install -r requirements-envs.txt "
+                       f"({package})") from error
+
+
+def random_state(random: np.random.RandomState) -> list:
+    """State of numpy's legacy generator as plain numbers and an array."""
+    name, keys, *rest = random.get_state()
+    return [name, keys.astype(np.int64), *rest]
+
+
+def set_random_state(random: np.random.RandomState, state: list) -> None:
+    name, keys, *rest = state
+    random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
+
+
+def as_arrays(state: dict) -> dict:
+    """Tensors of a checkpoint as the arrays they were."""
+    return {k: np.array(v) if hasattr(v, "shape") else v for k, v in state.items()}
+
+
+def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> dict[str, float]:
+    """Play `episodes` episodes of `act` (observation, environment -> action); episode k is reset with `seed + k`.
+
+    Returns the columns of eval.csv; no task here has a notion of success (NaN).
+    """
+    returns, lengths = np.zeros(episodes), np.zeros(episodes)
+    for k in range(episodes):
+        obs, over = env.reset(seed + k), False
+        while not over:
+            obs, reward, _, _, over = env.step(act(obs, env))
+            returns[k] += reward
+            lengths[k] += 1
+    return {"episodes": episodes, "return_mean": float(returns.mean()), "return_std": float(returns.std()),
+            "success_rate": float("nan"), "length_mean": float(lengths.mean())}
+
+
+def record_stream(act: Callable, env_id: str, episodes: int, seed: int, folder: Path, **kwargs) -> None:
+    """Film `episodes` episodes into `folder/episode-<k>.mp4`; without a working renderer, say what to install."""
+    if episodes < 1:
+        return
+    if not find_renderer():
+        print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
+              "libosmesa6", file=sys.stderr)
+        return
+    import imageio.v2 as imageio  # slow to import, and only filming needs it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    env = StreamEnv(env_id, render_mode="rgb_array", **kwargs)
+    for k in range(episodes):
+        obs, over, frames = env.reset(seed + k), False, []
+        while not over:
+            frames.append(np.asarray(env.env.render()))
+            obs, _, _, _, over = env.step(act(obs, env))
+        if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
+            frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]
+        imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=env.env.metadata.get("render_fps", 25))
+    env.close()

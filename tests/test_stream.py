@@ -1,0 +1,509 @@
+"""Stream AC, Q, SARSA, TD: the spec's vectors, the closed form against autograd, invariants, runs."""
+import csv
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies
+
+import envs
+from algos import stream_ac, stream_q, stream_td
+from algos.stream_ac import Args, Net, backward, count_in, deviation, forward, obgd, observe, running_stats, views
+from runtime import ArgError, to_plain
+
+ROOT = Path(__file__).resolve().parent.parent
+GRADS = torch.tensor([[0.1, -0.2], [0.3, 0.4], [-1.0, 2.0], [0.05, 0.0], [-0.3, 0.1]])
+DELTAS, CUTS = torch.tensor([0.5, -2.0, 0.25, 1.5, 3.0]), [0.0, 0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def near(x, expected, tolerance=2e-6):
+    x, expected = torch.as_tensor(x).double().flatten(), torch.as_tensor(expected).double().flatten()
+    assert x.shape == expected.shape and (x - expected).abs().max() <= tolerance, (x, expected)
+
+
+def part_of(weights, optimizer="obgd"):
+    part = {"weights": torch.tensor(weights), "trace": torch.zeros(len(weights))}
+    return part | ({"square": torch.zeros(len(weights)), "count": torch.zeros(1)} if optimizer == "adaptive" else {})
+
+
+@pytest.mark.parametrize("optimizer, kappa, weights", [
+    ("obgd", 2.0, [[0.95, -0.9], [1.255412, -0.705412], [1.285664, -0.800160], [1.210664, -0.800160], [1.571930, -0.938895]]),
+    ("obgd", 3.0, [[0.95, -0.9], [1.153608, -0.770275], [1.173776, -0.833440], [1.098776, -0.833440], [1.339620, -0.925930]]),
+    ("adaptive", 2.0, [[0.875, -0.875], [1.127348, -0.627348], [1.156335, -0.723360], [0.964848, -0.723360],
+                       [1.290802, -0.897406]])])
+@pytest.mark.parametrize("reference", [False, True])
+def test_obgd_vectors(optimizer, kappa, weights, reference):
+    part, args = part_of([1.0, -1.0], optimizer), Args(optimizer=optimizer)
+    traces = [[0.1, -0.2], [0.3792, 0.2416], [0, 0], [0.05, 0], [-0.2604, 0.1]]
+    for grad, delta, cut, w, z in zip(GRADS, DELTAS, CUTS, weights, traces):
+        if reference:  # a layer of one weight and one bias
+            stream_ac.reference_obgd(part, Net(((1, 1),), ()), [grad[:1].view(1, 1), grad[1:]], delta.item(), bool(cut), kappa, args)
+        else:
+            obgd(part, grad, delta.view(1), torch.tensor([cut]), kappa, args)
+        near(part["weights"], w)
+        near(part["trace"], z)
+    if optimizer == "adaptive":
+        near(part["square"], [0.00122236, 0.00063227], 1e-8)
+
+
+def test_obgd_two_tensors_share_one_bound():
+    grads = [torch.tensor([0.6, -0.4]), torch.tensor([[2.0]])]
+    part = part_of([1.0, 2.0, 0.5])
+    obgd(part, torch.cat([g.flatten() for g in grads]), torch.tensor([-1.5]), torch.zeros(1), 3.0, Args())
+    near(part["weights"], [1.066667, 1.955556, 0.722222])
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.integers(0, 2 ** 31), strategies.floats(-20, 20), strategies.floats(-3, 2), strategies.sampled_from([2.0, 3.0]))
+def test_obgd_bound(seed, delta, log_scale, kappa):
+    """|dw|_1 <= min(1, |delta|) / kappa, with equality where the bound bites; then alpha does not matter."""
+    g = torch.randn(40, generator=torch.Generator().manual_seed(seed)) * 10 ** log_scale
+    moved = []
+    for alpha in (1.0, 10.0):
+        part = part_of([0.0] * 40)
+        step, size = obgd(part, g, torch.tensor([delta]), torch.zeros(1), kappa, Args(learning_rate=alpha))
+        moved.append(part["weights"])
+        assert part["weights"].abs().sum() <= min(1, abs(delta)) / kappa + 1e-6
+    if max(abs(delta), 1) * kappa * size >= 1:
+        assert moved[0].abs().sum().item() == pytest.approx(min(1, abs(delta)) / kappa, abs=1e-5)
+        assert torch.allclose(*moved, atol=1e-6)
+
+
+def test_obgd_zero_delta_and_cut():
+    """delta = 0 moves no weight but the trace goes on; a cut comes after the same update and leaves nothing behind."""
+    for cut in (0.0, 1.0):
+        part = part_of([1.0, -1.0])
+        obgd(part, GRADS[0], torch.zeros(1), torch.zeros(1), 2.0, Args())
+        near(part["weights"], [1, -1], 0)
+        near(part["trace"], GRADS[0], 0)
+        obgd(part, GRADS[1], torch.tensor([-2.0]), torch.tensor([cut]), 2.0, Args())
+        near(part["trace"], [0, 0] if cut else [0.3792, 0.2416])
+        moved = part["weights"].clone() if not cut else moved
+        obgd(part, GRADS[2], torch.zeros(1), torch.zeros(1), 2.0, Args())
+    near(part["weights"], moved, 0)
+    near(part["trace"], GRADS[2], 0)
+    plain = part_of([1.0, -1.0])
+    obgd(plain, GRADS[1], torch.tensor([-2.0]), torch.zeros(1), 2.0, Args(optimizer="plain", learning_rate=0.1))
+    near(plain["weights"], [1.06, -0.92])
+
+
+@pytest.mark.parametrize("shape, zeros", [((7, 5), 5), ((7, 17), 16), ((7, 18), 17), ((9, 128), 116), ((3, 1024), 922),
+                                          ((16, 4, 3, 3), 33), ((32, 4, 8, 8), 231), ((64, 32, 4, 4), 461), ((64, 64, 3, 3), 519)])
+def test_sparse_init(shape, zeros):
+    net = Net((shape, (2, shape[0])), (0,))
+    ((weight, bias), _) = views(stream_ac.sparse_init(net, 0.9), net)
+    flat, bound = weight.flatten(1), 1 / math.sqrt(math.prod(shape[1:]))
+    assert weight.shape == shape and ((flat == 0).sum(1) == zeros).all() and not bias.any()
+    assert flat.abs().max() <= bound
+    if shape[1:] == (128,):
+        assert (flat != 0).float().unique(dim=0).shape[0] == shape[0]  # every unit loses other weights
+        assert flat.abs().max() > 0.8 * bound
+        assert (stream_ac.sparse_init(net, 0.0)[:math.prod(shape)] != 0).all()
+
+
+def test_welford_vectors():
+    xs = torch.tensor([[1.0, 10], [2, 10], [4, 13], [3, 9], [-5, 10]]).double()
+    stats, none = running_stats(2), torch.zeros(0).double()
+    out = torch.stack([observe(stats, x, none, None, 1, Args()) for x in xs])
+    near(out, [(0, 0), (0.707107, 0), (1.091089, 1.154701), (0.387298, -0.866025), (-1.697056, -0.263752)])
+    near(stats["mean"], [1, 10.4])
+    near(deviation(stats).square(), [12.5, 2.3])
+    before = {k: v.clone() for k, v in stats.items()}
+    observe(stats, xs[0], none, None, 1, Args(), learn=False)
+    assert all(torch.equal(before[k], stats[k]) for k in stats)
+    samples, stats = torch.randn(50, 3).double() * 100 + 1000, running_stats(3)
+    for n, x in enumerate(samples, 1):
+        count_in(stats, x)
+        if n >= 2:
+            near(deviation(stats), samples[:n].numpy().std(0, ddof=1), 1e-6)
+
+
+def test_reward_scaler_vectors():
+    rewards = [(1, 0), (2, 0), (-1, 0), (5, 1), (1, 0), (0, 0), (3, 0)]
+    stats = running_stats(1) | {"return": torch.zeros(1, dtype=torch.float64)}
+    u, var, out = [], [], []
+    for r, ended in rewards:
+        scaled = stream_ac.scale_reward(stats, torch.tensor([r]).double(), torch.tensor([ended]).double(), Args())
+        assert np.sign(scaled.item()) == np.sign(r)
+        u, var, out = u + [stats["return"].item()], var + [deviation(stats).square().item()], out + [scaled.item()]
+    near(torch.tensor(u), [1, 2.99, 1.9601, 5, 5.95, 5.8905, 8.831595])
+    near(torch.tensor(var), [1, 1.980050, 0.990431, 2.935307, 4.265479, 4.462802, 7.337961])
+    near(torch.tensor(out), [1, 1.421320, -1.004819, 2.918390, 0.484190, 0, 1.107474])
+    stats = running_stats(1) | {"return": torch.zeros(1, dtype=torch.float64)}
+    for r in [0] * 99 + [1]:
+        scaled = stream_ac.scale_reward(stats, torch.tensor([r]).double(), torch.zeros(1).double(), Args())
+    assert scaled.item() == pytest.approx(10, abs=1e-4)
+
+
+class Toy(gym.Env):
+    """The spec's wrapper stack: observations are the Welford rows, reward k at step k, four steps."""
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64), gym.spaces.Box(-1, 1, (1,))
+    ROWS = np.array([[1.0, 10], [2, 10], [4, 13], [3, 9], [-5, 10]])
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.k = 0
+        return self.ROWS[0], {}
+
+    def step(self, action):
+        self.k += 1
+        return self.ROWS[self.k], float(self.k), False, False, {}
+
+
+if "Toy-v0" not in gym.registry:
+    gym.register("Toy-v0", Toy, max_episode_steps=4)
+
+
+def test_stack_of_normaliser_scaler_and_time():
+    env, stats = envs.StreamEnv("Toy-v0"), running_stats(2)
+    scaler = running_stats(1) | {"return": torch.zeros(1, dtype=torch.float64)}
+
+    def look(obs):
+        return observe(stats, torch.from_numpy(obs), torch.tensor([env.time]).double(), None, 1, Args())
+    near(look(env.reset(0)), [0, 0, -0.5])
+    expected = [((0.707107, 0, -0.5), 1), ((1.091089, 1.154701, -0.25), 1.421320), ((0.387298, -0.866025, 0), 1.201857),
+                ((-1.697056, -0.263752, 0.25), 1.935617)]
+    for k, (state, scaled) in enumerate(expected):
+        obs, reward, terminated, truncated, over = env.step(np.zeros(1))
+        assert (terminated, truncated, over) == (False, k == 3, k == 3)
+        near(look(obs), state)
+        near(stream_ac.scale_reward(scaler, torch.tensor([reward]).double(), torch.tensor([truncated]).double(), Args()), [scaled])
+    near(look(env.reset()), [0, -0.243975, -0.5])
+
+
+def test_policy_gradient_vectors():
+    def gaussian(mean, q, action, sign):
+        return stream_ac.policy_gradient([torch.tensor([mean]), torch.tensor([q])], torch.tensor([action]), torch.tensor(sign), 0.01)
+    for inputs, grads in (((0.2, -0.3, 0.9, 1.0), (-2.277832, -0.464038)), ((0.2, -0.3, 0.9, -1.0), (-2.277832, -0.448685)),
+                          ((-1.0, 0.5, -1.2, 1.0), (0.210787, 0.605695))):
+        (g_mean, g_q), entropy, _ = gaussian(*inputs)
+        near(torch.cat([g_mean, g_q]), grads)
+    assert gaussian(0.2, -0.3, 0.9, 1.0)[1].item() == pytest.approx(0.828989, abs=1e-6)
+    (g,), entropy, _ = stream_ac.policy_gradient([torch.tensor([0.2, -0.4, 0.6])], torch.tensor([0.0, 1, 0]), torch.tensor(-1.0), 0.01)
+    near(g, [0.329168, -0.818266, 0.489098])
+    assert entropy.item() == pytest.approx(1.024111, abs=1e-6)
+
+
+def test_layer_norm_vectors():
+    """One hidden layer that passes (1, 2, 3, 6) on, one head: output and the gradient at the bias."""
+    net = Net(((4, 1), (1, 4)), (0,))
+    flat = torch.cat([torch.zeros(4), torch.tensor([1.0, 2, 3, 6]), torch.tensor([1.0, -2, 0.5, 3]), torch.zeros(1)])
+    (_, ), cache = forward(flat, net, torch.ones(1), True)
+    near(cache[-1], [-0.010690, -0.005345, 0, 1.603567])
+    near(backward(flat, net, cache, [torch.ones(1)], True)[4:8], [0.292362, -0.067293, -0.397550, 0.172482])
+
+
+def test_sizes_and_first_values():
+    env = envs.StreamEnv("HalfCheetah-v4")
+    agent, nets = stream_ac.make_agent(Args(), env)
+    assert (len(agent["policy"]["weights"]), len(agent["value"]["weights"])) == (20_492, 19_073)
+    outputs = forward(torch.zeros(20_492), nets[0], torch.randn(18), True)[0]
+    _, entropy, std = stream_ac.policy_gradient(outputs, torch.zeros(6), torch.zeros(1), 0.01)
+    assert std.item() == pytest.approx(0.693147, abs=1e-6) and entropy.item() == pytest.approx(6 * 1.052426, abs=1e-5)
+    cart = envs.StreamEnv("CartPole-v1")
+    agent, net = stream_q.make_agent(stream_q.Args(), cart)  # five inputs: the first layer starts dead, and learns
+    assert forward(agent["value"]["weights"], net, torch.randn(5), True)[0][0].tolist() == [0, 0]
+    assert stream_ac.make_net("atari", (4, 84, 84), [256], [3]).weights[3] == (256, 256)
+    assert stream_ac.make_net("minatar", (4, 10, 10), [128], [3]).weights[1] == (128, 1024)
+
+
+def test_epsilon():
+    args = stream_q.Args(total_timesteps=500_000)
+    assert [stream_q.epsilon(t, args) for t in (0, 1, 12_500, 25_000, 500_000)] == pytest.approx([1, 0.99996, 0.505, 0.01, 0.01], abs=1e-6)
+
+
+class Shape:
+    """What `make_agent` asks of an environment."""
+    def __init__(self, kind, shape, space, frames=1):
+        self.kind, self.shape, self.action_space, self.frames, self.timed = kind, shape, space, frames, kind == "vector"
+
+
+BOX, FOUR = gym.spaces.Box(-1, 1, (6,)), gym.spaces.Discrete(4)
+
+
+def random_run(script, env, steps, **kwargs):
+    """A script's own `step` on random transitions with random ends; returns the agent afterwards."""
+    args = script.Args(**kwargs)
+    torch.manual_seed(0)
+    learn = torch.compile(script.step, fullgraph=True, dynamic=False) if args.impl == "compiled" else script.step
+    if script is stream_td:
+        agent, net = script.make_agent(args, 7)
+        state = script.observe(agent, torch.randn(7).double(), args)
+        for _ in range(steps):
+            state, *_ = learn(agent, net, state, torch.randn(8).double(), args)
+        return agent
+    agent, nets = script.make_agent(args, env)
+    n, actions = math.prod(env.shape), env.action_space.n if env.action_space is FOUR else 6
+    state = observe(agent["obs"], torch.randn(env.shape).double(), torch.zeros(int(env.timed)).double(), None, env.frames, args)
+    action = torch.eye(actions)[0]
+    for k in range(steps):
+        row, noise = torch.randn(n + env.timed + 3).double(), torch.randn(actions)
+        row[-2:] = torch.tensor([k % 37 == 36, k % 37 != 36])
+        if script is stream_q:
+            noise = torch.eye(actions)[k % actions] * (k % 3 == 0)
+        state, action, *_ = learn(agent, nets, state, action, row, noise, env.shape, env.frames, args)
+        state = state.clone()
+    return agent
+
+
+VECTOR, PIXELS = Shape("vector", (17,), BOX), Shape("minatar", (4, 10, 10), FOUR)
+
+
+@pytest.mark.parametrize("script, env, steps, kwargs", [
+    (stream_ac, VECTOR, 200, {}), (stream_ac, Shape("vector", (17,), FOUR), 200, dict(hidden="48x1")),
+    (stream_ac, VECTOR, 200, dict(optimizer="adaptive", entropy_coef=0.1)),
+    (stream_ac, VECTOR, 200, dict(layer_norm=False, sparsity=0.0, hidden="32x3", optimizer="plain", learning_rate=1e-4)),
+    (stream_ac, VECTOR, 200, dict(lamda=0.0, normalize_obs=False, scale_reward=False)),
+    (stream_ac, PIXELS, 40, {}), (stream_ac, Shape("atari", (1, 84, 84), FOUR, 4), 5, {}),
+    (stream_q, Shape("vector", (17,), FOUR), 200, {}), (stream_q, Shape("vector", (17,), FOUR), 200, dict(sarsa=True)),
+    (stream_td, None, 200, dict(obs_trace=0.9))])
+def test_closed_form_is_autograd(script, env, steps, kwargs):
+    """Weights and traces after many updates on random transitions: within 1e-6 (traces: relative) of the reference."""
+    fast, reference = (random_run(script, env, steps, impl=impl, **kwargs) for impl in ("eager", "autograd"))
+    for name in {"policy", "value"} & set(fast):
+        assert fast[name]["weights"].abs().max() < 10  # all of it numbers
+        near(fast[name]["weights"], reference[name]["weights"], 1e-6 * max(1.0, reference[name]["weights"].abs().max().item()))
+        scale = max(1.0, reference[name]["trace"].abs().max().item())
+        near(fast[name]["trace"] / scale, reference[name]["trace"] / scale, 1e-5)
+    near(fast["totals"] / steps, reference["totals"] / steps, 1e-2)
+
+
+@pytest.mark.parametrize("script, env, kwargs", [(stream_ac, VECTOR, {}), (stream_q, Shape("vector", (17,), FOUR), {}),
+                                                 (stream_td, None, dict(obs_trace=0.9))])
+def test_compiled_step_is_autograd(script, env, kwargs):
+    steps = 1000 if script is stream_ac else 300
+    fast, reference = (random_run(script, env, steps, impl=impl, **kwargs) for impl in ("compiled", "autograd"))
+    for name in {"policy", "value"} & set(fast):
+        near(fast[name]["weights"], reference[name]["weights"], 1e-6 * max(1.0, reference[name]["weights"].abs().max().item()))
+    near(fast["obs"]["square"], reference["obs"]["square"], 1e-6)
+
+
+def transition(agent, nets, script, env, args, reward=1.0, ended=0.0, action=None, uniform=None):
+    torch.manual_seed(1)
+    state, next_state = torch.randn(2, env.shape[0] + 1)
+    inputs = (torch.tensor([reward]), torch.tensor([0.99 * (1 - ended)]), torch.tensor([ended]), args)
+    if script is stream_q:
+        return script.update(agent, nets, state, action, next_state, None, *inputs)
+    return script.update(agent, nets, state, torch.randn(6), next_state, *inputs)
+
+
+def test_trace_is_cut_at_ends_and_after_exploration():
+    env, args = Shape("vector", (17,), FOUR), stream_q.Args()
+    for sarsa in (False, True):
+        args = replace(args, sarsa=sarsa)
+        torch.manual_seed(0)
+        agent, net = stream_q.make_agent(args, env)
+        torch.manual_seed(1)
+        (q,), _ = forward(agent["value"]["weights"], net, torch.randn(2, 18)[0], True)
+        best, other = torch.eye(4)[q.argmax()], torch.eye(4)[q.argmin()]
+        for action, ended, kept in ((best, 0.0, True), (other, 0.0, sarsa), (best, 1.0, False)):
+            fresh = {k: {n: t.clone() for n, t in part.items()} if isinstance(part, dict) else part for k, part in agent.items()}
+            transition(fresh, net, stream_q, env, args, action=action, ended=ended)
+            assert bool(fresh["value"]["trace"].any()) == kept
+            assert not torch.equal(fresh["value"]["weights"], agent["value"]["weights"])
+
+
+def test_dead_network_moves_its_bias():
+    """All weights zero, target 5, the end: v = 0.5 = delta / (kappa |delta|)."""
+    net = Net(((8, 3), (8, 8), (1, 8)), (0, 0))
+    flat = torch.zeros(sum(math.prod(s) + s[0] for s in net.weights))
+    agent, args = {"value": {"weights": flat, "trace": torch.zeros_like(flat)}}, stream_td.Args(gamma=0.0)
+    delta, *_ = stream_td.update(agent, net, torch.randn(3), torch.randn(3), torch.tensor([5.0]), args)
+    assert delta.item() == 5 and forward(flat, net, torch.randn(3), True)[0][0].item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("reward", [5.0, -5.0])
+def test_entropy_bonus_widens_the_policy_whatever_the_sign_of_delta(reward):
+    """At |a - mean| = std the log-probability does not care about std: what is left is the entropy."""
+    args, env = Args(entropy_coef=1.0), VECTOR
+    torch.manual_seed(0)
+    agent, nets = stream_ac.make_agent(args, env)
+    state, next_state = torch.randn(2, 18)
+    def std():
+        return F.softplus(forward(agent["policy"]["weights"], nets[0], state, True)[0][1])
+    mean = forward(agent["policy"]["weights"], nets[0], state, True)[0][0]
+    before = std()
+    stream_ac.update(agent, nets, state, mean + before, next_state, torch.tensor([reward]), torch.zeros(1), torch.ones(1), args)
+    assert std().mean() > before.mean()
+    assert not agent["policy"]["trace"].any() and not agent["value"]["trace"].any()
+
+
+# -- runs
+
+SMALL = dict(eval_every=400, eval_episodes=2, checkpoint_every=400, total_timesteps=1200, hidden="16x2", impl="eager")
+RUNS = [(stream_ac, dict(env="HalfCheetah-v4")), (stream_ac, dict(env="CartPole-v1")), (stream_q, dict(env="CartPole-v1")),
+        (stream_q, dict(env="Acrobot-v1", sarsa=True, max_episode_steps=150)), (stream_td, {})]
+
+
+def train(script, folder, **kwargs):
+    few = {k: v for k, v in SMALL.items() if k != "eval_episodes" or script is not stream_td}
+    return script.main(script.Args(**{**few, "run_dir": str(folder), **kwargs}))
+
+
+def curve(folder, name="eval.csv"):
+    with (Path(folder) / name).open() as file:
+        return [{k: v for k, v in row.items() if k != "wall_s"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("script, kwargs", RUNS)
+def test_cut_run_is_the_uncut_run(script, kwargs, tmp_path, monkeypatch):
+    """Stopped by a signal in the middle of an episode, resumed: the same rows, the same weights."""
+    train(script, tmp_path / "uncut", **kwargs)
+    learn, calls = script.step, []
+
+    def stopping(*inputs):
+        calls.append(1)
+        if len(calls) == 707:
+            signal.raise_signal(signal.SIGINT)
+        return learn(*inputs)
+    monkeypatch.setattr(script, "step", stopping)
+    with pytest.raises(SystemExit) as exit:
+        train(script, tmp_path / "cut", **kwargs)
+    assert exit.value.code == 130
+    assert len(calls) == 707
+    result = script.main(script.Args(resume=str(tmp_path / "cut")))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "uncut")
+    assert curve(tmp_path / "cut", "scalars.csv") == curve(tmp_path / "uncut", "scalars.csv")
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"] for name in ("cut", "uncut"))
+    assert torch.equal(a["value"]["weights"], b["value"]["weights"]) and torch.equal(a["obs"]["square"], b["obs"]["square"])
+    assert [row["step"] for row in curve(tmp_path / "cut")] == ["0", "400", "800", "1200"]
+    assert float(curve(tmp_path / "cut")[-1]["return_mean"]) == pytest.approx(result["return_mean"], rel=1e-5)
+    if script is not stream_td:  # the paper's protocol: the raw return of every episode, at the step of its end
+        steps = [int(row["step"]) for row in curve(tmp_path / "cut", "scalars.csv") if row["name"] == "return"]
+        lengths = [float(row["value"]) for row in curve(tmp_path / "cut", "scalars.csv") if row["name"] == "length"]
+        assert steps == np.cumsum(lengths).tolist()
+
+
+def test_same_seed_same_run_and_evaluations_leave_no_trace(tmp_path):
+    for name, kwargs in (("a", {}), ("b", dict(eval_every=0)), ("c", dict(seed=2))):
+        train(stream_q, tmp_path / name, env="CartPole-v1", **kwargs)
+    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"]["value"]["weights"] for name in "abc"]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_compiled_run_and_evaluate(tmp_path, capsys):
+    train(stream_ac, tmp_path / "run", env="HalfCheetah-v4", impl="compiled", total_timesteps=1000, eval_every=0)
+    result = stream_ac.main(Args(evaluate=str(tmp_path / "run"), eval_episodes=2))
+    assert result["episodes"] == 2 and result["length_mean"] == 1000 and "HalfCheetah-v4" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["env_id"] == "HalfCheetah-v4"
+
+
+def test_no_compiler_is_said_and_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "/nowhere")
+    train(stream_td, tmp_path / "run", impl="compiled", total_timesteps=300)
+    assert "no C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, kwargs, words", [
+    (stream_ac, dict(env="HalfCheeta-v4"), "HalfCheetah"), (stream_q, dict(env="HalfCheetah-v4"), "stream_ac"),
+    (stream_ac, dict(env="FrozenLake-v1"), "Box"), (stream_td, dict(env="missing.csv"), "missing.csv"),
+    (stream_td, dict(total_timesteps=10 ** 6), "at most"), (stream_ac, dict(hidden="128"), "--hidden"),
+    (stream_ac, dict(sparsity=1.5), "--sparsity"), (stream_q, dict(learning_rate=0.0), "--learning-rate"),
+    (stream_q, dict(resume="missing"), "not a run folder"), (stream_ac, dict(kappa_value=-1.0), "--kappa-value")])
+def test_bad_input_is_one_line_and_leaves_nothing(script, kwargs, words, tmp_path):
+    with pytest.raises((ArgError, envs.EnvError)) as error:
+        train(script, tmp_path / "run", **kwargs)
+    assert words in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_command_line_and_kill(tmp_path):
+    """kill -9, then --resume: as if nothing had happened; and a wrong id is one line and exit code 2."""
+    flags = ["--env", "CartPole-v1", "--hidden", "16x2", "--eval-every", "1000", "--eval-episodes", "2", "--checkpoint-every",
+             "1000", "--total-timesteps", "5000", "--impl", "eager"]
+    command = [sys.executable, "algos/stream_q.py", *flags]
+    process = subprocess.Popen([*command, "--run-dir", str(tmp_path / "cut")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "cut" / "checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert subprocess.run([sys.executable, "algos/stream_q.py", "--resume", str(tmp_path / "cut")], cwd=ROOT).returncode == 0
+    assert subprocess.run([*command, "--run-dir", str(tmp_path / "uncut")], cwd=ROOT).returncode == 0
+    assert curve(tmp_path / "cut") == curve(tmp_path / "uncut")
+    wrong = subprocess.run([sys.executable, "algos/stream_q.py", "--env", "CartPol-v1"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "CartPole-v1" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "HalfCheetah-v4", "MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1",
+                                    "MinAtar/Seaquest-v1", "dm_control/cheetah-run-v0", "BreakoutNoFrameskip-v4"])
+def test_snapshots_continue_to_the_last_bit(env_id, tmp_path):
+    package = next((p for mark, p in (("MinAtar", "minatar"), ("dm_control", "shimmy"), ("NoFrame", "ale_py")) if mark in env_id), None)
+    if package:
+        pytest.importorskip(package)
+    first, second = envs.StreamEnv(env_id), envs.StreamEnv(env_id)
+    first.reset(3)
+    first.action_space.seed(0)
+    for _ in range(137):
+        if first.step(first.action_space.sample())[-1]:
+            first.reset()
+    torch.save(to_plain(envs.snapshot(first)), tmp_path / "snap.pt")
+    second.restore(torch.load(tmp_path / "snap.pt", weights_only=True))
+    for action in [first.action_space.sample() for _ in range(300)]:
+        (obs, *rest), (other, *others) = first.step(action), second.step(action)
+        assert np.array_equal(obs, other) and rest == others and first.time == second.time
+        if rest[-1]:
+            assert np.array_equal(first.reset(), second.reset())
+
+
+def test_minatar_learns_and_resumes_by_the_same_loop(tmp_path):
+    pytest.importorskip("minatar")
+    train(stream_q, tmp_path / "q", env="MinAtar/Breakout-v1", total_timesteps=300, hidden="")
+    train(stream_ac, tmp_path / "ac", env="MinAtar/Freeway-v1", total_timesteps=300, hidden="16x1", eval_every=0, eval_episodes=1)
+
+
+def test_series_and_its_returns(tmp_path):
+    series = envs.Series("series/transformer", 1)
+    assert series.rows.shape[1] == 7 and series.target.min() == 0 and series.target.max() == 1
+    assert np.array_equal(series.rows, envs.Series("series/transformer", 1).rows)
+    true = series.returns(0.99, 2)
+    assert true[100] == pytest.approx(sum(0.99 ** k * series.target[102 + k] for k in range(5000)), rel=1e-9)
+    (tmp_path / "a.csv").write_text("date,load,oil\n" + "".join(f"2016-07-01 00:{i:02d},{i % 3},{i}\n" for i in range(40)))
+    small = envs.Series(str(tmp_path / "a.csv"), 1)
+    assert small.rows.shape == (40, 2) and small.target[39] == 1
+    train(stream_td, tmp_path / "run", env=str(tmp_path / "a.csv"), total_timesteps=30, eval_every=10)
+
+
+def test_learning_gates(tmp_path):
+    """Seconds of CartPole, and of a bandit with one right action: returns rise far above chance."""
+    result = train(stream_q, tmp_path / "q", env="CartPole-v1", total_timesteps=15_000, hidden="", eval_every=0, eval_episodes=5,
+                   exploration_fraction=0.2)
+    assert result["return_mean"] > 100, result
+    result = train(stream_ac, tmp_path / "ac", env="Aim-v0", total_timesteps=5000, eval_every=0, eval_episodes=5)
+    assert result["return_mean"] > -1, result  # 20 steps of -(a - x)^2; doing nothing earns about -6
+
+
+class Aim(gym.Env):
+    """Name the number you see."""
+    observation_space, action_space = gym.spaces.Box(-1, 1, (12,), np.float64), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-1, 1, 12)
+        return self.x, {}
+
+    def step(self, action):
+        reward = -float((action[0] - self.x[0]) ** 2)
+        self.x = self.np_random.uniform(-1, 1, 12)
+        return self.x, reward, False, False, {}
+
+
+if "Aim-v0" not in gym.registry:
+    gym.register("Aim-v0", Aim, max_episode_steps=20)
