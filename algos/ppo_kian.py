@@ -9,7 +9,6 @@ balances the entropies of rules and inner policy. `--knowledge none` and `--acto
 Departures from the paper and its released code. --official undoes all, docs/ppo_kian.md measures each:
 - the entropy bonus is the inner policy's alone; of the fused policy it makes rules uniform before a first reward comes;
 - a rule that has no advice steps back, instead of acting at random with its weight;
-- scores are 3 cos(query, key): cosines alone leave a share of at least 29 % to three rules, however good the agent is;
 - rules start sharp, beta = 8 |query| |key|: nearly as good as their mean (--actor mix) from the first step;
 - the key of the inner policy is a vector as in the paper, in the code a function of the state;
 - a time-out is bootstrapped, in the code it ends the task;
@@ -85,7 +84,6 @@ class Args:
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>, inner:<RUN_DIR>; comma-separated
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
     fusion: Literal["mixture", "logit"] = "mixture"  # of policies: probabilities by weight, or logits by score
-    cosine_scale: float = 3.0  # attention scores are this times cos(query, key) (paper: 1)
     sharpness: float = 8.0  # advice becomes softmax(this times |query| |key| times advice) (paper: 1)
     silent: Literal["abstain", "uniform"] = "abstain"  # a rule without advice steps back, or acts at random (paper)
     entropy_of: Literal["inner", "fused"] = "inner"  # whose entropy is rewarded: the inner policy's, or all's (paper)
@@ -184,7 +182,7 @@ class Agent(nn.Module):
         if args.fusion == "logit":
             fused = (scores.unsqueeze(-1) * policies).sum(1, keepdim=True)
             return Output(torch.log_softmax(fused, -1), value, torch.log_softmax(scores, -1), norms)
-        scores = args.cosine_scale * scores / norms if args.entropy_fix == "on" else scores
+        scores = scores / norms if args.entropy_fix == "on" else scores  # cosines
         if args.silent == "abstain":
             scores = scores.masked_fill(F.pad(advice.amax(-1) <= 0, (1, 0)), -1e4)  # never the inner one
         log_weights = torch.log_softmax(scores, -1)
@@ -312,8 +310,8 @@ def main(args: Args) -> dict[str, float]:
         raise ArgError(f"{env_id} has {vec.action_space} actions; {ALGO} needs discrete ones; use algos/sac_kian.py")
     num_actions = int(vec.action_space.n)
     if args.official:
-        args = replace(args, inner_key="head", fusion="logit" if num_actions <= 3 else "mixture", cosine_scale=1.0,
-                       sharpness=1.0, silent="uniform", entropy_of="fused")
+        args = replace(args, inner_key="head", fusion="logit" if num_actions <= 3 else "mixture", sharpness=1.0,
+                       silent="uniform", entropy_of="fused")
     if saved and len(saved["agent"]["inner.bias"]) != num_actions:
         raise ArgError(f"{env_id} has {num_actions} actions, {args.env} of {folder} {len(saved['agent']['inner.bias'])}")
     obs = to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i: no two seeds share one

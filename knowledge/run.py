@@ -20,7 +20,7 @@ An agent with discrete actions (`kind` is "categorical") has format, env, actor,
 
     encoder, trunk, inner, query, inner_key     [W, b, ...] each, W (out, in); the last two or None. An encoder of
                                                 images has three layers, W (out, 2 x 2 x in) of 2x2 convolutions
-    fusion, entropy_fix, cosine_scale, sharpness, silent    as the flags of algos/ppo_kian.py
+    fusion, entropy_fix, sharpness, silent      as the flags of algos/ppo_kian.py
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from torch.nn.functional import cosine_similarity
 from knowledge.registry import KnowledgeError, Obs, Policy
 
 ENTRIES = {"env", "inputs", "mean", "std", "clip", "actor", "inner", "query", "keys", "score", "knowledge"}
-FUSION = ("fusion", "entropy_fix", "cosine_scale", "sharpness", "silent")
+FUSION = ("fusion", "entropy_fix", "sharpness", "silent")
 CATEGORICAL = {"env", "actor", "encoder", "trunk", "inner", "query", "inner_key", "keys", "knowledge", *FUSION}
 ACTORS = ("plain", "kian", "kogun", "a2t")
 
@@ -166,7 +166,7 @@ class FrozenCategorical:
         norms = query.norm(dim=-1, keepdim=True) * keys.norm(dim=-1)
         says_nothing = advice.amax(-1) <= 0  # (B, n)
         if p["entropy_fix"] == "on":
-            scores = p["cosine_scale"] * scores / norms
+            scores = scores / norms
             rules = torch.softmax(p["sharpness"] * norms[:, 1:].unsqueeze(-1) * advice, -1)
         else:
             rules = torch.where(says_nothing.unsqueeze(-1), 1.0, advice)
