@@ -21,9 +21,10 @@ python algos/ppo_kian.py --env MiniGrid-DoorKey-5x5-v0
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -77,6 +78,7 @@ class Args:
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
+    bc_coef: float = 0.0  # weight of KL(softmax of all advice || policy); PPO+BC of the paper: 0.001, --actor plain
 
     # method: KIAN and what it is compared with
     actor: Literal["kian", "plain", "kogun", "a2t", "rule", "mix"] = "kian"  # attention; none; advice as input;
@@ -88,7 +90,6 @@ class Args:
     silent: Literal["abstain", "uniform"] = "abstain"  # a rule without advice steps back, or acts at random (paper)
     entropy_of: Literal["inner", "fused"] = "inner"  # whose entropy is rewarded: the inner policy's, or all's (paper)
     entropy_fix: Literal["on", "off"] = "on"  # off: scores are dot products, advice is a distribution as it stands
-    bc_coef: float = 0.0  # weight of KL(softmax of all advice || policy), PPO+BC of the paper: 0.001 with --actor plain
     official: bool = False  # all as released: see the departures above
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions (paper), or takes the likeliest
     init_from: str = ""  # run folder whose keys are taken over by name, and whose inner policy becomes knowledge
@@ -263,6 +264,38 @@ def ppo_loss(agent: Agent, batch: dict[str, torch.Tensor], args: Args) -> tuple[
     return loss, scalars
 
 
+@torch.no_grad()
+def collect(agent: Agent, vec: envs.VectorEnv, obs, look: Callable, tally: dict, args: Args) -> tuple[dict, Any]:
+    """`num_steps` steps of every environment from `obs` on -> rollout {name: (T N, ...)}, and the observation after it.
+    `look` gives what the agent sees. `tally` has the returns of open episodes, and collects those of finished ones."""
+    (seen, advice), steps = look(obs), []
+    noise = gumbel((args.num_steps, vec.num_envs, vec.action_space.n)).to(seen.device)
+    for t in range(args.num_steps):
+        output = agent(seen, advice, args)
+        log_probs = output.log_probs
+        action = (log_probs + noise[t]).argmax(1)  # a draw from p
+        log_prob = log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
+        obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
+        reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
+        tally["open"] += reward
+        tally["returns"] += tally["open"][ended].tolist()
+        tally["open"][ended] = 0.0
+        cut = torch.from_numpy(truncated & ~terminated)
+        if cut.any() and not args.official:  # the task went on: its last state counts with what it is worth
+            final_value = agent.critic(agent.encoder(look(to_tensors(info["final_obs"]))[0])).squeeze(1)
+            reward[cut] += args.gamma * final_value.cpu()[cut]
+        steps.append((seen, advice, action, log_prob, output.value, reward.to(seen.device), ended.float().to(seen.device)))
+        obs = to_tensors(obs)
+        seen, advice = look(obs)
+    names = ("obs", "advice", "action", "log_prob", "value", "reward", "ended")
+    rollout = {name: torch.stack(column) for name, column in zip(names, zip(*steps))}  # (T, N, ...)
+    last_value = agent.critic(agent.encoder(seen)).squeeze(1)
+    rollout["advantage"] = advantages(rollout.pop("reward"), rollout["value"], last_value, rollout.pop("ended"),
+                                      args.gamma, args.gae_lambda)
+    rollout["return"] = rollout["advantage"] + rollout["value"]
+    return {name: x.flatten(0, 1) for name, x in rollout.items()}, obs
+
+
 def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: dict[str, torch.Tensor], loss_of,
            args: Args) -> dict[str, torch.Tensor]:
     """`epochs` passes over a rollout {name: (T N, ...)} in random batches; returns the means of what is logged."""
@@ -337,11 +370,11 @@ def main(args: Args) -> dict[str, float]:
         knowledge.take_over(dict(agent.named_parameters()), None, names, source, args.warm)
     agent.to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-    step, running_return, returns = 0, torch.zeros(args.num_envs, dtype=torch.float64), []  # returns: since last log
+    step, tally = 0, {"open": torch.zeros(args.num_envs, dtype=torch.float64), "returns": []}  # since the last log
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, running_return, returns = saved["step"], saved["running_return"], saved["returns"]
+        step, tally = saved["step"], saved["tally"]
 
     def player(draw: bool, log: list) -> envs.Act:
         """The agent in evaluation; with `draw`, actions are drawn. Appends weights and who acts to `log`."""
@@ -387,43 +420,11 @@ def main(args: Args) -> dict[str, float]:
         run.log_evaluation(0, evaluate())  # the untrained agent
     stop = 0
     while step < args.total_timesteps and not stop:
-        # act
-        seen, advice = look(obs)
-        shape, on = (args.num_steps, args.num_envs), {"device": device}
-        rollout = {"obs": seen.new_empty(*shape, *seen.shape[1:]), "advice": advice.new_empty(*shape, *advice.shape[1:]),
-                   "action": torch.empty(shape, dtype=torch.long, **on),
-                   **{name: torch.empty(shape, **on) for name in ("log_prob", "value", "reward", "ended")}}
-        noise = gumbel((*shape, num_actions)).to(device)
-        with torch.no_grad():
-            for t in range(args.num_steps):
-                output = agent(seen, advice, args)
-                log_probs = output.log_probs
-                action = (log_probs + noise[t]).argmax(1)  # a draw from p
-                log_prob = log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
-                obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
-                reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
-                running_return += reward
-                returns += running_return[ended].tolist()
-                running_return[ended] = 0.0
-                cut = torch.from_numpy(truncated & ~terminated)
-                if cut.any() and not args.official:  # the task went on: its last state counts with what it is worth
-                    final_value = agent.critic(agent.encoder(look(to_tensors(info["final_obs"]))[0])).squeeze(1)
-                    reward[cut] += args.gamma * final_value.cpu()[cut]
-                for name, x in (("obs", seen), ("advice", advice), ("action", action), ("log_prob", log_prob),
-                                ("value", output.value), ("reward", reward), ("ended", ended)):
-                    rollout[name][t] = x
-                obs = to_tensors(obs)
-                seen, advice = look(obs)
-            last_value = agent.critic(agent.encoder(seen)).squeeze(1)
-            rollout["advantage"] = advantages(rollout.pop("reward"), rollout["value"], last_value,
-                                              rollout.pop("ended"), args.gamma, args.gae_lambda)
-            rollout["return"] = rollout["advantage"] + rollout["value"]
+        rollout, obs = collect(agent, vec, obs, look, tally, args)
         before, step = step, step + args.num_steps * args.num_envs
-
-        # update
         scalars = {}
         if args.actor not in ("rule", "mix"):
-            scalars = update(agent, optimizer, {k: x.flatten(0, 1) for k, x in rollout.items()}, loss_of, args)
+            scalars = update(agent, optimizer, rollout, loss_of, args)
 
         # log, evaluate, save
         def due(every: int) -> bool:
@@ -431,15 +432,15 @@ def main(args: Args) -> dict[str, float]:
         over = step >= args.total_timesteps
         run.bar.update(step - before)
         if due(LOG_EVERY):
-            run.log(step, scalars | ({"return": sum(returns) / len(returns)} if returns else {}), names)
-            returns = []
+            finished, tally["returns"] = tally["returns"], []
+            run.log(step, scalars | ({"return": sum(finished) / len(finished)} if finished else {}), names)
         if over or due(args.eval_every):
             result = evaluate()
             run.log_evaluation(step, result)
         if (stop := run.stop) or over or due(args.checkpoint_every):
             policy = knowledge.freeze_categorical(agent, names, args, wanted)
             run.save({"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "obs": obs,
-                      "running_return": running_return, "returns": returns, "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
+                      "tally": tally, "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
                       "wall_s": run.wall_s(), "policy": policy})
     run.close(step < args.total_timesteps)  # a stopped run ends here
     if args.save_keys:

@@ -11,7 +11,7 @@ Departures from the paper; flags undo each, docs/sac_kian.md has the reasons and
   entropy bonus (--credit drawn);
 - an inner policy looks better to its critics than it is, for it maximises their errors. It practises alone in some
   episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to; from then
-  on attention alone decides, and the imitation fades (--practice 0);
+  on attention alone decides, ever more sharply, and the imitation fades (--practice 0);
 - scores are 3 cos(query, key); small networks, 32 environments, 0.1 updates per step, normalised inputs, a share of
   uniform actions: minutes on a laptop, where the paper's sizes take days.
 
@@ -90,7 +90,7 @@ class Args:
     credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
     practice: float = 0.25  # share of episodes that the inner policy plays alone until trusted; 0: trusted (paper)
     imitation: float = 1.0  # weight of imitating the attended rules, times the doubt; for --credit expected
-    attention_temperature: float = 0.1  # T of softmax(Q / T), which attention is taught; for --credit expected
+    attention_temperature: float = 0.1  # T of softmax(Q / T), which attention is taught, until trust; then it falls
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     init_from: str = ""  # run folder whose keys are taken over by name, and whose inner policy becomes knowledge
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
@@ -292,7 +292,7 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
     inner_q = q_of(decision.actions[:, :1])  # (B, 1)
     q = torch.cat([inner_q, q_of(decision.actions[:, 1:].detach())], 1).detach()  # (B, n+1)
-    worth = torch.softmax(q / args.attention_temperature - actor["handicap"], 1)
+    worth = torch.softmax(q / actor["attention_temperature"] - actor["handicap"], 1)
     teaching = -(worth * decision.log_weights).sum(1)
     loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) + teaching  # the inner policy: SAC in every state
     teachers = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
@@ -368,7 +368,8 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
     moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
                for group, params in trained.items()}
     if n and args.actor in ("kian", "a2t"):
-        actor |= {"handicap": torch.zeros(n + 1), "imitation": torch.zeros(())}  # set by `main`, not trained
+        actor |= {"handicap": torch.zeros(n + 1), "imitation": torch.zeros(()),
+                  "attention_temperature": torch.tensor(args.attention_temperature)}  # set by `main`, not trained
     return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
 
 
@@ -385,8 +386,7 @@ def main(args: Args) -> dict[str, float]:
                      "updates_per_step", "initial_temperature", "attention_temperature")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
         args = replace(args, entropy_fix="off", credit="drawn")
-    if args.credit == "drawn":  # an inner policy that is never drawn would learn nothing
-        args = replace(args, practice=0.0)
+    args = replace(args, practice=0.0) if args.credit == "drawn" else args  # never drawn, it would learn nothing
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     use_fast_matmul(device)
@@ -400,8 +400,7 @@ def main(args: Args) -> dict[str, float]:
     example = envs.unflatten(features.repeat(2, 1), g)
     given = "none" if args.actor == "plain" else args.knowledge + (args.init_from and f",inner:{args.init_from}")
     external = knowledge.load(given, args.env, d, example)
-    n, names = len(external), ["inner", *external]
-    attends = n > 0 and args.actor in ("kian", "a2t")
+    n, names, attends = len(external), ["inner", *external], len(external) > 0 and args.actor in ("kian", "a2t")
     agent = make_agent(args, f, d, n)
     if args.save_keys and "keys" not in agent["actor"]:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
@@ -419,7 +418,7 @@ def main(args: Args) -> dict[str, float]:
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     if practice and args.total_timesteps < trust.FIRST * (vec.max_episode_steps or 0):
-        print(f"rules alone act in the first {trust.FIRST} episodes, all of this run", file=sys.stderr)
+        print(f"rules alone act in the first {trust.FIRST} episodes: in all of this run", file=sys.stderr)
     step, debt, updates, totals, learning = 0, 0.0, 0, {}, False  # debt: updates owed; totals: since last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
@@ -428,6 +427,7 @@ def main(args: Args) -> dict[str, float]:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     agent, totals = tree_map(lambda x: x.to(device), (agent, totals))
+    sampled = args.eval_select == "sample"
 
     def choose(features: torch.Tensor, noise: Noise) -> Decision:
         mean, std = normalizer.stats()
@@ -445,8 +445,6 @@ def main(args: Args) -> dict[str, float]:
             log.append((decision.log_weights[0].exp().tolist(), int(decision.selected[0].argmax())))
             return vec.to_box(decision.action.numpy())
         return play
-
-    sampled = args.eval_select == "sample"
     eval_vec = envs.make_vec(args.env, min(32, args.eval_episodes), threads=torch.get_num_threads(),
                              goal_range=args.goal_range)
 
@@ -470,11 +468,10 @@ def main(args: Args) -> dict[str, float]:
             raise ArgError(f"{folder} is finished at {step} steps; --evaluate {folder} plays it")
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
-    run = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0)
+    run, stop = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0), 0
     learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile and can_compile(device) else update
     if not saved:
         run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent
-    stop = 0
     while step < args.total_timesteps and not stop:
         learning = learning or int(buffer.lengths.sum()) >= args.batch_size  # until then, uniform actions
 
@@ -482,6 +479,7 @@ def main(args: Args) -> dict[str, float]:
         if attends:
             agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted)
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
+            agent["actor"]["attention_temperature"].fill_(max(args.attention_temperature * trust.caution, 1e-4))
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
             decision = choose(features, draw_noise(args.num_envs, n, d))

@@ -9,7 +9,8 @@ class Trust:
     returns: 1 while nothing is known, never above. A learned critic cannot say that: the inner policy maximises the
     critic's errors, so it looks better to the critic than it is. Below MARGIN the inner policy is trusted, once and for
     all, and doubt fades from there: dropped at once, what doubt is there for would be missed until the critic knows the
-    states that the inner policy leads to.
+    states that the inner policy leads to. Where knowledge never put the agent ahead there is nothing to lose, and doubt
+    is gone at once.
     """
 
     MARGIN = 0.2
@@ -21,6 +22,7 @@ class Trust:
         self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
         self.doubt, self.trusted = float(not trusted), trusted
+        self.helped = False  # whether the agent was ever clearly ahead
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
 
     def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor) -> None:
@@ -42,8 +44,14 @@ class Trust:
             lag = (self.best - self.alone) / max((self.square / self.count) ** 0.5, 1e-8)
             self.doubt = min(1.0, max(0.0, lag))
             self.trusted = lag < self.MARGIN
+            self.helped |= not self.trusted
             if self.trusted:
-                self.doubt = self.MARGIN
+                self.doubt = self.MARGIN * self.helped
+
+    @property
+    def caution(self) -> float:
+        """1 until trust is given, then doubt as a share of what it was at that moment."""
+        return self.doubt / self.MARGIN if self.trusted else 1.0
 
     def state_dict(self) -> dict:
         return dict(vars(self))

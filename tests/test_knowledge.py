@@ -377,7 +377,7 @@ def test_trust_compares_returns_and_is_given_once():
     """Two environments: one always plays alone. The agent earns 0, the inner policy -10, then 0 as well."""
     trust = knowledge.Trust(2)
     alone, ended = torch.tensor([True, False]), torch.tensor([True, True])
-    assert trust.doubt == 1.0
+    assert trust.doubt == trust.caution == 1.0
     for _ in range(300):
         trust.add(torch.tensor([-10.0, 0.0]), alone, ended)
     assert trust.alone == -10.0 and trust.best == 0.0
@@ -390,6 +390,15 @@ def test_trust_compares_returns_and_is_given_once():
     for _ in range(100):  # worse again: trust stays, and doubt fades per episode
         trust.add(torch.tensor([-10.0, 0.0]), alone, ended)
     assert trust.trusted and trust.doubt == pytest.approx(start * 0.998**200)
+    assert trust.caution == pytest.approx(0.998**200)
     again = knowledge.Trust(2)
     again.load_state_dict(trust.state_dict())
     assert again.doubt == trust.doubt
+
+
+def test_knowledge_that_never_helped_is_not_missed():
+    trust = knowledge.Trust(2)
+    alone, ended = torch.tensor([True, False]), torch.tensor([True, True])
+    for i in range(trust.FIRST):
+        trust.add(torch.tensor([-10.0, -10.0]) + i % 2, alone, ended)
+    assert trust.trusted and trust.doubt == trust.caution == 0.0
