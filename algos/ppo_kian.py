@@ -11,8 +11,7 @@ Departures from the paper and its released code. --official undoes all, docs/ppo
 - a rule that has no advice steps back, instead of acting at random with its weight;
 - rules start sharp, beta = 8 |query| |key|: nearly as good as their mean (--actor mix) from the first step;
 - the key of the inner policy is a vector as in the paper, in the code a function of the state;
-- a time-out is bootstrapped, in the code it ends the task;
-- with three actions (Dynamic-Obstacles) policies are mixed as everywhere, in the code added up as logits.
+- a time-out is bootstrapped, in the code it ends the task.
 
 diff algos/sac_kian.py algos/ppo_kian.py shows one idea in two algorithms.
 
@@ -85,7 +84,8 @@ class Args:
     # logits added up; and untrained: the sum of all advice, the mean of all rules
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>, inner:<RUN_DIR>; comma-separated
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
-    fusion: Literal["mixture", "logit"] = "mixture"  # of policies: probabilities by weight, or logits by score
+    fusion: Literal["auto", "mixture", "logit"] = "auto"  # of policies: probabilities by weight, or logits by q . k;
+    # auto: logits with three actions or fewer, as in the released code: in a mixture, rules that always speak stay
     sharpness: float = 8.0  # advice becomes softmax(this times |query| |key| times advice) (paper: 1)
     silent: Literal["abstain", "uniform"] = "abstain"  # a rule without advice steps back, or acts at random (paper)
     entropy_of: Literal["inner", "fused"] = "inner"  # whose entropy is rewarded: the inner policy's, or all's (paper)
@@ -342,9 +342,11 @@ def main(args: Args) -> dict[str, float]:
     if not isinstance(vec.action_space, gym.spaces.Discrete):
         raise ArgError(f"{env_id} has {vec.action_space} actions; {ALGO} needs discrete ones; use algos/sac_kian.py")
     num_actions = int(vec.action_space.n)
+    given = args
     if args.official:
-        args = replace(args, inner_key="head", fusion="logit" if num_actions <= 3 else "mixture", sharpness=1.0,
-                       silent="uniform", entropy_of="fused")
+        args = replace(args, inner_key="head", fusion="auto", sharpness=1.0, silent="uniform", entropy_of="fused")
+    if args.fusion == "auto":
+        args = replace(args, fusion="logit" if num_actions <= 3 else "mixture")
     if saved and len(saved["agent"]["inner.bias"]) != num_actions:
         raise ArgError(f"{env_id} has {num_actions} actions, {args.env} of {folder} {len(saved['agent']['inner.bias'])}")
     obs = to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i: no two seeds share one
@@ -374,7 +376,7 @@ def main(args: Args) -> dict[str, float]:
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, tally = saved["step"], saved["tally"]
+        step = saved["step"]
 
     def player(draw: bool, log: list) -> envs.Act:
         """The agent in evaluation; with `draw`, actions are drawn. Appends weights and who acts to `log`."""
@@ -413,8 +415,8 @@ def main(args: Args) -> dict[str, float]:
             raise ArgError(f"{folder} is finished at {step} steps; --evaluate {folder} plays it")
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
-        obs = saved["obs"]
-    run = Run(ALGO, args, envs.resolve(env_id), step, saved["wall_s"] if saved else 0.0)
+        obs, tally = saved["obs"], saved["tally"]
+    run = Run(ALGO, given, envs.resolve(env_id), step, saved["wall_s"] if saved else 0.0)
     loss_of = torch.compile(ppo_loss, dynamic=False) if args.compile and can_compile(device) else ppo_loss
     if not saved:
         run.log_evaluation(0, evaluate())  # the untrained agent

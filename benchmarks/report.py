@@ -1,7 +1,7 @@
 """Tables, figures and one self-contained page, from benchmarks/results/ alone: make report
 
 Rewrites docs/figures/<algo>_curves.svg, whatever stands between `<!-- report: <algo> <env> -->` and `<!-- end -->` in
-README.md and docs/ (for <env> also `all` environments together, or `status`), and report.html (not committed): open it
+README.md and docs/ (for <env> also `all` environments together, `status` or `zero-shot`), and report.html (not committed): open it
 in a browser, no server or network needed. How curves are read, and the papers' numbers, are in benchmarks/paper.toml.
 """
 import base64
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import stats
-from benchmarks.curves import RESULTS, Curve, load_curves
+from benchmarks.curves import RESULTS, Curve, load, load_curves
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"]  # Okabe and Ito: for all eyes
 MARK = re.compile(r"(<!-- report: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
@@ -31,6 +31,7 @@ class Reading:
     score: str = "return_mean"  # column of eval.csv
     threshold: float | None = None  # score that counts as learned
     baseline: str = "plain"  # variant that others are compared with
+    untrained: tuple[str, ...] = ()  # variants that learn nothing: their last evaluation holds for every step
     paper: str = "none given"  # what the paper gives
 
     @property
@@ -43,6 +44,32 @@ def reading(algo: str, env: str = "") -> Reading:
     ours = next((e for e in data["environment"] if (e["algo"], e["env"]) == (algo, env)), {})
     known = {**data["method"].get(algo, {}), **ours}
     return Reading(**{key: known[key] for key in known if key not in ("algo", "env")})
+
+
+def hold(variants: Variants, untrained: tuple[str, ...]) -> None:
+    """Draw out what does not learn, in place, over the budget of the others."""
+    others = {name: curves for name, curves in variants.items() if name not in untrained}
+    for curve in [c for name in untrained if others for c in variants.get(name, [])]:
+        curve.steps, curve.minutes, curve.scores = [0, shared_budget(others)], [0.0, 0.0], curve.scores[-1:] * 2
+
+
+def zero_shot(algo: str) -> tuple[list[str], list[list[str]]]:
+    """Trained agents in tasks they have not seen, one row per variant: ours, and the paper's in round brackets."""
+    rows = load(RESULTS / "zero_shot" / f"{algo}.csv")
+    data = tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text())
+    paper = {(entry["test"], name): value for entry in data["zero_shot"] if entry["algo"] == algo
+             for name, value in entry["paper"].items()}
+    tests, score = list(dict.fromkeys(row["test"] for row in rows)), reading(algo).score
+    table = []
+    for name in sorted({row["variant"] for row in rows}):
+        cells, seeds = [], set()
+        for test in tests:
+            own = [row for row in rows if (row["variant"], row["test"]) == (name, test)]
+            seeds.add(len(own))
+            given = f" ({paper[test, name]:.2f})" if (test, name) in paper else ""
+            cells.append((estimate(stats.mean, [float(row[score]) for row in own]) if own else "") + given)
+        table.append([name, " or ".join(map(str, sorted(seeds))), *cells])
+    return ["", "seeds", *(test.removeprefix("--env ") for test in tests)], table
 
 
 def number(x: float) -> str:
@@ -230,12 +257,16 @@ def main(html: Path = ROOT / "report.html") -> None:
     for path in sorted(RESULTS.glob("*/*.csv")):
         algo, env = path.parent.name, path.stem
         if (ROOT / "algos" / f"{algo}.py").is_file():  # speed/ has no curves
-            results.setdefault(algo, {})[env] = load_curves(path, reading(algo, env).score)
+            how = reading(algo, env)
+            results.setdefault(algo, {})[env] = load_curves(path, how.score)
+            hold(results[algo][env], how.untrained)
     for algo, environments in results.items():
         draw(algo, environments, ROOT / "docs" / "figures" / f"{algo}_curves.svg")
 
     def fill(match: re.Match) -> str:
         algo, what = match[2], match[3]
+        if what == "zero-shot":
+            return match[1] + markdown(*zero_shot(algo)) + match[4]
         if algo not in results or what not in (*results[algo], "status", "all"):
             raise ValueError(f"no results for {algo} {what}, which a page asks for")
         return match[1] + markdown(*(

@@ -5,6 +5,7 @@ the median over rounds of the ratio within a round, so that a busy machine slows
 machine; ratios are what to quote. Nothing here asserts a time.
 
 python benchmarks/speed.py sac       # beside stable-baselines3
+python benchmarks/speed.py ppo       # beside stable-baselines3 and torch-ac
 python benchmarks/speed.py stream    # beside the same maths written with autograd
 """
 import argparse
@@ -30,11 +31,15 @@ import torch
 
 import envs
 import knowledge
+from algos import ppo_kian as ppo
 from algos import sac_kian as sac
 from algos import stream_ac
 from runtime import use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
+PEERS = {"sac": {"stable_baselines3": PEER}, "ppo": {"stable_baselines3": PEER, "torch_ac": "torch-ac==1.4.0"},
+         "stream": {}}  # packages that a table needs
+GRID = ppo.Args(env="MiniGrid-DoorKey-8x8-v0", actor="plain")
 FILL = 2000  # transitions of uniform actions in every buffer before timing: 40 Fetch episodes
 CAPACITY = 50_000  # of every buffer; SB3 looks through all of it for each HER batch, and a million would slow it down
 SMALL = sac.Args(env="HalfCheetah-v5", actor="plain", num_envs=8, updates_per_step=1.0, her_goals=0, batch_size=256,
@@ -183,6 +188,130 @@ class Stream:
                                                      torch.randn(len(self.low)), shape, 1, self.args)
             if over:
                 self.begin(self.env.reset())
+
+
+class Grid:
+    """ppo_kian's functions in the order of its main(), without logging."""
+
+    def __init__(self, args: ppo.Args):
+        self.args, self.vec = args, envs.make_vec(args.env, args.num_envs)
+        torch.manual_seed(args.seed)
+        self.obs, actions = ppo.to_tensors(self.vec.reset(args.seed)), int(self.vec.action_space.n)
+        rules = knowledge.load("none" if args.actor == "plain" else args.knowledge, args.env, actions, self.obs)
+        self.agent = ppo.Agent(args, (7, 7, 3), actions, len(rules))
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, fused=True)
+        self.look = lambda obs: (obs["image"], knowledge.advise(rules, obs, actions))
+        self.tally = {"open": torch.zeros(args.num_envs, dtype=torch.float64), "returns": []}
+
+    def train(self, steps: int) -> None:
+        """The training loop for `steps` environment steps."""
+        for _ in range(steps // (self.args.num_steps * self.args.num_envs)):
+            rollout, self.obs = ppo.collect(self.agent, self.vec, self.obs, self.look, self.tally, self.args)
+            ppo.update(self.agent, self.optimizer, rollout, ppo.ppo_loss, self.args)
+
+
+def peer_encoder() -> torch.nn.Sequential:
+    """The network of the released code, (B, 3, 7, 7) -> (B, 64)."""
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(3, 16, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 2), nn.ReLU(),
+                         nn.Conv2d(32, 64, 2), nn.ReLU(), nn.Flatten())
+
+
+def torch_ac_ppo(args: ppo.Args) -> Callable[[int], None]:
+    """Training with torch-ac, whose environments are a process each."""
+    import gymnasium as gym
+    import torch_ac
+    from torch import nn
+
+    class Model(nn.Module, torch_ac.ACModel):
+        recurrent = False
+
+        def __init__(self):
+            super().__init__()
+            self.encoder = peer_encoder()
+            self.actor = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 7))
+            self.critic = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+
+        def forward(self, obs):
+            x = self.encoder(obs.image)
+            return torch.distributions.Categorical(logits=self.actor(x)), self.critic(x).squeeze(1)
+
+    def preprocess(batch, device=None):
+        image = torch.tensor(np.array([obs["image"] for obs in batch]), dtype=torch.float)
+        return torch_ac.DictList({"image": image.permute(0, 3, 1, 2)})
+
+    tasks = [gym.make(args.env) for _ in range(args.num_envs)]
+    for i, env in enumerate(tasks):
+        env.reset(seed=i)
+    algo = torch_ac.PPOAlgo(tasks, Model(), torch.device("cpu"), args.num_steps, args.gamma, args.learning_rate,
+                            args.gae_lambda, args.entropy_coef, args.value_coef, args.max_grad_norm, 1, 1e-8, args.clip,
+                            args.epochs, args.batch_size, preprocess)
+
+    def train(steps: int) -> None:
+        for _ in range(steps // (args.num_steps * args.num_envs)):
+            experience, _ = algo.collect_experiences()
+            algo.update_parameters(experience)
+    return train
+
+
+def sb3_ppo(args: ppo.Args) -> Callable[[int], None]:
+    """Training with stable-baselines3, environments stepped in one process."""
+    import gymnasium as gym
+    from minigrid.wrappers import ImgObsWrapper
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.logger import configure
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    class Extractor(BaseFeaturesExtractor):
+        def __init__(self, space):
+            super().__init__(space, 64)
+            self.encoder = peer_encoder()
+
+        def forward(self, x):
+            return self.encoder(x.permute(0, 3, 1, 2) if x.shape[1] != 3 else x)
+
+    tasks = DummyVecEnv([lambda: ImgObsWrapper(gym.make(args.env))] * args.num_envs)
+    policy = dict(features_extractor_class=Extractor, net_arch=[64], normalize_images=False)
+    model = PPO("MlpPolicy", tasks, n_steps=args.num_steps, batch_size=args.batch_size, n_epochs=args.epochs,
+                learning_rate=args.learning_rate, gamma=args.gamma, gae_lambda=args.gae_lambda, clip_range=args.clip,
+                ent_coef=args.entropy_coef, vf_coef=args.value_coef, max_grad_norm=args.max_grad_norm, device="cpu",
+                normalize_advantage=False, policy_kwargs=policy)
+    model.set_logger(configure(None, []))
+    return lambda steps: model.learn(steps, log_interval=None, reset_num_timesteps=False)
+
+
+def step_grid(env_id: str, share: int, rounds: int) -> list[dict]:
+    """Environment steps per second with random actions, after a check that all give the same bits."""
+    n, seed = 16, 1
+    vec, peer = envs.make_vec(env_id, n, seed), Gym(env_id, n, seed)
+    actions, same = np.random.default_rng(seed).integers(0, vec.action_space.n, (700, n)), True
+    for action in actions:  # longer than an episode of DoorKey-8x8, so resets are compared as well
+        expected, obs = peer.step(action), vec.step(action)[0]
+        same &= all(np.array_equal(obs["image"][i], expected[i]["image"]) for i in range(n))
+
+    def drive(step: Callable, steps: int) -> None:
+        for k in range(steps // n):
+            step(actions[k % len(actions)])
+
+    rows = measure("stepping", f"{env_id}, {n} environments, random actions, resets included", "steps",
+                   [Contender("gym.make", partial(drive, peer.step)), Contender("ours", partial(drive, vec.step))],
+                   share, rounds)
+    print(f"  {len(actions)} steps of {n} environments with equal seeds and actions: observations are "
+          f"{'bit-identical' if same else 'NOT IDENTICAL'}")
+    return rows
+
+
+def time_ppo(full: bool, rounds: int) -> list[dict]:
+    """Training and stepping beside torch-ac and stable-baselines3."""
+    share = GRID.num_steps * GRID.num_envs
+    contenders = [Contender("torch-ac", torch_ac_ppo(GRID)), Contender("SB3", sb3_ppo(GRID)),
+                  Contender("ours, plain", Grid(GRID).train),
+                  Contender("ours, KIAN with 3 rules", Grid(replace(GRID, actor="kian")).train)]
+    rows = measure("training", "DoorKey-8x8: 16 environments x 128 steps, 4 epochs, batch 256; the whole loop", "steps",
+                   contenders, share * (4 if full else 1), rounds)
+    return rows + step_grid(GRID.env, 16_000 if full else 1600, rounds)
 
 
 class Contender(NamedTuple):
@@ -335,15 +464,16 @@ def time_sac(full: bool, rounds: int) -> list[dict]:
 def main() -> int:
     """Measure, print the tables, write the CSV; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("algo", choices=["sac", "stream"], help="what to measure")
+    parser.add_argument("algo", choices=list(PEERS), help="what to measure")
     parser.add_argument("--rounds", type=int, help="turns of every contender (default: 7, with --quick 2)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="little work, only the small update compiled: a test")
     parser.add_argument("--csv", type=Path, help="file for the rows of all tables")
     flags = parser.parse_args()
-    if flags.algo == "sac" and importlib.util.find_spec("stable_baselines3") is None:
-        print(f"speed: stable-baselines3 is not installed; pip install {PEER}", file=sys.stderr)
-        return 2
+    for module, package in PEERS[flags.algo].items():
+        if importlib.util.find_spec(module) is None:
+            print(f"speed: {module} is not installed; pip install {package}", file=sys.stderr)
+            return 2
     if flags.threads or flags.algo == "stream":
         torch.set_num_threads(flags.threads or 1)
     full, rounds = not flags.quick, flags.rounds or (2 if flags.quick else 7)
@@ -351,7 +481,8 @@ def main() -> int:
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": describe_cpu()}
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     print(f"torch {machine['torch']}, {machine['threads']} threads of {os.cpu_count()} cores, {machine['cpu']}{load}")
-    rows = time_sac(full, rounds) if flags.algo == "sac" else time_stream(2000 if full else 100, rounds, compiled=full)
+    rows = {"sac": lambda: time_sac(full, rounds), "ppo": lambda: time_ppo(full, rounds),
+            "stream": lambda: time_stream(2000 if full else 100, rounds, compiled=full)}[flags.algo]()
     if flags.csv:
         with flags.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *machine])

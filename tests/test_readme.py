@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import tyro
 
-from algos import sac_kian, stream_ac, stream_q, stream_td
+from algos import ppo_kian, sac_kian, stream_ac, stream_q, stream_td
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32", "--updates-per-step", "0.05",
        "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
-# other scripts: (module, few steps)
+FEW_GRID = ["--total-timesteps", "256", "--num-envs", "2", "--num-steps", "64", "--batch-size", "64", "--eval-every", "0",
+            "--eval-episodes", "2", "--video", "0"]
+WHOLE = {"sac_kian": (sac_kian, FEW), "ppo_kian": (ppo_kian, FEW_GRID)}  # script: (module, few steps)
 FEW_STREAM = ["--total-timesteps", "300", "--hidden", "16x1", "--impl", "eager", "--eval-every", "0"]
 STREAMS = {"stream_ac": (stream_ac, [*FEW_STREAM, "--eval-episodes", "1"]),
            "stream_q": (stream_q, [*FEW_STREAM, "--eval-episodes", "1"]), "stream_td": (stream_td, FEW_STREAM)}
@@ -39,8 +41,7 @@ def test_command(command, tmp_path, monkeypatch):
     for block in blocks("python"):
         (tmp_path / re.match(r"# (\S+\.py)", block)[1]).write_text(block)
     _, script, *flags = shlex.split(command)
-    if "my_idea" in script:
-        script = "algos/sac_kian.py"
+    script = script.replace("my_idea", "sac_kian")
     assert (ROOT / script).is_file()
     if (stem := Path(script).stem) in STREAMS:
         for mark, package in OPTIONAL.items():
@@ -50,12 +51,14 @@ def test_command(command, tmp_path, monkeypatch):
         module, few = STREAMS[stem]
         module.main(tyro.cli(module.Args, args=[*flags, *few, "--run-dir", str(tmp_path / "RUN")]))
         return
+    module, few = WHOLE[stem]
     run = tmp_path / "RUN"
     if any(word.startswith("runs/") or word == "RUN" or "run:RUN" in word for word in flags):
-        args = tyro.cli(sac_kian.Args, args=[*FEW, "--run-dir", str(run), "--checkpoint-every", "200"])
-        sac_kian.main(args)
+        module.main(tyro.cli(module.Args, args=[*few, "--run-dir", str(run), "--checkpoint-every", "200"]))
         if "--resume" in flags:  # a finished run has nothing to resume; test_runs.py cuts and resumes
             return
+    if "--run-dir" in flags:  # where it writes is not where it reads
+        flags[flags.index("--run-dir") + 1] = str(tmp_path / "new")
     flags = [str(run) if word.startswith("runs/") else word for word in flags]
-    few = ["--eval-episodes", "2"] if "--evaluate" in flags else FEW
-    sac_kian.main(tyro.cli(sac_kian.Args, args=[*flags, *few]))
+    few = ["--eval-episodes", "2"] if "--evaluate" in flags else few
+    module.main(tyro.cli(module.Args, args=[*flags, *few]))
