@@ -74,6 +74,8 @@ class Args:
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.95  # of the advantage estimate
     clip: float = 0.2  # of the probability ratio, and of the change of values
+    clip_values: bool = True  # whether values are clipped as well: right for returns near 1, slow for larger ones
+    normalize_advantage: bool = False  # advantages of a batch to mean 0 and deviation 1 (paper: off)
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
@@ -246,9 +248,13 @@ def ppo_loss(agent: Agent, batch: dict[str, torch.Tensor], args: Args) -> tuple[
     log_ratio = log_probs.gather(1, batch["action"].unsqueeze(1)).squeeze(1) - batch["log_prob"]
     ratio = log_ratio.exp()
     advantage, target, old_value = batch["advantage"], batch["return"], batch["value"]
+    if args.normalize_advantage:
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()
-    clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
-    value_loss = torch.max((value - target).square(), (clipped_value - target).square()).mean()
+    value_error = (value - target).square()
+    if args.clip_values:
+        value_error = value_error.max((old_value + (value - old_value).clamp(-args.clip, args.clip) - target).square())
+    value_loss = value_error.mean()
     entropy = mean_entropy(log_probs)
     bonus = mean_entropy(output.inner) if args.entropy_of == "inner" and output.inner is not None else entropy
     loss = policy_loss - args.entropy_coef * bonus + args.value_coef * value_loss

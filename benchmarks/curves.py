@@ -40,6 +40,8 @@ def variant(config: dict) -> str:
     if words == ["plain"]:  # what follows `actor` in Args is about knowledge
         ignored |= set(list(usual)[list(usual).index("actor"):])
     changed = {k: v for k, v in args.items() if k in usual and k not in ignored and v != usual[k]}
+    if "init_from" in changed:  # its folder's name tells more than its path
+        changed["init_from"] = Path(changed["init_from"]).name
     return " ".join([*words, *(f"--{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))])
 
 
