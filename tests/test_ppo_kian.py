@@ -1,11 +1,15 @@
 """Values of PPO-KIAN against hand numbers, and what must hold for any weights."""
 import math
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import envs
+import knowledge
 from algos import ppo_kian
 from algos.ppo_kian import Agent, Args, advantages, attention_scores, rule_log_probs
 
@@ -189,3 +193,45 @@ def test_the_encoder_is_three_convolutions():
         x = torch.nn.functional.conv2d(x, kernel, layer.bias).relu()
         x = torch.nn.functional.max_pool2d(x, 2) if i == 0 else x
     assert torch.allclose(encoder(image), x.flatten(1), atol=1e-4)
+
+
+@pytest.mark.parametrize("official, terminated, bootstrapped", [(False, False, True), (False, True, False),
+                                                                (True, False, False)])
+def test_a_cut_episode_counts_with_the_value_of_its_last_state(official, terminated, bootstrapped):
+    """Two copies of a task that ends in every step with reward 1 in state 5; the next episode starts in state 0."""
+    class Task:
+        num_envs, action_space = 2, gym.spaces.Discrete(3)
+
+        def step(self, action):
+            final, yes = np.full((2, 1), 5.0, np.float32), np.ones(2, bool)
+            return np.zeros((2, 1), np.float32), np.ones(2), yes & terminated, yes, {"final_obs": final}
+    args = Args(num_steps=3, official=official)
+    torch.manual_seed(0)
+    agent, start = Agent(args, (1,), 3, 0), torch.zeros(2, 1)
+    tally = {"open": torch.zeros(2, dtype=torch.float64), "returns": []}
+    rollout, obs = ppo_kian.collect(agent, Task(), start, lambda x: (x, torch.zeros(len(x), 0, 3)), tally, args)
+    with torch.no_grad():
+        value, final_value = agent.critic(agent.encoder(torch.tensor([[0.0], [5.0]]))).squeeze(1)
+    expected = 1 + bootstrapped * args.gamma * final_value - value
+    assert rollout["advantage"].tolist() == pytest.approx([expected.item()] * 6, abs=1e-5)
+    assert rollout["return"].tolist() == pytest.approx([(expected + value).item()] * 6, abs=1e-5)
+    assert tally["returns"] == [1.0] * 6 and torch.equal(obs, start)
+
+
+def test_collected_log_probs_are_those_of_the_actions():
+    torch.manual_seed(0)
+    vec, args = envs.make_vec("MiniGrid-DoorKey-5x5-v0", 3, seed=1), Args(num_steps=5)
+    obs = ppo_kian.to_tensors(vec.reset(1))
+    rules = knowledge.load("auto", "MiniGrid-DoorKey-5x5-v0", 7, obs)
+    agent, tally = Agent(args, (7, 7, 3), 7, 3), {"open": torch.zeros(3, dtype=torch.float64), "returns": []}
+    rollout, _ = ppo_kian.collect(agent, vec, obs, lambda x: (x["image"], knowledge.advise(rules, x, 7)), tally, args)
+    with torch.no_grad():
+        output = agent(rollout["obs"], rollout["advice"], args)
+        again = knowledge.advise(rules, {"image": rollout["obs"]}, 7)
+    assert torch.allclose(output.log_probs.gather(1, rollout["action"].unsqueeze(1)).squeeze(1), rollout["log_prob"])
+    assert torch.allclose(output.value, rollout["value"], atol=1e-5) and torch.equal(again, rollout["advice"])
+    replay = envs.make_vec("MiniGrid-DoorKey-5x5-v0", 3, seed=1)
+    seen = ppo_kian.to_tensors(replay.reset(1))["image"]
+    for t in range(args.num_steps):  # rows are (step, copy): each has what was seen before its action
+        assert torch.equal(rollout["obs"][3 * t:3 * t + 3], seen)
+        seen = ppo_kian.to_tensors(replay.step(rollout["action"][3 * t:3 * t + 3].numpy())[0])["image"]
