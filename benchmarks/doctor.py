@@ -13,7 +13,8 @@ from typing import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-FAMILIES = {"classic control": "Pendulum-v1", "MuJoCo": "HalfCheetah-v5", "Fetch": "FetchPickAndPlace-v4"}
+FAMILIES = {"classic control": "Pendulum-v1", "MuJoCo": "HalfCheetah-v5", "Fetch": "FetchPickAndPlace-v4",
+            "MiniGrid": "MiniGrid-DoorKey-5x5-v0"}
 
 
 def python() -> str:
@@ -45,8 +46,9 @@ def environment(env_id: str) -> Callable[[], str]:
         import envs
 
         vec = envs.make_vec(env_id, 2, seed=1)
-        obs, reward, *_ = vec.step(np.zeros((2, *vec.action_space.shape), np.float32))
-        if not (np.isfinite(reward).all() and bool(envs.flatten(obs).isfinite().all())):
+        obs, reward, *_ = vec.step(np.zeros((2, *vec.action_space.shape), vec.action_space.dtype))
+        parts = obs.values() if isinstance(obs, dict) else [obs]
+        if not all(np.isfinite(part).all() for part in (reward, *parts)):
             raise RuntimeError(f"{env_id} steps into NaN; reinstall mujoco: make clean setup")
         return f"{env_id} resets and steps"
     return check
