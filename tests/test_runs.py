@@ -153,8 +153,30 @@ def test_keys_are_taken_over_by_name(uncut, tmp_path):
     train(tmp_path / "warm", total_timesteps=400, load_keys=str(uncut[0].parent / "keys.json"))
 
 
+def test_a_run_goes_on_in_the_next_task(uncut, tmp_path):
+    """Push after PickAndPlace: other rules, the old inner policy among them with its old key, and the old query."""
+    train(tmp_path / "push", env="FetchPush-v2", init_from=str(uncut[0]), warm="keys+query", total_timesteps=400)
+    old, new = (torch.load(folder / "checkpoint.pt", weights_only=True)["policy"] for folder in (uncut[0],
+                                                                                                 tmp_path / "push"))
+    assert list(new["keys"]) == ["inner", "fetch.get_behind_object", "fetch.push_to_goal", "inner.uncut"]
+    assert torch.allclose(new["keys"]["inner.uncut"], old["keys"]["inner"], atol=0.05)  # few updates since
+    assert torch.allclose(new["query"][0], old["query"][0], atol=0.05)
+    assert not torch.allclose(new["inner"][0], old["inner"][0], atol=0.05)
+
+
+def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
+    train(tmp_path / "near", goal_range=1.0, total_timesteps=400)
+    assert "within 0.015 m" in capsys.readouterr().err
+    sac_kian.main(sac_kian.Args(evaluate=str(tmp_path / "near"), goal_range=5.0, eval_episodes=2))
+    assert "within 0.075 m" in capsys.readouterr().err
+    vec = envs.make_vec("FetchPush-v2", 64, goal_range=1.0)
+    goal = vec.reset(1)["desired_goal"] - vec.task.initial_gripper_xpos
+    assert 0.01 < abs(goal[:, :2]).max() <= 0.015
+
+
 @pytest.mark.parametrize("kwargs, words", [
-    (dict(env="FetchPickAndPlce-v2"), "FetchPickAndPlace-v2"),
+    (dict(env="Pendulum-v1", knowledge="none", goal_range=5.0), "--goal-range"),
+    (dict(init_from="missing"), "missing"), (dict(env="FetchPickAndPlce-v2"), "FetchPickAndPlace-v2"),
     (dict(env="CartPole-v1", knowledge="none"), "Box"),
     (dict(env="Pendulum-v1", knowledge="auto"), "none"),
     (dict(knowledge="fetch.reach_objct"), "fetch.reach_object"),
