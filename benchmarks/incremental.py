@@ -8,6 +8,7 @@ runs/incremental/*/*/` adds their curves, as variants `kian --init-from <env>`, 
 """
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def main() -> int:
             link = Link("ppo_kian", env, seed, ("--total-timesteps", str(steps), *before), flags.root.resolve())
             if not link.finished():
                 print(link.name, flush=True)
+                if "--resume" not in link.command():  # cut before its first checkpoint
+                    shutil.rmtree(link.folder, ignore_errors=True)
                 status = subprocess.run(link.command(), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
                 if status:
                     return status

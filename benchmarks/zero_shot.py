@@ -36,7 +36,7 @@ def score(folder: Path, test: str) -> dict[str, str]:
     found = dict(re.findall(r"(\w+) (-?[\d.]+|nan)(?:,|$)", line))
     return {"variant": variant(config), "seed": str(config["args"]["seed"]), "trained_in": config["args"]["env"],
             "test": test, "step": re.search(r"after (\d+) steps", line)[1], "commit": config.get("commit") or "",
-            **{name: found[name] for name in COLUMNS[5:10]}}
+            **{name: found[name] for name in COLUMNS[5:10]}, "episodes": f"{float(found['episodes']):.0f}"}
 
 
 def main() -> int:

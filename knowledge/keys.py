@@ -21,7 +21,8 @@ def query_hash(query: list[Tensor]) -> str:
 def save_keys(file: str, policy: dict) -> None:
     """Write the keys of a frozen `policy` (format in knowledge/run.py) as JSON, with their query's fingerprint."""
     keys = {name: key.tolist() for name, key in policy["keys"].items()}
-    facts = {"key_dim": len(keys["inner"]), "query": query_hash(policy["query"]), "keys": keys}
+    facts = {"key_dim": len(next(iter(keys.values()))), "query": query_hash(policy["query"]), "keys": keys}
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps(facts, indent=1))
 
 
@@ -50,9 +51,9 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         remedy = "name a KIAN run or its --save-keys file"
         raise KnowledgeError(f"keys {source} cannot be read ({type(error).__name__}); {remedy}") from error
     if PARTS[warm] and not path.is_dir():
-        raise KnowledgeError(f"keys {source}: --warm {warm} needs a run folder, a file holds keys alone")
-    inner_key = keys.pop("inner")
-    keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if warm == "all" else {})
+        raise KnowledgeError(f"keys {source}: --warm {warm} needs a run folder; a file holds keys alone: --warm keys")
+    if (inner_key := keys.pop("inner", None)) is not None:  # absent where it is made from the state
+        keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if warm == "all" else {})
     for i, name in enumerate(names):
         if name not in keys:
             continue
@@ -65,7 +66,7 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         if part == "query" and "inner_key_head" in policy:  # frozen apart, trained as one: query | inner key
             layers = layers[:-2] + [torch.cat(pair, -1) for pair in zip(layers[-2:], policy["inner_key_head"])]
         if [p.shape for p in ours] != [p.shape for p in layers]:
-            raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use the run's --hidden and task")
+            raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use the run's sizes, --inner-key and task")
         for p, theirs in zip(ours, layers):
             p.copy_(theirs)
     if PARTS[warm] and normalizer:

@@ -163,7 +163,7 @@ class FrozenCategorical:
         scores = (query.unsqueeze(1) * keys).sum(-1)  # (B, n+1)
         if p["fusion"] == "logit":
             return torch.softmax((scores.unsqueeze(-1) * torch.cat([logits.unsqueeze(1), advice], 1)).sum(1), -1)
-        norms = query.norm(dim=-1, keepdim=True) * keys.norm(dim=-1)
+        norms = (query.norm(dim=-1, keepdim=True) * keys.norm(dim=-1)).clamp(min=1e-8)
         says_nothing = advice.amax(-1) <= 0  # (B, n)
         if p["entropy_fix"] == "on":
             scores = scores / norms
@@ -255,12 +255,15 @@ def freeze_categorical(agent, names: list[str], args, knowledge: str) -> dict:
         found = [p.detach().cpu().clone() for name, p in agent.state_dict().items() if name.startswith(f"{part}.")]
         return found or None
     parts = {part: weights(part) for part in ("encoder", "trunk", "inner", "query", "inner_key")}
+    keys = dict(zip(names, agent.keys.detach().cpu().clone())) if attends else None
+    if keys and parts["inner_key"]:  # made from the state: the vector in its place is never used
+        del keys["inner"]
     return parts | {
         "format": 1,
         "kind": "categorical",
         "env": args.env,
         "actor": "kian" if attends else "plain" if len(names) == 1 else args.actor,
-        "keys": dict(zip(names, agent.keys.detach().cpu().clone())) if attends else None,
+        "keys": keys,
         "knowledge": knowledge,
         **{name: getattr(args, name) for name in FUSION},
     }

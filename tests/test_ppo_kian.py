@@ -1,5 +1,6 @@
 """Values of PPO-KIAN against hand numbers, and what must hold for any weights."""
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -235,3 +236,85 @@ def test_collected_log_probs_are_those_of_the_actions():
     for t in range(args.num_steps):  # rows are (step, copy): each has what was seen before its action
         assert torch.equal(rollout["obs"][3 * t:3 * t + 3], seen)
         seen = ppo_kian.to_tensors(replay.step(rollout["action"][3 * t:3 * t + 3].numpy())[0])["image"]
+
+
+class Bandit:
+    """Four copies of a task of two steps: reward 1 for the action that the observation, 0 or 1, names."""
+    num_envs, action_space = 4, gym.spaces.Discrete(4)
+
+    def __init__(self):
+        self.rng, self.t = np.random.default_rng(0), 0
+        self.state = self.rng.integers(0, 2, (4, 1)).astype(np.float32)
+
+    def step(self, action):
+        reward, self.t = (action == self.state[:, 0]).astype(float), self.t + 1
+        self.state = self.rng.integers(0, 2, (4, 1)).astype(np.float32)
+        return self.state, reward, np.full(4, self.t % 2 == 0), np.zeros(4, bool), {"final_obs": self.state}
+
+
+def test_advantages_of_a_rollout_are_by_gamma_and_lambda():
+    torch.manual_seed(0)
+    args, task = Args(num_steps=2, gamma=0.9, gae_lambda=0.5), Bandit()
+    agent, tally = Agent(args, (1,), 4, 0), {"open": torch.zeros(4, dtype=torch.float64), "returns": []}
+    first = torch.from_numpy(task.state)
+    rollout, _ = ppo_kian.collect(agent, task, first, lambda x: (x, torch.zeros(len(x), 0, 4)), tally, args)
+    value, reward = rollout["value"].view(2, 4), (rollout["action"] == rollout["obs"][:, 0]).float().view(2, 4)
+    second = reward[1] - value[1]  # the episode ends here
+    assert torch.allclose(rollout["advantage"].view(2, 4)[1], second, atol=1e-6)
+    expected = reward[0] + 0.9 * value[1] - value[0] + 0.9 * 0.5 * second
+    assert torch.allclose(rollout["advantage"].view(2, 4)[0], expected, atol=1e-6)
+    unfinished = replace(args, num_steps=1)  # cut in the middle of an episode: the value of the next state counts
+    rollout, obs = ppo_kian.collect(agent, Bandit(), first, lambda x: (x, torch.zeros(len(x), 0, 4)), tally, unfinished)
+    with torch.no_grad():
+        following = agent.critic(agent.encoder(torch.from_numpy(obs.numpy()))).squeeze(1)
+    reward = (rollout["action"] == rollout["obs"][:, 0]).float()
+    assert torch.allclose(rollout["advantage"], reward + 0.9 * following - rollout["value"], atol=1e-5)
+
+
+@pytest.mark.parametrize("actor", ["plain", "kian"])
+def test_it_learns(actor):
+    """With a rule that is right in state 0 and wrong in state 1, attention must leave it there."""
+    torch.manual_seed(0)
+    args, task = Args(actor=actor, num_steps=32, batch_size=64, entropy_coef=0.0), Bandit()
+    agent, tally = Agent(args, (1,), 4, 1), {"open": torch.zeros(4, dtype=torch.float64), "returns": []}
+    optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3)
+    obs, rule = torch.from_numpy(task.state), torch.tensor([[1.0, 0, 0, 0]])
+    for _ in range(60):
+        rollout, obs = ppo_kian.collect(agent, task, obs, lambda x: (x, rule.expand(len(x), 1, 4)), tally, args)
+        ppo_kian.update(agent, optimizer, rollout, ppo_kian.ppo_loss, args)
+    with torch.no_grad():
+        output = agent(torch.tensor([[0.0], [1.0]]), rule.expand(2, 1, 4), args)
+    p = output.log_probs.exp()
+    bound = 1 / (1 + math.e**-2) if actor == "kian" else 1.0  # what cosines leave to the inner policy
+    assert p[0, 0] > 0.9 and p[1, 1] > 0.9 * bound
+
+
+def test_one_update_is_one_step_of_adam_on_the_clipped_gradient():
+    torch.manual_seed(0)
+    args = Args(actor="plain", epochs=1, batch_size=8, max_grad_norm=0.01, learning_rate=0.1)
+    agent = Agent(args, (2,), 3, 0)
+    rollout = {"obs": torch.randn(8, 2), "advice": torch.zeros(8, 0, 3), "action": torch.randint(0, 3, (8,)),
+               "log_prob": torch.full((8,), -1.0), "advantage": torch.randn(8), "return": torch.randn(8),
+               "value": torch.randn(8)}
+    before = [p.detach().clone() for p in agent.parameters()]
+    optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
+    ppo_kian.update(agent, optimizer, rollout, ppo_kian.ppo_loss, args)
+    moved = torch.cat([(p.detach() - q).flatten() for p, q in zip(agent.parameters(), before)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)  # the length that gradients are cut to
+
+
+def test_normalised_advantages_and_unclipped_values():
+    agent = Agent(args := Args(entropy_coef=0.0, normalize_advantage=True, clip_values=False), (1,), 2, 0)
+    for p in agent.parameters():
+        p.data.zero_()
+    batch = {"obs": torch.zeros(2, 1), "advice": torch.zeros(2, 0, 2), "action": torch.tensor([0, 1]),
+             "log_prob": torch.tensor([.5, .5]).log(), "advantage": torch.tensor([3., 1.]),
+             "return": torch.tensor([1., 1.]), "value": torch.tensor([-5., -5.])}
+    scalars = ppo_kian.ppo_loss(agent, batch, args)[1]
+    assert scalars["policy_loss"].item() == pytest.approx(0.0, abs=1e-6)  # +1 and -1
+    assert scalars["value_loss"].item() == pytest.approx(1.0)  # clipped, it would be (-4.8 - 1)^2
+
+
+def test_an_empty_observation_is_no_nan():
+    agent = Agent(Args(), (2,), 4, 1)
+    assert agent(torch.zeros(1, 2), torch.tensor([[[1.0, 0, 0, 0]]]), Args()).log_probs.isfinite().all()

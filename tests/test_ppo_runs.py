@@ -10,6 +10,7 @@ import torch
 import envs
 import knowledge
 from algos import ppo_kian
+from benchmarks import zero_shot
 from runtime import ArgError
 from tests.test_runs import ROOT, curve, wait_for
 
@@ -105,21 +106,25 @@ def test_untrained_actors_stay_what_they_are(tmp_path):
     assert all(row == first for row in others)
 
 
-def test_a_frozen_agent_has_the_probabilities_of_the_agent(uncut, tmp_path):
-    train(tmp_path / "head", inner_key="head", total_timesteps=256)
-    for folder in (uncut, tmp_path / "head"):
-        saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-        args = ppo_kian.Args(inner_key="head" if folder != uncut else "vector")
-        agent = ppo_kian.Agent(args, (7, 7, 3), 7, 3)
-        agent.load_state_dict(saved["agent"])
-        obs = ppo_kian.to_tensors(envs.make_vec(DOORKEY, 8).reset(3))
-        rules = knowledge.load("auto", DOORKEY, 7, obs)
-        with torch.no_grad():
-            p = agent(obs["image"], knowledge.advise(rules, obs, 7), args).log_probs.exp()
-            inner = torch.softmax(agent.inner(agent.trunk(agent.encoder(obs["image"]))), -1)
-        for kind, expected in (("run", p), ("inner", inner)):
-            frozen, = knowledge.load(f"{kind}:{folder}", DOORKEY, 7, obs).values()
-            assert torch.allclose(frozen(obs), expected, atol=1e-5)
+@pytest.mark.parametrize("kwargs", [{}, dict(inner_key="head"), dict(fusion="logit"), dict(silent="uniform"),
+                                    dict(entropy_fix="off"), dict(official=True)])
+def test_a_frozen_agent_has_the_probabilities_of_the_agent(kwargs, tmp_path):
+    train(tmp_path / "run", total_timesteps=256, eval_every=0, **kwargs)
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    args = ppo_kian.Args(**kwargs)
+    if args.official:
+        args = ppo_kian.Args(inner_key="head", sharpness=1.0, silent="uniform", entropy_of="fused")
+    agent = ppo_kian.Agent(args, (7, 7, 3), 7, 3)
+    agent.load_state_dict(saved["agent"])
+    assert ("inner" in saved["policy"]["keys"]) == (args.inner_key == "vector")
+    obs = ppo_kian.to_tensors(envs.make_vec(DOORKEY, 8).reset(3))
+    rules = knowledge.load("auto", DOORKEY, 7, obs)
+    with torch.no_grad():
+        p = agent(obs["image"], knowledge.advise(rules, obs, 7), args).log_probs.exp()
+        inner = torch.softmax(agent.inner(agent.trunk(agent.encoder(obs["image"]))), -1)
+    for kind, expected in (("run", p), ("inner", inner)):
+        frozen, = knowledge.load(f"{kind}:{tmp_path / 'run'}", DOORKEY, 7, obs).values()
+        assert torch.allclose(frozen(obs), expected, atol=1e-5)
 
 
 def test_zero_shot_elsewhere(uncut, capsys):
@@ -128,6 +133,19 @@ def test_zero_shot_elsewhere(uncut, capsys):
     assert line.startswith("MiniGrid-DoorKey-8x8-v0 after 1280 steps in MiniGrid-DoorKey-5x5-v0: ") and "return_mean" in line
     with pytest.raises(ArgError, match="actions"):
         ppo_kian.main(ppo_kian.Args(evaluate=str(uncut), env="MiniGrid-Dynamic-Obstacles-5x5-v0", eval_episodes=2))
+
+
+def test_zero_shot_scores_become_rows(uncut, tmp_path, monkeypatch):
+    monkeypatch.setattr(zero_shot, "RESULTS", tmp_path)
+    test = "--env MiniGrid-Empty-5x5-v0 --eval-episodes 2"
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", str(uncut), "--test", test])
+    assert zero_shot.main() == zero_shot.main() == 0  # the second time replaces the row
+    row, = zero_shot.load(tmp_path / "zero_shot" / "ppo_kian.csv")
+    assert row["test"] == test and row["trained_in"] == DOORKEY and row["step"] == "1280" and row["episodes"] == "2"
+    assert 0 <= float(row["return_mean"]) <= 1
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", str(uncut), "--test", "--env MiniGrid-Emty-5x5-v0"])
+    with pytest.raises(ValueError, match="did you mean"):
+        zero_shot.main()
 
 
 @pytest.mark.parametrize("warm, parts", [("keys", ()), ("keys+query", ("encoder", "trunk", "query")),
@@ -155,6 +173,7 @@ def test_a_run_goes_on_in_the_next_task(uncut, warm, parts, tmp_path, monkeypatc
     (dict(env="BabyAI-GoToLocal-v0"), "minigrid.get_key"), (dict(knowledge="minigrid.get_ky"), "minigrid.get_key"),
     (dict(knowledge="run:missing"), "missing"), (dict(actor="rule", knowledge="none"), "at least one"),
     (dict(actor="plain", save_keys="k.json"), "kian"), (dict(init_from="missing"), "missing"),
+    (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(env="FrozenLake-v1", knowledge="none"), "observes"),
     (dict(num_steps=0), "--num-steps"), (dict(epochs=-1), "--epochs")])
 def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError, knowledge.KnowledgeError)) as error:
