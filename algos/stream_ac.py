@@ -48,14 +48,14 @@ class Args:
     eval_every: int = 50_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 5  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
-    # twin: stream run arguments
+    impl: Literal["compiled", "eager", "autograd"] = "compiled"  # closed form as one graph or not; the slow reference
+    # twin: run arguments
     seed: int = 1  # of networks, environments, exploration and batches
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
-    impl: Literal["compiled", "eager", "autograd"] = "compiled"  # closed form as one graph or not; the slow reference
     # twin end
 
     # algorithm

@@ -42,14 +42,14 @@ class Args:
     total_timesteps: int = 68_000  # rows
     eval_every: int = 5_000  # rows per line of eval.csv: the error of the predictions made on the way
     checkpoint_every: int = 20_000  # rows between checkpoints; 0: only at the end
-    # twin: stream run arguments
+    impl: Literal["compiled", "eager", "autograd"] = "compiled"  # closed form as one graph or not; the slow reference
+    # twin: run arguments
     seed: int = 1  # of networks, environments, exploration and batches
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
-    impl: Literal["compiled", "eager", "autograd"] = "compiled"  # closed form as one graph or not; the slow reference
     # twin end
 
     # algorithm
