@@ -55,9 +55,9 @@ class Args:
     eval_episodes: int = 100  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     compile: bool = False  # compile the loss: about 30 s at the first start
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
     # twin: run arguments
     seed: int = 1  # of networks, environments, exploration and batches
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training

@@ -56,9 +56,9 @@ class Args:
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
     # twin: run arguments
     seed: int = 1  # of networks, environments, exploration and batches
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training

@@ -7,8 +7,8 @@ parameters, and observations and rewards scaled by running statistics. Written f
 
 For Gaussian policies (MuJoCo, dm_control) and discrete ones (classic control, MinAtar, Atari). A network is one flat
 vector, its trace another, and its gradient has a closed form, so that a transition, from the raw observation to the
-next action, is one compiled graph: one call instead of several hundred. `--impl autograd` is the same step by autograd
-and loops, there to be read and compared with (tests/test_stream.py: within 1e-6 after 1000 updates).
+next action, is one compiled graph: one call instead of several hundred. benchmarks/stream_autograd.py is the same
+update by autograd and loops, as one would write it first; tests hold the two within 1e-6 after 1000 updates.
 
 Departures: an Atari episode cut by its time limit cuts the traces too; docs/stream.md has the rest.
 
@@ -36,6 +36,7 @@ from runtime import ArgError, Run, can_compile, hidden_layers, load_run, require
 
 ALGO = "stream_ac"
 LOG_EVERY = 10_000  # environment steps
+CHECK_EVERY = 100  # steps between looks whether an update overshot its target
 SCALARS = ("abs_delta", "value", "entropy", "std", "step_policy", "step_value", "capped_policy", "capped_value",
            "trace_policy", "trace_value", "reward_scale")
 
@@ -48,20 +49,21 @@ class Args:
     eval_every: int = 50_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 5  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
-    # twin: stream run arguments
+    compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
+    # twin: run arguments
     seed: int = 1  # of networks, environments, exploration and batches
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
-    impl: Literal["compiled", "eager", "autograd"] = "compiled"  # closed form as one graph or not; the slow reference
     # twin end
 
     # algorithm
     hidden: str = ""  # hidden layers, width x depth; empty: the paper's, 128x2, 32x2 with discrete actions
     bootstrap_on_truncation: Literal["auto", "on", "off"] = "auto"  # auto: on Atari only, as in the paper
-    max_episode_steps: int = 0  # time limit; 0: the environment's own (paper: 10,000 on classic control)
+    max_episode_steps: int = 0  # time limit of training; 0: 10,000 on classic control, as published, else the task's
+    time_feature: bool = True  # time since reset as an input, on vector observations
     entropy_coef: float = 0.01  # tau
     kappa_policy: float = 3.0  # margin of the policy's step bound
     kappa_value: float = 2.0  # margin of the value's step bound
@@ -74,8 +76,6 @@ class Args:
     layer_norm: bool = True  # before every hidden activation
     normalize_obs: bool = True  # observations shifted and scaled by running statistics
     scale_reward: bool = True  # rewards divided by the running deviation of the discounted return
-    time_feature: bool = True  # time since reset as an input, on vector observations
-    overshoot_every: int = 100  # steps between checks whether an update overshot its target; 0: never
     # twin end
 
 
@@ -159,15 +159,6 @@ def backward(flat: torch.Tensor, net: Net, cache: list, head_grads: list[torch.T
             weight_grad, bias_grad, g = torch.outer(g, x.flatten()), g, torch.mv(weight.T, g)
         after = [weight_grad.flatten(), bias_grad, *after]
     return torch.cat(after)
-
-
-def reference_forward(params: list[torch.Tensor], net: Net, x: torch.Tensor, layer_norm: bool) -> list[torch.Tensor]:
-    """The same outputs in autograd's words; params: weight, bias, weight, ..."""
-    layers = list(zip(params[::2], params[1::2]))
-    for (weight, bias), stride in zip(layers, net.strides):
-        x = F.conv2d(x[None], weight, bias, stride)[0] if stride else F.linear(x.flatten(), weight, bias)
-        x = F.leaky_relu(F.layer_norm(x, x.shape) if layer_norm else x)
-    return [F.linear(x.flatten(), weight, bias) for weight, bias in layers[len(net.strides):]]
 # twin end
 
 
@@ -247,30 +238,6 @@ def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor,
     part["weights"].sub_(step * delta * direction)
     part["trace"].copy_(trace * (1 - cut))  # cut strictly after the update
     return step, size
-
-
-def reference_obgd(part: dict[str, torch.Tensor], net: Net, grads: list[torch.Tensor], delta: float, cut: bool,
-                   kappa: float, args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, tensor by tensor."""
-    weights, traces = ([p for layer in views(part[name], net) for p in layer] for name in ("weights", "trace"))
-    directions = []
-    for i, (trace, grad) in enumerate(zip(traces, grads)):
-        trace.mul_(args.gamma * args.lamda).add_(grad)
-        directions.append(trace)
-        if args.optimizer == "adaptive":
-            part["count"] += i == 0
-            square = [p for layer in views(part["square"], net) for p in layer][i]
-            square.mul_(0.999).add_(0.001 * (delta * trace) ** 2)
-            directions[-1] = trace / (square / (1 - 0.999 ** part["count"]) + 1e-8).sqrt()
-    size = sum(direction.abs().sum().item() for direction in directions)
-    step = args.learning_rate
-    if args.optimizer != "plain":
-        step = step / max(step * kappa * max(abs(delta), 1) * size, 1)
-    for weight, trace, direction in zip(weights, traces, directions):
-        weight.sub_(step * delta * direction)
-        if cut:
-            trace.zero_()
-    return torch.tensor(step), torch.tensor(size)
 # twin end
 
 
@@ -307,33 +274,6 @@ def update(agent: dict, nets: tuple[Net, Net], state, action, next_state, reward
             *obgd(agent["value"], value_grad, delta, ended, args.kappa_value, args))
 
 
-@torch.enable_grad()
-def reference_update(agent: dict, nets: tuple[Net, Net], state, action, next_state, reward, discount, ended,
-                     args: Args) -> tuple:
-    """`update` as one would write it first: autograd, distributions, loops over tensors."""
-    params = {name: [p.detach().requires_grad_() for layer in views(agent[name]["weights"], net) for p in layer]
-              for name, net in zip(("policy", "value"), nets)}
-    (v,) = reference_forward(params["value"], nets[1], state, args.layer_norm)
-    with torch.no_grad():
-        (next_v,) = reference_forward(params["value"], nets[1], next_state, args.layer_norm)
-    delta = (reward + discount * next_v - v).detach()
-    outputs = reference_forward(params["policy"], nets[0], state, args.layer_norm)
-    if len(outputs) == 2:
-        pi = torch.distributions.Normal(outputs[0], F.softplus(outputs[1]))
-        log_prob, std = pi.log_prob(action).sum(), pi.stddev.mean()
-    else:
-        pi = torch.distributions.Categorical(logits=outputs[0])
-        log_prob, std = pi.log_prob(action.argmax()), torch.zeros(())
-    entropy = pi.entropy().sum()
-    (-v - log_prob - args.entropy_coef * delta.sign() * entropy).backward()  # the networks share nothing
-    steps = []
-    with torch.no_grad():
-        for name, net, kappa in zip(params, nets, (args.kappa_policy, args.kappa_value)):
-            grads = [p.grad for p in params[name]]
-            steps += reference_obgd(agent[name], net, grads, delta.item(), bool(ended), kappa, args)
-    return (delta, v.detach(), entropy.detach(), std.detach(), *steps)
-
-
 def draw(weights: torch.Tensor, net: Net, state: torch.Tensor, noise: torch.Tensor, args: Args) -> torch.Tensor:
     """An action: mean + std * noise (d,), not clipped; or one-hot by Gumbel noise (A,). Zero noise: the likeliest."""
     outputs, _ = forward(weights, net, state, args.layer_norm)
@@ -348,12 +288,11 @@ def step(agent: dict, nets: tuple[Net, Net], state: torch.Tensor, action: torch.
     if it is an input, reward, whether the episode ended, whether the next state's value counts. Learns from it, draws
     the next action; returns next state, next action, scaled reward, delta."""
     x, time = row[:math.prod(shape)].view(shape), row[math.prod(shape):-3]
-    reward, ended, goes_on = row[-3:-2], row[-2:-1].float(), args.gamma * row[-1:].float()
+    reward, ended, discount = row[-3:-2], row[-2:-1].float(), args.gamma * row[-1:].float()
     next_state = observe(agent["obs"], x, time, state, frames, args)
     reward = scale_reward(agent["reward"], reward, row[-2:-1], args)
-    learn = reference_update if args.impl == "autograd" else update
-    delta, v, entropy, std, step_policy, trace_policy, step_value, trace_value = learn(
-        agent, nets, state, action, next_state, reward, goes_on, ended, args)
+    delta, v, entropy, std, step_policy, trace_policy, step_value, trace_value = update(
+        agent, nets, state, action, next_state, reward, discount, ended, args)
     agent["totals"].add_(torch.cat([x.float().view(1) for x in (
         delta.abs(), v, entropy, std, step_policy, step_value, step_policy < args.learning_rate,
         step_value < args.learning_rate, trace_policy, trace_value, deviation(agent["reward"]))]))
@@ -379,7 +318,7 @@ def make_agent(args: Args, env: envs.StreamEnv) -> tuple[dict, tuple[Net, Net]]:
                     "reward": running_stats(1) | {"return": torch.zeros(1, dtype=torch.float64)}}, nets
 
 
-@torch.no_grad()  # only the reference asks for gradients
+@torch.no_grad()  # gradients have a closed form
 def main(args: Args) -> dict[str, float]:
     """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
     saved = None
@@ -390,8 +329,7 @@ def main(args: Args) -> dict[str, float]:
     require_positive(args, "total_timesteps", "eval_episodes", "learning_rate", "kappa_policy", "kappa_value")
     if not 0 <= args.sparsity <= 1:
         raise ArgError(f"--sparsity is a share, 0 to 1, not {args.sparsity}")
-    if args.impl == "compiled" and not can_compile(torch.device("cpu")):
-        args = replace(args, impl="eager")
+    args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for
 
@@ -406,7 +344,7 @@ def main(args: Args) -> dict[str, float]:
     n, d = math.prod(env.shape), int(space.n) if discrete else space.shape[0]
     row = torch.zeros(n + env.timed + 3, dtype=torch.float64)
     raw = row.numpy()  # the same memory: assigning to it costs less than making a tensor
-    at, returns, lengths, overshoots, checks = 0, 0.0, 0, 0, 0
+    at, episode_return, episode_length, overshoots = 0, 0.0, 0, 0
 
     def noise() -> torch.Tensor:
         return -(-torch.rand(d).clamp(1e-10, 1 - 1e-7).log()).log() if discrete else torch.randn(d)
@@ -445,17 +383,17 @@ def main(args: Args) -> dict[str, float]:
         film(Path(args.evaluate, "video"))
         return result
 
-    learn = torch.compile(step, fullgraph=True, dynamic=False) if args.impl == "compiled" else step
+    learn = torch.compile(step, fullgraph=True, dynamic=False) if args.compile else step
     if saved and at >= args.total_timesteps:
         raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} plays it")
     if saved:
-        state, action, returns, lengths, overshoots, checks = (saved[name] for name in (
-            "state", "action", "return", "length", "overshoots", "checks"))
+        state, action, episode_return, episode_length, overshoots = (saved[name] for name in (
+            "state", "action", "return", "length", "overshoots"))
         env.restore(saved["env"])
         torch.set_rng_state(saved["rng"])
     else:
         state, action = begin(10_000 * args.seed)
-    if args.impl == "compiled":  # now, on copies: a signal to the compiler then leaves no update half done
+    if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
         learn(tree_map(torch.clone, agent), nets, state, action, row, torch.zeros(d), env.shape, env.frames, args)
     run = Run(ALGO, args, envs.resolve(args.env), at, saved["wall_s"] if saved else 0.0)
     if not saved:
@@ -468,31 +406,31 @@ def main(args: Args) -> dict[str, float]:
                    not (terminated or (truncated and not bootstrap))]
         before = state
         state, action, scaled, delta = learn(agent, nets, state, action, row, noise(), env.shape, env.frames, args)
-        at, returns, lengths = at + 1, returns + reward, lengths + 1
+        at, episode_return, episode_length = at + 1, episode_return + reward, episode_length + 1
         run.bar.update(1)
 
         def due(every: int) -> bool:
             return every > 0 and at % every == 0
-        if due(args.overshoot_every):
+        if due(CHECK_EVERY):
             after = td_error(agent, nets[1], before, state, scaled, args.gamma * raw[-1], args)
-            overshoots, checks = overshoots + (after * delta.item() < 0), checks + 1
+            overshoots += after * delta.item() < 0
         if over:
-            run.log(at, {"return": returns, "length": lengths})
-            returns, lengths, (state, action) = 0.0, 0, begin()
+            run.log(at, {"return": episode_return, "length": episode_length})
+            episode_return, episode_length, (state, action) = 0.0, 0, begin()
 
         # log, evaluate, save
         last = at >= args.total_timesteps
         if due(LOG_EVERY):
-            run.log(at, dict(zip(SCALARS, (agent["totals"] / LOG_EVERY).tolist())) | (
-                {"overshoot": overshoots / checks} if checks else {}))
+            run.log(at, dict(zip(SCALARS, (agent["totals"] / LOG_EVERY).tolist())) | {
+                "overshoot": overshoots * CHECK_EVERY / LOG_EVERY})
             agent["totals"].zero_()
-            overshoots = checks = 0
+            overshoots = 0
         if last or due(args.eval_every):
             result = evaluate(args.eval_episodes * (2 if last else 1))
             run.log_evaluation(at, result)
         if (stop := run.stop) or last or due(args.checkpoint_every):
-            run.save({"agent": agent, "step": at, "state": state, "action": action, "return": returns,
-                      "length": lengths, "overshoots": overshoots, "checks": checks, "env": envs.snapshot(env),
+            run.save({"agent": agent, "step": at, "state": state, "action": action, "return": episode_return,
+                      "length": episode_length, "overshoots": overshoots, "env": envs.snapshot(env),
                       "rng": torch.get_rng_state(), "wall_s": run.wall_s()})
     run.close(at < args.total_timesteps)  # a stopped run ends here
     film(run.folder / "video")

@@ -3,11 +3,12 @@
 Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). No replay buffer, no
 batch, no target network: accumulating traces, a bounded step (ObGD), sparse initialisation, LayerNorm without
 parameters, scaled observations and rewards. Written from the paper's formulas alone; the parent is stream_ac.py, whose
-docstring says how the fast path works: `diff algos/stream_ac.py algos/stream_q.py` shows the idea.
+docstring says why a network is one flat vector: `diff algos/stream_ac.py algos/stream_q.py` shows the idea.
 
 Q(lambda) takes the greedy value of the next state and cuts its traces after an action that was not greedy (and after
 its own update, which so still credits the steps before). `--sarsa` takes the value of the action that is done next and
-cuts at the ends of episodes alone.
+cuts at the ends of episodes alone. Time-outs count as ends, so on classic control training has the published limit of
+10,000 steps; with CartPole's own 500 a good agent is told in every episode that it fell. Evaluations stop at 500.
 
 python algos/stream_q.py --env CartPole-v1
 """
@@ -33,6 +34,7 @@ from runtime import ArgError, Run, can_compile, hidden_layers, load_run, require
 
 ALGO = "stream_q"
 LOG_EVERY = 10_000  # environment steps
+CHECK_EVERY = 100  # steps between looks whether an update overshot its target
 SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "exploratory", "reward_scale")
 
 
@@ -44,14 +46,14 @@ class Args:
     eval_every: int = 25_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
-    # twin: stream run arguments
+    compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
+    # twin: run arguments
     seed: int = 1  # of networks, environments, exploration and batches
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
-    impl: Literal["compiled", "eager", "autograd"] = "compiled"  # closed form as one graph or not; the slow reference
     # twin end
 
     # algorithm
@@ -60,7 +62,8 @@ class Args:
     exploration_fraction: float = 0.05  # share of the steps over which epsilon falls (paper: 0.2 for Q on MinAtar)
     epsilon_end: float = 0.01  # share of uniform actions from then on
     bootstrap_on_truncation: Literal["auto", "on", "off"] = "auto"  # auto: on Atari only, as in the paper
-    max_episode_steps: int = 0  # time limit; 0: the environment's own (paper: 10,000 on classic control)
+    max_episode_steps: int = 0  # time limit of training; 0: 10,000 on classic control, as published, else the task's
+    time_feature: bool = True  # time since reset as an input, on vector observations
     kappa_value: float = 2.0  # margin of the step bound
     # twin: stream arguments
     gamma: float = 0.99  # discount per step
@@ -71,8 +74,6 @@ class Args:
     layer_norm: bool = True  # before every hidden activation
     normalize_obs: bool = True  # observations shifted and scaled by running statistics
     scale_reward: bool = True  # rewards divided by the running deviation of the discounted return
-    time_feature: bool = True  # time since reset as an input, on vector observations
-    overshoot_every: int = 100  # steps between checks whether an update overshot its target; 0: never
     # twin end
 
 
@@ -156,15 +157,6 @@ def backward(flat: torch.Tensor, net: Net, cache: list, head_grads: list[torch.T
             weight_grad, bias_grad, g = torch.outer(g, x.flatten()), g, torch.mv(weight.T, g)
         after = [weight_grad.flatten(), bias_grad, *after]
     return torch.cat(after)
-
-
-def reference_forward(params: list[torch.Tensor], net: Net, x: torch.Tensor, layer_norm: bool) -> list[torch.Tensor]:
-    """The same outputs in autograd's words; params: weight, bias, weight, ..."""
-    layers = list(zip(params[::2], params[1::2]))
-    for (weight, bias), stride in zip(layers, net.strides):
-        x = F.conv2d(x[None], weight, bias, stride)[0] if stride else F.linear(x.flatten(), weight, bias)
-        x = F.leaky_relu(F.layer_norm(x, x.shape) if layer_norm else x)
-    return [F.linear(x.flatten(), weight, bias) for weight, bias in layers[len(net.strides):]]
 # twin end
 
 
@@ -244,30 +236,6 @@ def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor,
     part["weights"].sub_(step * delta * direction)
     part["trace"].copy_(trace * (1 - cut))  # cut strictly after the update
     return step, size
-
-
-def reference_obgd(part: dict[str, torch.Tensor], net: Net, grads: list[torch.Tensor], delta: float, cut: bool,
-                   kappa: float, args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, tensor by tensor."""
-    weights, traces = ([p for layer in views(part[name], net) for p in layer] for name in ("weights", "trace"))
-    directions = []
-    for i, (trace, grad) in enumerate(zip(traces, grads)):
-        trace.mul_(args.gamma * args.lamda).add_(grad)
-        directions.append(trace)
-        if args.optimizer == "adaptive":
-            part["count"] += i == 0
-            square = [p for layer in views(part["square"], net) for p in layer][i]
-            square.mul_(0.999).add_(0.001 * (delta * trace) ** 2)
-            directions[-1] = trace / (square / (1 - 0.999 ** part["count"]) + 1e-8).sqrt()
-    size = sum(direction.abs().sum().item() for direction in directions)
-    step = args.learning_rate
-    if args.optimizer != "plain":
-        step = step / max(step * kappa * max(abs(delta), 1) * size, 1)
-    for weight, trace, direction in zip(weights, traces, directions):
-        weight.sub_(step * delta * direction)
-        if cut:
-            trace.zero_()
-    return torch.tensor(step), torch.tensor(size)
 # twin end
 
 
@@ -301,40 +269,20 @@ def update(agent: dict, net: Net, state, action, next_state, next_action, reward
     return delta, value, exploratory, *obgd(agent["value"], grad, delta, cut, args.kappa_value, args)
 
 
-@torch.enable_grad()
-def reference_update(agent: dict, net: Net, state, action, next_state, next_action, reward, discount, ended, args: Args
-                     ) -> tuple:
-    """`update` as one would write it first: autograd, loops over tensors."""
-    params = [p.detach().requires_grad_() for layer in views(agent["value"]["weights"], net) for p in layer]
-    (q,) = reference_forward(params, net, state, args.layer_norm)
-    with torch.no_grad():
-        (next_q,) = reference_forward(params, net, next_state, args.layer_norm)
-    value = q[action.argmax()]
-    next_value = next_q.max() if next_action is None else next_q[next_action.argmax()]
-    delta = (reward + discount * next_value - value).detach()
-    (-value).backward()
-    exploratory = bool(action.argmax() != q.argmax())
-    cut = bool(ended) or (exploratory and not args.sarsa)
-    with torch.no_grad():
-        done = reference_obgd(agent["value"], net, [p.grad for p in params], delta.item(), cut, args.kappa_value, args)
-    return delta, value.detach(), torch.tensor(float(exploratory)), *done
-
-
 def step(agent: dict, net: Net, state: torch.Tensor, action: torch.Tensor, row: torch.Tensor, uniform: torch.Tensor,
          shape: tuple[int, ...], frames: int, args: Args) -> tuple[torch.Tensor, ...]:
     """Everything between two environment steps. `row` is what the environment returned, float64: raw observation, time
     if it is an input, reward, whether the episode ended, whether the next state's value counts. Learns from it, chooses
     the next action; returns next state, next action, scaled reward, delta."""
     x, time = row[:math.prod(shape)].view(shape), row[math.prod(shape):-3]
-    reward, ended, goes_on = row[-3:-2], row[-2:-1].float(), args.gamma * row[-1:].float()
+    reward, ended, discount = row[-3:-2], row[-2:-1].float(), args.gamma * row[-1:].float()
     next_state = observe(agent["obs"], x, time, state, frames, args)
     reward = scale_reward(agent["reward"], reward, row[-2:-1], args)
-    learn, weights = reference_update if args.impl == "autograd" else update, agent["value"]["weights"]
-    next_action = None
+    weights, next_action = agent["value"]["weights"], None
     if args.sarsa:  # chosen before the update, which needs it
         next_action = choose(forward(weights, net, next_state, args.layer_norm)[0][0], uniform)
-    delta, value, exploratory, step_value, trace_value = learn(
-        agent, net, state, action, next_state, next_action, reward, goes_on, ended, args)
+    delta, value, exploratory, step_value, trace_value = update(
+        agent, net, state, action, next_state, next_action, reward, discount, ended, args)
     if not args.sarsa:
         next_action = choose(forward(weights, net, next_state, args.layer_norm)[0][0], uniform)
     agent["totals"].add_(torch.cat([x.float().view(1) for x in (
@@ -360,7 +308,7 @@ def make_agent(args: Args, env: envs.StreamEnv) -> tuple[dict, Net]:
             "reward": running_stats(1) | {"return": torch.zeros(1, dtype=torch.float64)}}, net
 
 
-@torch.no_grad()  # only the reference asks for gradients
+@torch.no_grad()  # gradients have a closed form
 def main(args: Args) -> dict[str, float]:
     """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
     saved = None
@@ -371,8 +319,7 @@ def main(args: Args) -> dict[str, float]:
     require_positive(args, "total_timesteps", "eval_episodes", "learning_rate", "kappa_value", "exploration_fraction")
     if not 0 <= args.sparsity <= 1:
         raise ArgError(f"--sparsity is a share, 0 to 1, not {args.sparsity}")
-    if args.impl == "compiled" and not can_compile(torch.device("cpu")):
-        args = replace(args, impl="eager")
+    args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for
 
@@ -385,7 +332,7 @@ def main(args: Args) -> dict[str, float]:
     n, actions = math.prod(env.shape), torch.eye(int(env.action_space.n))
     row = torch.zeros(n + env.timed + 3, dtype=torch.float64)
     raw = row.numpy()  # the same memory: assigning to it costs less than making a tensor
-    at, returns, lengths, overshoots, checks = 0, 0.0, 0, 0, 0
+    at, episode_return, episode_length, overshoots = 0, 0.0, 0, 0
 
     def uniform() -> torch.Tensor:
         """A uniform action at the epsilon of the next decision, else zeros."""
@@ -421,18 +368,18 @@ def main(args: Args) -> dict[str, float]:
         film(Path(args.evaluate, "video"))
         return result
 
-    learn = torch.compile(step, fullgraph=True, dynamic=False) if args.impl == "compiled" else step
+    learn = torch.compile(step, fullgraph=True, dynamic=False) if args.compile else step
     if saved and at >= args.total_timesteps:
         raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} plays it")
     if saved:
-        state, action, returns, lengths, overshoots, checks = (saved[name] for name in (
-            "state", "action", "return", "length", "overshoots", "checks"))
+        state, action, episode_return, episode_length, overshoots = (saved[name] for name in (
+            "state", "action", "return", "length", "overshoots"))
         env.restore(saved["env"])
         torch.set_rng_state(saved["rng"])
     else:
         state = look(env.reset(10_000 * args.seed), env, None, learn=True)
         action = choose(values(state), uniform())
-    if args.impl == "compiled":  # now, on copies: a signal to the compiler then leaves no update half done
+    if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
         learn(tree_map(torch.clone, agent), net, state, action, row, actions[0], env.shape, env.frames, args)
     run = Run(ALGO, args, envs.resolve(args.env), at, saved["wall_s"] if saved else 0.0)
     if not saved:
@@ -443,35 +390,35 @@ def main(args: Args) -> dict[str, float]:
         raw[:n] = obs.reshape(-1)
         raw[n:] = [*([env.time] if env.timed else []), reward, terminated or truncated,
                    not (terminated or (truncated and not bootstrap))]
-        before, done = state, action
-        at, returns, lengths = at + 1, returns + reward, lengths + 1
+        before = state, action
+        at, episode_return, episode_length = at + 1, episode_return + reward, episode_length + 1
         state, action, scaled, delta = learn(agent, net, state, action, row, uniform(), env.shape, env.frames, args)
         run.bar.update(1)
 
         def due(every: int) -> bool:
             return every > 0 and at % every == 0
-        if due(args.overshoot_every):
-            after = td_error(agent, net, before, done, state, action, scaled, args.gamma * raw[-1], args)
-            overshoots, checks = overshoots + (after * delta.item() < 0), checks + 1
+        if due(CHECK_EVERY):
+            after = td_error(agent, net, *before, state, action, scaled, args.gamma * raw[-1], args)
+            overshoots += after * delta.item() < 0
         if over:
-            run.log(at, {"return": returns, "length": lengths})
-            returns, lengths, state = 0.0, 0, look(env.reset(), env, None, learn=True)
+            run.log(at, {"return": episode_return, "length": episode_length})
+            episode_return, episode_length, state = 0.0, 0, look(env.reset(), env, None, learn=True)
             if not args.sarsa:  # SARSA does first what it chose at the end, as published
                 action = choose(values(state), uniform())
 
         # log, evaluate, save
         last = at >= args.total_timesteps
         if due(LOG_EVERY):
-            run.log(at, dict(zip(SCALARS, (agent["totals"] / LOG_EVERY).tolist())) | {"epsilon": epsilon(at, args)} | (
-                {"overshoot": overshoots / checks} if checks else {}))
+            run.log(at, dict(zip(SCALARS, (agent["totals"] / LOG_EVERY).tolist())) | {
+                "overshoot": overshoots * CHECK_EVERY / LOG_EVERY, "epsilon": epsilon(at, args)})
             agent["totals"].zero_()
-            overshoots = checks = 0
+            overshoots = 0
         if last or due(args.eval_every):
             result = evaluate(args.eval_episodes * (2 if last else 1))
             run.log_evaluation(at, result)
         if (stop := run.stop) or last or due(args.checkpoint_every):
-            run.save({"agent": agent, "step": at, "state": state, "action": action, "return": returns,
-                      "length": lengths, "overshoots": overshoots, "checks": checks, "env": envs.snapshot(env),
+            run.save({"agent": agent, "step": at, "state": state, "action": action, "return": episode_return,
+                      "length": episode_length, "overshoots": overshoots, "env": envs.snapshot(env),
                       "rng": torch.get_rng_state(), "wall_s": run.wall_s()})
     run.close(at < args.total_timesteps)  # a stopped run ends here
     film(run.folder / "video")

@@ -32,6 +32,7 @@ from runtime import ArgError, Run, can_compile, hidden_layers, load_run, require
 
 ALGO = "stream_td"
 LOG_EVERY = 1000  # rows
+CHECK_EVERY = 100  # steps between looks whether an update overshot its target
 SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "reward_scale")
 
 
@@ -42,14 +43,14 @@ class Args:
     total_timesteps: int = 68_000  # rows
     eval_every: int = 5_000  # rows per line of eval.csv: the error of the predictions made on the way
     checkpoint_every: int = 20_000  # rows between checkpoints; 0: only at the end
-    # twin: stream run arguments
+    compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
+    # twin: run arguments
     seed: int = 1  # of networks, environments, exploration and batches
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
-    impl: Literal["compiled", "eager", "autograd"] = "compiled"  # closed form as one graph or not; the slow reference
     # twin end
 
     # algorithm
@@ -66,8 +67,6 @@ class Args:
     layer_norm: bool = True  # before every hidden activation
     normalize_obs: bool = True  # observations shifted and scaled by running statistics
     scale_reward: bool = True  # rewards divided by the running deviation of the discounted return
-    time_feature: bool = True  # time since reset as an input, on vector observations
-    overshoot_every: int = 100  # steps between checks whether an update overshot its target; 0: never
     # twin end
 
 
@@ -150,15 +149,6 @@ def backward(flat: torch.Tensor, net: Net, cache: list, head_grads: list[torch.T
             weight_grad, bias_grad, g = torch.outer(g, x.flatten()), g, torch.mv(weight.T, g)
         after = [weight_grad.flatten(), bias_grad, *after]
     return torch.cat(after)
-
-
-def reference_forward(params: list[torch.Tensor], net: Net, x: torch.Tensor, layer_norm: bool) -> list[torch.Tensor]:
-    """The same outputs in autograd's words; params: weight, bias, weight, ..."""
-    layers = list(zip(params[::2], params[1::2]))
-    for (weight, bias), stride in zip(layers, net.strides):
-        x = F.conv2d(x[None], weight, bias, stride)[0] if stride else F.linear(x.flatten(), weight, bias)
-        x = F.leaky_relu(F.layer_norm(x, x.shape) if layer_norm else x)
-    return [F.linear(x.flatten(), weight, bias) for weight, bias in layers[len(net.strides):]]
 # twin end
 
 
@@ -222,30 +212,6 @@ def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor,
     part["weights"].sub_(step * delta * direction)
     part["trace"].copy_(trace * (1 - cut))  # cut strictly after the update
     return step, size
-
-
-def reference_obgd(part: dict[str, torch.Tensor], net: Net, grads: list[torch.Tensor], delta: float, cut: bool,
-                   kappa: float, args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, tensor by tensor."""
-    weights, traces = ([p for layer in views(part[name], net) for p in layer] for name in ("weights", "trace"))
-    directions = []
-    for i, (trace, grad) in enumerate(zip(traces, grads)):
-        trace.mul_(args.gamma * args.lamda).add_(grad)
-        directions.append(trace)
-        if args.optimizer == "adaptive":
-            part["count"] += i == 0
-            square = [p for layer in views(part["square"], net) for p in layer][i]
-            square.mul_(0.999).add_(0.001 * (delta * trace) ** 2)
-            directions[-1] = trace / (square / (1 - 0.999 ** part["count"]) + 1e-8).sqrt()
-    size = sum(direction.abs().sum().item() for direction in directions)
-    step = args.learning_rate
-    if args.optimizer != "plain":
-        step = step / max(step * kappa * max(abs(delta), 1) * size, 1)
-    for weight, trace, direction in zip(weights, traces, directions):
-        weight.sub_(step * delta * direction)
-        if cut:
-            trace.zero_()
-    return torch.tensor(step), torch.tensor(size)
 # twin end
 
 
@@ -270,28 +236,12 @@ def update(agent: dict, net: Net, state, next_state, reward, args: Args) -> tupl
     return delta, v, *obgd(agent["value"], grad, delta, torch.zeros(1), args.kappa_value, args)
 
 
-@torch.enable_grad()
-def reference_update(agent: dict, net: Net, state, next_state, reward, args: Args) -> tuple:
-    """`update` as one would write it first: autograd, loops over tensors."""
-    params = [p.detach().requires_grad_() for layer in views(agent["value"]["weights"], net) for p in layer]
-    (v,) = reference_forward(params, net, state, args.layer_norm)
-    with torch.no_grad():
-        (next_v,) = reference_forward(params, net, next_state, args.layer_norm)
-    delta = (reward + args.gamma * next_v - v).detach()
-    (-v).backward()
-    with torch.no_grad():
-        grads = [p.grad for p in params]
-        done = reference_obgd(agent["value"], net, grads, delta.item(), False, args.kappa_value, args)
-    return delta, v.detach(), *done
-
-
 def step(agent: dict, net: Net, state: torch.Tensor, row: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
     """Everything between two rows; `row`: the next row and the cumulant, float64. Learns; returns next state, the
     prediction made at `state` in units of the cumulant, scaled cumulant, delta."""
     next_state = observe(agent, row[:-1], args)
     reward = scale_reward(agent["reward"], row[-1:], torch.zeros(1), args)
-    learn = reference_update if args.impl == "autograd" else update
-    delta, v, step_value, trace_value = learn(agent, net, state, next_state, reward, args)
+    delta, v, step_value, trace_value = update(agent, net, state, next_state, reward, args)
     scale = deviation(agent["reward"]) if args.scale_reward else torch.ones(1)
     agent["totals"].add_(torch.cat([x.float().view(1) for x in (
         delta.abs(), v, step_value, step_value < args.learning_rate, trace_value, scale)]))
@@ -336,7 +286,7 @@ def draw(predicted: np.ndarray, true: np.ndarray, path: Path) -> None:
     plt.close(figure)
 
 
-@torch.no_grad()  # only the reference asks for gradients
+@torch.no_grad()  # gradients have a closed form
 def main(args: Args) -> dict[str, float]:
     """Predict, resume or show again, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
     saved = None
@@ -346,8 +296,7 @@ def main(args: Args) -> dict[str, float]:
     require_positive(args, "total_timesteps", "learning_rate", "kappa_value", "lead")
     if not 0 <= args.sparsity <= 1 or not 0 <= args.obs_trace < 1:
         raise ArgError(f"--sparsity and --obs-trace are shares, 0 to 1, not {args.sparsity} and {args.obs_trace}")
-    if args.impl == "compiled" and not can_compile(torch.device("cpu")):
-        args = replace(args, impl="eager")
+    args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for
 
@@ -358,7 +307,7 @@ def main(args: Args) -> dict[str, float]:
     agent, net = make_agent(args, series.rows.shape[1])
     row = torch.zeros(series.rows.shape[1] + 1, dtype=torch.float64)
     raw = row.numpy()  # the same memory: assigning to it costs less than making a tensor
-    predicted, at, overshoots, checks = np.zeros(len(true)), 0, 0, 0
+    predicted, at, overshoots = np.zeros(len(true)), 0, 0
     if saved:
         agent, at, predicted = saved["agent"], saved["step"], saved["predicted"].numpy()
     if args.evaluate:  # predictions are made once; what is shown is how good they were
@@ -371,12 +320,12 @@ def main(args: Args) -> dict[str, float]:
     if saved and at >= args.total_timesteps:
         raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} shows it")
 
-    learn = torch.compile(step, fullgraph=True, dynamic=False) if args.impl == "compiled" else step
+    learn = torch.compile(step, fullgraph=True, dynamic=False) if args.compile else step
     if saved:
-        state, overshoots, checks = (saved[name] for name in ("state", "overshoots", "checks"))
+        state, overshoots = saved["state"], saved["overshoots"]
     else:
         state = observe(agent, torch.from_numpy(series.rows[0]), args)
-    if args.impl == "compiled":  # now, on copies: a signal to the compiler then leaves no update half done
+    if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
         learn(tree_map(torch.clone, agent), net, state, row, args)
     if not (args.run_dir or args.resume) and args.env.endswith(".csv"):  # a path is no name for a folder
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -398,26 +347,26 @@ def main(args: Args) -> dict[str, float]:
 
         def due(every: int) -> bool:
             return every > 0 and at % every == 0
-        if due(args.overshoot_every):
+        if due(CHECK_EVERY):
             after = td_error(agent, net, before, state, scaled, args)
-            overshoots, checks = overshoots + (after * delta.item() < 0), checks + 1
+            overshoots += after * delta.item() < 0
 
         # log, evaluate, save
         last = at >= args.total_timesteps
         if due(LOG_EVERY):
             window = score(predicted[at - LOG_EVERY:at], true[at - LOG_EVERY:at])
             run.log(at, dict(zip(SCALARS, (agent["totals"] / LOG_EVERY).tolist())) | {
-                "rmse": -window["return_mean"], "true_std": window["return_std"]} | (
-                {"overshoot": overshoots / checks} if checks else {}))
+                "rmse": -window["return_mean"], "true_std": window["return_std"],
+                "overshoot": overshoots * CHECK_EVERY / LOG_EVERY})
             agent["totals"].zero_()
-            overshoots = checks = 0
+            overshoots = 0
         if last or due(args.eval_every):
             result = score(predicted[since:at], true[since:at])
             run.log_evaluation(at, result)
             since = at
         if (stop := run.stop) or last or due(args.checkpoint_every):
             run.save({"agent": agent, "step": at, "state": state, "predicted": predicted, "overshoots": overshoots,
-                      "checks": checks, "wall_s": run.wall_s()})
+                      "wall_s": run.wall_s()})
     run.close(at < args.total_timesteps)  # a stopped run ends here
     if args.video:
         draw(predicted[:at], true[:at], run.folder / "video" / "prediction.png")

@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy; one process: the peer gains from it as well
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,6 +35,7 @@ import knowledge
 from algos import ppo_kian as ppo
 from algos import sac_kian as sac
 from algos import stream_ac
+from benchmarks import stream_autograd
 from runtime import use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
@@ -156,7 +158,7 @@ class Stream:
     """stream_ac's functions in the order of its main(), without logging."""
 
     def __init__(self, impl: str):
-        self.args = args = stream_ac.Args(impl=impl)
+        self.impl, self.args = impl, (args := stream_ac.Args())
         torch.manual_seed(args.seed)
         self.env = envs.StreamEnv(args.env)
         self.agent, self.nets = stream_ac.make_agent(args, self.env)
@@ -178,6 +180,11 @@ class Stream:
     @torch.no_grad()
     def train(self, steps: int) -> None:
         """The training loop for `steps` environment steps."""
+        update = stream_autograd.update_ac if self.impl == "autograd" else stream_ac.update
+        with mock.patch.object(stream_ac, "update", update):
+            self.loop(steps)
+
+    def loop(self, steps: int) -> None:
         raw, shape = self.row.numpy(), self.env.shape
         for _ in range(steps):
             action = np.clip(self.action.numpy(), self.low, self.high)

@@ -22,6 +22,7 @@ from envs.ids import EnvError, resolve
 from envs.vector import GymVectorEnv, mujoco_restore, mujoco_snapshot
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
+CLASSIC, CLASSIC_LIMIT = ("CartPole", "Acrobot", "MountainCar"), 10_000  # as published: good agents should not meet it
 PACKAGES = {"MinAtar/": "minatar", "dm_control/": "shimmy[dm-control]", "ALE/": "ale-py", "NoFrameskip": "ale-py"}
 
 
@@ -29,14 +30,19 @@ class StreamEnv:
     """A gymnasium environment with a time feature and exact snapshots.
 
     Attributes: kind, "vector", "minatar" or "atari"; shape of an observation, (n,) or channels first (C, h, w);
-    frames, how many the learner is to stack; action_space; max_episode_steps, None without a limit; time, the feature
-    that belongs to the last observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari episodes
-    end for the learner when a life is lost (terminated), and go on until the game is over (`over`).
+    frames, how many the learner is to stack; action_space; max_episode_steps, the limit T, None without one;
+    task_limit, the one the task is registered with, where evaluations stop; time, the feature that belongs to the last
+    observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari episodes end for the learner when a
+    life is lost (terminated), and go on until the game is over (`over`).
     """
 
     def __init__(self, env_id: str, max_episode_steps: int = 0, time_feature: bool = True, **kwargs):
-        """Raises EnvError for an unknown id, a missing package, or observations that are no arrays."""
+        """max_episode_steps 0: 10,000 on classic control with discrete actions, else the task's own.
+
+        Raises EnvError for an unknown id, a missing package, or observations that are no arrays."""
         register(env_id)
+        self.task_limit = gym.spec(resolve(env_id)).max_episode_steps
+        max_episode_steps = max_episode_steps or (CLASSIC_LIMIT if env_id.split("-v")[0] in CLASSIC else 0)
         limit = {"max_episode_steps": max_episode_steps} if max_episode_steps else {}
         self.kind = "atari" if "NoFrameskip" in env_id else "minatar" if env_id.startswith("MinAtar/") else "vector"
         try:
@@ -186,7 +192,8 @@ def as_arrays(state: dict) -> dict:
 
 
 def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> dict[str, float]:
-    """Play `episodes` episodes of `act` (observation, environment -> action); episode k is reset with `seed + k`.
+    """Play `episodes` episodes of `act` (observation, environment -> action); episode k is reset with `seed + k`, and
+    stops at the task's own limit where training has a later one.
 
     Returns the columns of eval.csv; no task here has a notion of success (NaN).
     """
@@ -197,6 +204,7 @@ def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> 
             obs, reward, _, _, over = env.step(act(obs, env))
             returns[k] += reward
             lengths[k] += 1
+            over = over or lengths[k] == env.task_limit
     return {"episodes": episodes, "return_mean": float(returns.mean()), "return_std": float(returns.std()),
             "success_rate": float("nan"), "length_mean": float(lengths.mean())}
 
@@ -218,6 +226,7 @@ def record_stream(act: Callable, env_id: str, episodes: int, seed: int, folder: 
         while not over:
             frames.append(np.asarray(env.env.render()))
             obs, _, _, _, over = env.step(act(obs, env))
+            over = over or len(frames) == env.task_limit
         if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
             frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]
         imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=env.env.metadata.get("render_fps", 25))
