@@ -42,7 +42,7 @@ test: $(VENV)/.tests-installed gl  ## all tests, about 7 minutes on two cores
 twins: setup  ## rewrite every marked twin block from its first copy
 	$(BIN)/python tests/test_twins.py --write
 
-speed: setup  ## updates/s and steps/s: ALGO=sac beside stable-baselines3, ALGO=stream beside plain autograd
+speed: setup  ## updates/s and steps/s: ALGO=sac or ppo beside stable-baselines3, ALGO=stream beside plain autograd
 	$(BIN)/python benchmarks/speed.py $(or $(ALGO),sac) $(ARGS)
 
 bench: setup  ## run what is not finished of SUITE=smoke|cpu|paper, WORKERS=2 at a time, ALGO=sac_kian only

@@ -80,13 +80,13 @@ def test_a_folder_is_a_function_of_the_cell():
 @pytest.mark.parametrize("name", [p.stem for p in (ROOT / "benchmarks" / "suites").glob("*.toml")])
 def test_shipped_suites_are_valid(name):
     """Every flag of every cell is one that the script has."""
+    import importlib
+
     import tyro
 
-    from algos import sac_kian
-
     for cell in load_suite(Args(suite=name)):
-        assert cell.algo == "sac_kian"
-        tyro.cli(sac_kian.Args, args=["--env", cell.env, "--seed", str(cell.seed), *cell.flags])
+        if cell.seed == 1:
+            tyro.cli(importlib.import_module(f"algos.{cell.algo}").Args, args=cell.fresh)
 
 
 def test_errors_are_one_line(tmp_path):

@@ -85,7 +85,7 @@ def test_a_method_that_is_judged_by_returns(tmp_path):
     with pytest.raises(ValueError, match="Maze.csv has no success_rate"):
         curves.load_curves(files[0], "success_rate")
     environments = {path.stem: curves.load_curves(path, "return_mean") for path in files}
-    assert report.reading("new", "Maze") == report.Reading("return_mean", None, "plain", "none given")
+    assert report.reading("new", "Maze") == report.Reading("return_mean", None, "plain", (), "none given")
     head, rows = report.summarise(environments["Maze"], report.reading("new", "Maze"))
     assert head == ["", "seeds", "return at 5k", "return at 20k", "return at 99k", "mean up to 99k", "P(above plain)",
                     "worst seed", "code"]
@@ -98,6 +98,17 @@ def test_a_method_that_is_judged_by_returns(tmp_path):
     drawn = (tmp_path / "new.svg").read_text()
     assert drawn.count(">return</text>") == 2 and all(f">{name}</text>" in drawn for name in environments["Door"])
     assert len(set(report.paint(environments).values())) == 6
+
+
+def test_what_does_not_learn_holds_for_the_budget_of_the_others(tmp_path):
+    variants = curves.load_curves(returns(tmp_path, "Maze", 99_000), "return_mean")
+    name = next(name for name in variants if name != "plain")
+    last = [curve.scores[-1] for curve in variants[name]]
+    for curve in variants[name]:
+        curve.steps, curve.minutes, curve.scores = curve.steps[:1], curve.minutes[:1], curve.scores[-1:]
+    report.hold(variants, (name,))
+    assert report.shared_budget(variants) == 99_000
+    assert [curve.scores for curve in variants[name]] == [[score, score] for score in last]
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
