@@ -193,7 +193,7 @@ class Agent(nn.Module):
 
 
 class Output(NamedTuple):
-    joint: torch.Tensor  # (B, n+1, A), log of weight times probability, inner policy first; (B, 1, A) if fused otherwise
+    joint: torch.Tensor  # (B, n+1, A), log of weight times probability, inner policy first; (B, 1, A) of a single one
     value: torch.Tensor  # (B,)
     log_weights: torch.Tensor | None = None  # (B, n+1)
     norms: torch.Tensor | None = None  # (B, n+1), |query| |key|
@@ -432,8 +432,7 @@ def main(args: Args) -> dict[str, float]:
     while step < args.total_timesteps and not stop:
         rollout, obs = collect(agent, vec, obs, look, tally, args)
         before, step = step, step + args.num_steps * args.num_envs
-        learns = args.actor not in ("rule", "mix")
-        scalars = update(agent, optimizer, rollout, loss_of, args) if learns else {}
+        scalars = {} if args.actor in ("rule", "mix") else update(agent, optimizer, rollout, loss_of, args)
 
         def due(every: int) -> bool:
             return every > 0 and step // every > before // every
