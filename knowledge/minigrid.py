@@ -1,4 +1,4 @@
-"""Rules for MiniGrid and BabyAI, those of KIAN (Chiu et al. 2023, arXiv 2210.03729) as released.
+"""Rules for MiniGrid and BabyAI: those of KIAN (Chiu et al. 2023, arXiv 2210.03729) as released, and `explore`.
 
 Observations are dicts with `image` (B, 7, 7, 3): object, colour and state of the cell [x, y] that the agent sees, the
 agent at (3, 6) facing smaller y. What it carries is drawn in its own cell, and fires no rule. A rule has no memory and
@@ -17,7 +17,7 @@ from torch import Tensor
 from knowledge.registry import Policy, group, rule
 
 LEFT, RIGHT, FORWARD, PICKUP, TOGGLE, ACTIONS = 0, 1, 2, 3, 5, 7
-WALL, DOOR, KEY, BALL, GOAL, LAVA = 2, 4, 5, 6, 8, 9
+EMPTY, WALL, FLOOR, DOOR, KEY, BALL, GOAL, LAVA = 1, 2, 3, 4, 5, 6, 8, 9
 CLOSED, LOCKED = 1, 2
 
 
@@ -136,6 +136,21 @@ def avoid_obstacles(obs: dict[str, Tensor]) -> Tensor:
 def avoid_ball(obs: dict[str, Tensor]) -> Tensor:
     """Turn or go where there is no ball."""
     return avoid(objects(obs) == BALL)
+
+
+@grid_rule("minigrid.explore")
+def explore(obs: dict[str, Tensor]) -> Tensor:
+    """Not in the paper: while no goal is in view, straight on until something is in the way, then to the side that is
+    open (either, if both are or none is)."""
+    seen = obs["image"][..., 0]
+    free = (seen == EMPTY) | (seen == FLOOR)
+    ahead, left, right = free[:, 3, 5], free[:, 2, 6], free[:, 4, 6]
+    lost = ~(seen == GOAL).flatten(1).any(1)
+    advice = torch.zeros(len(seen), ACTIONS, device=seen.device)
+    advice[:, FORWARD] = (lost & ahead).float()
+    advice[:, LEFT] = (lost & ~ahead & (left | ~right)).float()
+    advice[:, RIGHT] = (lost & ~ahead & (right | ~left)).float()
+    return advice
 
 
 def family(name: str, envs: str | tuple[str, ...], *rules: str, auto: bool = True) -> None:

@@ -270,9 +270,19 @@ def test_avoid(rule, kind):
         assert advice(rule, view((*cell, kind))) == [float(i != turn) for i in range(3)] + [0] * 4
 
 
+@pytest.mark.parametrize("objects, expected", [
+    ((1, 2, 2), [0, 0, 1]),  # ahead is free: straight on, whatever is beside
+    ((2, 1, 2), [1, 0, 0]), ((2, 2, 1), [0, 1, 0]), ((9, 3, 4), [1, 0, 0]),  # lava ahead, floor left, door right
+    ((2, 1, 1), [1, 1, 0]), ((2, 2, 2), [1, 1, 0])])
+def test_explore(objects, expected):
+    cells = [(*cell, kind) for cell, kind in zip(((3, 5), (2, 6), (4, 6)), objects)]
+    assert advice("explore", view(*cells)) == expected + [0] * 4
+    assert advice("explore", view(*cells, (0, 0, 8))) == [0] * 7  # the goal is in view
+
+
 def test_rules_row_by_row_on_every_id():
     for env_id in GRIDS:
-        assert len(knowledge.rules_for(env_id)) == 9, env_id
+        assert len(knowledge.rules_for(env_id)) == 10, env_id
     for env_id, actions in ((DOORKEY, 7), ("BabyAI-GoTo-v0", 7), ("MiniGrid-Dynamic-Obstacles-8x8-v0", 3)):
         for name, rule in knowledge.rules_for(env_id).items():
             whole = rule(EXAMPLE)
