@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Sequence
@@ -133,6 +133,19 @@ def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
     raise ArgError(f"{folder} is a run of {saved['algo']}, not of {algo}; use algos/{saved['algo']}.py")
 
 
+def continued(stored: Any, asked: Any, *anew: str, unless_default: Sequence[str] = ()) -> Any:
+    """Arguments of a run, with the fields `anew` as asked for now, and `unless_default` where they were named. Raises
+    ArgError if another one was asked for: it would have no effect."""
+    named = {field.name: getattr(asked, field.name) for field in fields(asked)
+             if getattr(asked, field.name) != field.default}
+    for name, value in named.items():
+        if name not in (*anew, *unless_default) and value != getattr(stored, name):
+            raise ArgError(f"--{name.replace('_', '-')} {value}: a run keeps the arguments that it was started with "
+                           f"(here {getattr(stored, name)}); leave it out, or start a new run")
+    return replace(stored, **{name: getattr(asked, name) for name in anew},
+                   **{name: named[name] for name in unless_default if name in named})
+
+
 def write_whole(path: Path, write) -> None:
     """Call `write` on a temporary path and rename it to `path`: a reader, or a kill, never sees half a file."""
     temporary = path.with_name(path.name + ".tmp")
@@ -166,7 +179,9 @@ def describe_machine() -> dict:
 
 
 def require_positive(args: Any, *names: str) -> None:
-    """Raise ArgError unless all these numbers of `args` are greater than zero."""
+    """Raise ArgError unless all these numbers of `args` are greater than zero, and the seed is not below it."""
+    if args.seed < 0:
+        raise ArgError(f"--seed must be 0 or more, not {args.seed}")
     for name in names:
         if not getattr(args, name) > 0:
             raise ArgError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")

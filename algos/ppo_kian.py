@@ -36,7 +36,7 @@ from torch import nn
 
 import envs
 import knowledge
-from runtime import ArgError, Run, can_compile, load_run, pick_device, require_positive
+from runtime import ArgError, Run, can_compile, continued, load_run, pick_device, require_positive
 
 ALGO = "ppo_kian"
 LOG_EVERY = 10_000  # environment steps
@@ -91,7 +91,7 @@ class Args:
     entropy_of: Literal["inner", "fused"] = "inner"  # whose entropy is rewarded: the inner policy's, or all's (paper)
     entropy_fix: Literal["on", "off"] = "on"  # off: dot products, advice as it stands; paper's ablation: + --official
     official: bool = False  # as released: overrides inner-key, fusion, sharpness, silent, entropy-of, bootstrapping
-    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions (paper), or takes the likeliest
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions (paper), or the likeliest
     init_from: str = ""  # run folder whose keys are taken over by name, and whose inner policy becomes knowledge
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
@@ -332,9 +332,8 @@ def main(args: Args) -> dict[str, float]:
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
         env_id = args.env if args.evaluate and args.env else stored.env
-        args = replace(stored, resume=folder, device=args.device) if args.resume else replace(
-            stored, evaluate=folder, eval_episodes=args.eval_episodes, eval_select=args.eval_select, video=args.video,
-            device=args.device)
+        args = continued(stored, args, "resume", "device") if args.resume else continued(
+            stored, replace(args, env=""), "evaluate", "eval_episodes", "video", "device", unless_default=["eval_select"])
     else:
         args = replace(args, env=env_id)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "num_steps", "epochs", "batch_size",

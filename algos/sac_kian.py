@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_map
 
 import envs
 import knowledge
-from runtime import (ArgError, Run, can_compile, hidden_layers, load_run, pick_device, require_positive,
+from runtime import (ArgError, Run, can_compile, continued, hidden_layers, load_run, pick_device, require_positive,
                      use_fast_matmul)
 
 ALGO = "sac_kian"
@@ -51,7 +51,7 @@ class Args:
     env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
     total_timesteps: int = 150_000  # environment steps, summed over environments
     num_envs: int = 32  # environments stepped together
-    goal_range: float = 0.0  # Fetch: tenths of the task's range of goals; 0: all of it, or with --evaluate as trained
+    goal_range: float = 0.0  # Fetch: tenths of the task's range of goals; 0: all of it, or with --evaluate as in training
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
@@ -379,9 +379,8 @@ def main(args: Args) -> dict[str, float]:
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        args = replace(stored, resume=folder, device=args.device) if args.resume else replace(
-            stored, evaluate=folder, eval_episodes=args.eval_episodes, video=args.video, device=args.device,
-            goal_range=args.goal_range or stored.goal_range)
+        args = continued(stored, args, "resume", "device") if args.resume else continued(
+            stored, args, "evaluate", "eval_episodes", "video", "device", unless_default=["goal_range", "eval_select"])
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "learning_rate",
                      "updates_per_step", "initial_temperature", "attention_temperature")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms

@@ -30,7 +30,7 @@ import tyro
 from torch.utils._pytree import tree_map
 
 import envs
-from runtime import ArgError, Run, can_compile, hidden_layers, load_run, require_positive
+from runtime import ArgError, Run, can_compile, continued, hidden_layers, load_run, require_positive
 
 ALGO = "stream_q"
 LOG_EVERY = 10_000  # environment steps
@@ -314,8 +314,8 @@ def main(args: Args) -> dict[str, float]:
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        args = replace(stored, resume=folder) if args.resume else replace(
-            stored, evaluate=folder, eval_episodes=args.eval_episodes, video=args.video)
+        args = continued(stored, args, "resume") if args.resume else continued(
+            stored, args, "evaluate", "eval_episodes", "video")
     require_positive(args, "total_timesteps", "eval_episodes", "learning_rate", "kappa_value", "exploration_fraction")
     if not 0 <= args.sparsity <= 1:
         raise ArgError(f"--sparsity is a share, 0 to 1, not {args.sparsity}")

@@ -28,7 +28,7 @@ import tyro
 from torch.utils._pytree import tree_map
 
 import envs
-from runtime import ArgError, Run, can_compile, hidden_layers, load_run, require_positive
+from runtime import ArgError, Run, can_compile, continued, hidden_layers, load_run, require_positive
 
 ALGO = "stream_td"
 LOG_EVERY = 1000  # rows
@@ -292,7 +292,7 @@ def main(args: Args) -> dict[str, float]:
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        args = replace(stored, resume=folder) if args.resume else replace(stored, evaluate=folder, video=args.video)
+        args = continued(stored, args, "resume") if args.resume else continued(stored, args, "evaluate", "video")
     require_positive(args, "total_timesteps", "learning_rate", "kappa_value", "lead")
     if not 0 <= args.sparsity <= 1 or not 0 <= args.obs_trace < 1:
         raise ArgError(f"--sparsity and --obs-trace are shares, 0 to 1, not {args.sparsity} and {args.obs_trace}")

@@ -182,7 +182,7 @@ def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
     (dict(knowledge="fetch.reach_objct"), "fetch.reach_object"),
     (dict(knowledge="missing.py"), "missing.py"),
     (dict(knowledge="run:missing"), "missing"),
-    (dict(num_envs=0), "--num-envs"), (dict(batch_size=-1), "--batch-size"), (dict(learning_rate=0.0), "--learning-rate"),
+    (dict(num_envs=0), "--num-envs"), (dict(seed=-1), "--seed"), (dict(batch_size=-1), "--batch-size"), (dict(learning_rate=0.0), "--learning-rate"),
     (dict(hidden="256"), "--hidden"), (dict(load_keys="missing.json"), "missing.json"),
     (dict(actor="plain", load_keys="missing.json"), "kian"), (dict(knowledge="none", save_keys="k.json"), "kian"),
     (dict(batch_size=400), "first update"), (dict(track=True), "pip install wandb")])
@@ -207,6 +207,10 @@ def test_bad_folders(uncut, tmp_path):
         for flag in ("resume", "evaluate"):
             with pytest.raises(ArgError, match=words):
                 sac_kian.main(sac_kian.Args(**{flag: str(tmp_path / name)}))
+    for flag, asked in (("resume", dict(total_timesteps=9000)), ("evaluate", dict(seed=5)),
+                        ("evaluate", dict(env="FetchSlide-v2"))):
+        with pytest.raises(ArgError, match="keeps the arguments"):
+            sac_kian.main(sac_kian.Args(**{flag: str(uncut[0])}, **asked))
     with pytest.raises(ArgError, match="not empty"):
         train(uncut[0])
     with pytest.raises(ArgError, match="finished"):
