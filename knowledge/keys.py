@@ -26,6 +26,17 @@ def save_keys(file: str, policy: dict) -> None:
     Path(file).write_text(json.dumps(facts, indent=1))
 
 
+def read_run(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Checkpoint of a run, and all the keys it knows by name: its own, and of policies that it did without those of the
+    runs that it came from (--init-from), as long as these are where they were. Raises what a bad file raises."""
+    checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    keys = {name: key.clone() for name, key in checkpoint["policy"]["keys"].items()}
+    before = json.loads((folder / "config.json").read_text())["args"].get("init_from")
+    if before and Path(before, "checkpoint.pt").is_file():
+        keys = {name: key for name, key in read_run(Path(before))[1].items() if name != "inner"} | keys
+    return checkpoint, keys
+
+
 @torch.no_grad()
 def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: str, warm: str) -> None:
     """Overwrite, in place, the keys of `actor` whose names `source` knows; others keep their fresh ones.
@@ -42,9 +53,8 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         raise KnowledgeError(f"keys {source} have nowhere to go: use --actor kian with at least one knowledge policy")
     try:
         if path.is_dir():
-            checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+            checkpoint, keys = read_run(path)
             policy = checkpoint["policy"]
-            keys = {name: key.clone() for name, key in policy["keys"].items()}
         else:
             keys = {name: torch.tensor(key) for name, key in json.loads(path.read_text())["keys"].items()}
     except Exception as error:  # a foreign file raises anything

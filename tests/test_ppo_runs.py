@@ -166,6 +166,10 @@ def test_a_run_goes_on_in_the_next_task(uncut, warm, parts, tmp_path, monkeypatc
     for part in ("encoder", "trunk", "query", "inner"):
         same = all(torch.equal(p, old["agent"][k]) for k, p in started.items() if k.startswith(f"{part}."))
         assert same == (part in parts), part
+    # what a run did without is remembered by the one that comes after it
+    train(tmp_path / "third", knowledge="minigrid.get_ball,minigrid.open_door", init_from=str(tmp_path / "next"), warm="keys",
+          total_timesteps=128)
+    assert torch.equal(started["keys"][2], old_keys["minigrid.open_door"])
 
 
 @pytest.mark.parametrize("kwargs, words", [
