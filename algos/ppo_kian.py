@@ -4,8 +4,8 @@ Chiu et al., "Flexible Attention-Based Multi-Policy Fusion for Efficient Deep RL
 The query of a state meets one key per policy, the inner (trained) one included; the softmax of their cosines is the
 weight of each policy (Eqs. 1-2), and the actor is the mixture of all with these weights. A rule's advice e, ones at
 the actions it is for, becomes softmax(beta e): how sharp, beta = |query| |key|, is learned per rule and state, which
-balances the entropies of rules and inner policy. With three actions or fewer, weighted logits are added instead, as in the
-released code. `--knowledge none` and `--actor plain` are PPO itself.
+balances the entropies of rules and inner policy. With three actions or fewer, weighted logits are added instead, as
+in the released code. `--knowledge none` and `--actor plain` are PPO itself.
 
 Departures from the paper and its released code. --official undoes all, docs/ppo_kian.md has the reasons:
 - the entropy bonus is the inner policy's alone; of the fused policy it makes rules uniform before a first reward comes;
@@ -273,7 +273,8 @@ def collect(agent: Agent, vec: envs.VectorEnv, obs, look: Callable, tally: dict,
     """`num_steps` steps of every environment from `obs` on -> rollout {name: (T N, ...)}, and the observation after it.
     `look` gives what the agent sees. `tally` has the returns of open episodes, and collects those of finished ones."""
     (seen, advice), steps = look(obs), []
-    noise = gumbel((args.num_steps, vec.num_envs, vec.action_space.n)).to(seen.device)
+    device = seen.device
+    noise = gumbel((args.num_steps, vec.num_envs, vec.action_space.n)).to(device)
     for t in range(args.num_steps):
         output = agent(seen, advice, args)
         log_probs = output.log_probs
@@ -288,7 +289,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, obs, look: Callable, tally: dict,
         if cut.any() and not args.official:  # the task went on: its last state counts with what it is worth
             final_value = agent.critic(agent.encoder(look(to_tensors(info["final_obs"]))[0])).squeeze(1)
             reward[cut] += args.gamma * final_value.cpu()[cut]
-        steps.append((seen, advice, action, log_prob, output.value, reward.to(seen.device), ended.float().to(seen.device)))
+        steps.append((seen, advice, action, log_prob, output.value, *(x.float().to(device) for x in (reward, ended))))
         obs = to_tensors(obs)
         seen, advice = look(obs)
     names = ("obs", "advice", "action", "log_prob", "value", "reward", "ended")
@@ -333,7 +334,8 @@ def main(args: Args) -> dict[str, float]:
         stored, saved = load_run(folder, ALGO, Args)
         env_id = args.env if args.evaluate and args.env else stored.env
         args = continued(stored, args, "resume", "device") if args.resume else continued(
-            stored, replace(args, env=""), "evaluate", "eval_episodes", "video", "device", unless_default=["eval_select"])
+            stored, replace(args, env=""), "evaluate", "eval_episodes", "video", "device",
+            unless_default=["eval_select"])
     else:
         args = replace(args, env=env_id)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "num_steps", "epochs", "batch_size",
@@ -351,7 +353,7 @@ def main(args: Args) -> dict[str, float]:
     if args.fusion == "auto":
         args = replace(args, fusion="logit" if num_actions <= 3 else "mixture")
     if saved and len(saved["agent"]["inner.bias"]) != num_actions:
-        raise ArgError(f"{env_id} has {num_actions} actions, {args.env} of {folder} {len(saved['agent']['inner.bias'])}")
+        raise ArgError(f"{env_id} has {num_actions} actions; {folder}, trained in {args.env}, has others")
     if isinstance(vec.observation_space, gym.spaces.Discrete):
         raise ArgError(f"{env_id} observes {vec.observation_space}; {ALGO} needs numbers (Box) or a grid")
     obs = to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i: no two seeds share one

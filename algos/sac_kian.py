@@ -51,7 +51,7 @@ class Args:
     env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
     total_timesteps: int = 150_000  # environment steps, summed over environments
     num_envs: int = 32  # environments stepped together
-    goal_range: float = 0.0  # Fetch: tenths of the task's range of goals; 0: all of it, or with --evaluate as in training
+    goal_range: float = 0.0  # Fetch: tenths of the task's range of goals; 0: all, or with --evaluate as in training
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
@@ -70,6 +70,7 @@ class Args:
     bf16: bool = False  # hidden layers of the update in bfloat16: for GPUs and CPUs with avx512_bf16 or AMX
     hidden: str = "256x3"  # hidden layers of actor and critics, width x depth (paper: 512x3)
     batch_size: int = 512  # transitions per update (paper: 2048)
+    buffer_size: int = 1_000_000  # transitions that are kept, in whole episodes with HER; the oldest go first
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature (paper: 5e-4, Slide 4e-4)
     gamma: float = 0.95  # discount per step
     tau: float = 0.05  # share of the critics that enters their targets per update
@@ -381,8 +382,8 @@ def main(args: Args) -> dict[str, float]:
         stored, saved = load_run(folder, ALGO, Args)
         args = continued(stored, args, "resume", "device") if args.resume else continued(
             stored, args, "evaluate", "eval_episodes", "video", "device", unless_default=["goal_range", "eval_select"])
-    require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "learning_rate",
-                     "updates_per_step", "initial_temperature", "attention_temperature")
+    require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "buffer_size",
+                     "learning_rate", "updates_per_step", "initial_temperature", "attention_temperature")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
         args = replace(args, entropy_fix="off", credit="drawn")
     args = replace(args, practice=0.0) if args.credit == "drawn" else args  # never drawn, it would learn nothing
@@ -396,9 +397,8 @@ def main(args: Args) -> dict[str, float]:
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     features = envs.flatten(obs)
     f, d, g = features.shape[1], vec.action_space.shape[0], obs["desired_goal"].shape[1] if vec.is_goal_env else 0
-    example = envs.unflatten(features.repeat(2, 1), g)
     given = "none" if args.actor == "plain" else args.knowledge + (args.init_from and f",inner:{args.init_from}")
-    external = knowledge.load(given, args.env, d, example)
+    external = knowledge.load(given, args.env, d, envs.unflatten(features.repeat(2, 1), g))
     n, names, attends = len(external), ["inner", *external], len(external) > 0 and args.actor in ("kian", "a2t")
     agent = make_agent(args, f, d, n)
     if args.save_keys and "keys" not in agent["actor"]:
@@ -407,9 +407,10 @@ def main(args: Args) -> dict[str, float]:
     if relabelled and vec.max_episode_steps is None:
         raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
     horizon = vec.max_episode_steps if relabelled else 1
-    if args.total_timesteps <= (first := max(args.batch_size, args.num_envs * horizon)):
-        raise ArgError(f"--total-timesteps {args.total_timesteps} ends before the first update, at {first}")
-    buffer = ReplayBuffer(min(args.total_timesteps, 1_000_000), horizon, args.num_envs, 2 * f + d + 2)
+    first = max(args.batch_size, args.num_envs * horizon)
+    if args.total_timesteps <= first or max(args.buffer_size // horizon, args.num_envs) * horizon < args.batch_size:
+        raise ArgError(f"the first update waits for {first} transitions: raise --total-timesteps or --buffer-size")
+    buffer = ReplayBuffer(min(args.total_timesteps, args.buffer_size), horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     if (source := args.init_from or args.load_keys) and not saved:
         knowledge.take_over(agent["actor"], normalizer, names, source, args.warm)

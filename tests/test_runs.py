@@ -182,10 +182,12 @@ def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
     (dict(knowledge="fetch.reach_objct"), "fetch.reach_object"),
     (dict(knowledge="missing.py"), "missing.py"),
     (dict(knowledge="run:missing"), "missing"),
-    (dict(num_envs=0), "--num-envs"), (dict(seed=-1), "--seed"), (dict(batch_size=-1), "--batch-size"), (dict(learning_rate=0.0), "--learning-rate"),
+    (dict(num_envs=0), "--num-envs"), (dict(seed=-1), "--seed"), (dict(batch_size=-1), "--batch-size"),
+    (dict(learning_rate=0.0), "--learning-rate"),
     (dict(hidden="256"), "--hidden"), (dict(load_keys="missing.json"), "missing.json"),
     (dict(actor="plain", load_keys="missing.json"), "kian"), (dict(knowledge="none", save_keys="k.json"), "kian"),
-    (dict(batch_size=400), "first update"), (dict(track=True), "pip install wandb")])
+    (dict(batch_size=400), "first update"), (dict(env="Pendulum-v1", knowledge="none", buffer_size=16), "--buffer-size"),
+    (dict(track=True), "pip install wandb")])
 def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError, knowledge.KnowledgeError)) as error:
         train(tmp_path / "run", total_timesteps=400, **kwargs)
