@@ -49,13 +49,15 @@ class Task:
     shape: str = 'type="box" size=".02 .02 .02" friction="1 .05 .001"'
     mass: float = 1.0
     friction: float = 1.0  # sliding friction between table and object
+    camera: str = 'pos="1.55 -1 .85" xyaxes=".69 .724 0 -.284 .271 .92" fovy="38"'
     sami: bool = False  # SaMI's: Bullet's friction, velocities in m/s and rad/s, steps labelled with skills
 
 
 TASKS = {
     "Push": Task(gripper=False),
     "Slide": Task(gripper=False, goal_x=1.0, half=0.03, friction=0.04,
-                  shape='type="cylinder" size=".03 .03" friction=".04 .05 .001"'),
+                  shape='type="cylinder" size=".03 .03" friction=".04 .05 .001"',
+                  camera='pos="1.95 -1.05 .9" xyaxes=".649 .761 0 -.312 .266 .912" fovy="40"'),
     "PickAndPlace": Task(gripper=True, air=True, mass=0.1),
     "Skill": Task(gripper=True, sami=True),
 }
@@ -96,7 +98,7 @@ SCENE = """<mujoco model="franka">
   <worldbody>
     <light pos="1.2 -.8 2" dir="-.3 .4 -1" diffuse=".6 .6 .6" specular=".1 .1 .1"/>
     <light pos=".4 1.2 2" dir=".1 -.6 -1" diffuse=".25 .25 .25" specular="0 0 0" castshadow="false"/>
-    <camera name="front" pos="1.67 -1.15 1.02" xyaxes=".644 .765 0 -.25 .21 .945"/>
+    <camera name="front" {camera}/>
     <geom name="ground" type="plane" pos="0 0 -.4" size="3 3 .1" material="ground" contype="0" conaffinity="3"/>
     <geom name="table" type="box" pos=".75 0 -.2" size="1.15 .75 .2" rgba=".72 .66 .58 1" contype="0" conaffinity="3"
           condim="4" friction="{friction} .005 .0001" priority="1"/>
@@ -125,7 +127,8 @@ def build(name: str) -> mujoco.MjModel:
     files = {key: quoteattr(str(folder / file)) for key, file in
              (("assets", "assets.xml"), ("chain", "chain.xml"), ("actuators", "actuator.xml"), ("meshes", "meshes"))}
     spec = mujoco.MjSpec.from_string(SCENE.format(
-        **files, friction=simulated(task, task.friction), half=task.half, shape=task.shape, mass=task.mass))
+        **files, friction=simulated(task, task.friction), half=task.half, shape=task.shape, mass=task.mass,
+        camera=task.camera))
 
     # The gripper is led by the weld, against which the servos of the arm would pull. Those of the fingers are made as
     # strong as a Panda's: 85 N each hold 10 kg, and do not lift 30 kg.
