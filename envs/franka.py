@@ -36,6 +36,7 @@ RAMP = 5  # straight pieces in which the gripper is led through a step
 LOW, HIGH = np.array([0.25, -0.40, 0.012]), np.array([0.95, 0.40, 0.60])  # m, where the gripper may be sent
 RANGE = 0.15  # m, half side of the squares that objects and goals are drawn from
 NEUTRAL = np.array([0.0, 0.41, 0.0, -1.85, 0.0, 0.69, 0.0046])  # rad; joints 6 and 7 as the shipped files count them
+SITE, BODY = mujoco.mjtObj.mjOBJ_SITE, mujoco.mjtObj.mjOBJ_BODY
 SKILLS = np.array(["down", "push", "roll", "pick"])  # of a step, in the order of what an episode is named after
 
 
@@ -196,9 +197,11 @@ class World:
     def __init__(self, name: str, num: int, frame_skip: int = 25):
         if frame_skip < RAMP or frame_skip % RAMP:
             raise EnvError(f"frame_skip {frame_skip} is no positive multiple of {RAMP}; the default is 25")
-        self.task, self.base, self.pieces = TASKS[name], build(name), frame_skip // RAMP
+        self.task, self.base, self.nstep = TASKS[name], build(name), frame_skip // RAMP
+        self.pieces = np.arange(1, RAMP + 1) / RAMP
         self.models = [self.base] * num
         self.data = [mujoco.MjData(self.base) for _ in range(num)]
+        self.mocap = [data.mocap_pos for data in self.data]  # views: of the gripper's guide and of the target, (2, 3)
         model = self.base
         self.ee = model.site("ee").id
         self.object, self.table = model.body("object").id, model.geom("table").id
@@ -210,7 +213,7 @@ class World:
         self.home_qpos, self.home = self._settle()
         self.goal, self.ee_pos, self.object_pos = (np.zeros((num, 3)) for _ in range(3))
         self.ee_vel, self.object_vel = np.zeros((num, 6)), np.zeros((num, 6))  # angular, linear
-        self.object_mat, self.width = np.zeros((num, 3, 3)), np.zeros(num)
+        self.object_mat, self.width, self.ctrl = np.zeros((num, 3, 3)), np.zeros(num), np.zeros(num)
         self.physics = np.tile([self.task.mass, self.task.friction], (num, 1))
         self.skill, self.episode_skill = np.zeros(num, np.int64), np.ones(num, np.int64)
 
@@ -268,18 +271,24 @@ class World:
         self.skill[i], self.episode_skill[i] = 0, 1
         self._read(i)
 
-    def step(self, i: int, action: np.ndarray) -> None:
-        """One env step of simulator i with an action (3,) or (4,)."""
-        model, data, task = self.models[i], self.data[i], self.task
-        action = np.clip(np.asarray(action, np.float64), -1.0, 1.0)
-        start = data.mocap_pos[0].copy()
-        way = np.clip(self.ee_pos[i] + REACH * action[:3], LOW, HIGH) - start
-        data.ctrl[:] = min(max((self.width[i] + WIDTH * action[3]) / 2, 0.0), 0.04) if task.gripper else 0.0
-        for k in range(1, RAMP + 1):
-            data.mocap_pos[0] = start + way * (k / RAMP)
-            mujoco.mj_step(model, data, nstep=self.pieces)
+    def aim(self, action: np.ndarray) -> None:
+        """Actions (num, 3 or 4) of all simulators: what `advance` will do."""
+        action = np.clip(action, -1.0, 1.0).astype(np.float64)
+        start = np.stack([mocap[0] for mocap in self.mocap])
+        way = np.clip(self.ee_pos + REACH * action[:, :3], LOW, HIGH) - start
+        self.ramp = start[:, None] + way[:, None] * self.pieces[:, None]  # (num, RAMP, 3)
+        if self.task.gripper:
+            self.ctrl = np.clip((self.width + WIDTH * action[:, 3]) / 2, 0.0, 0.04)
+
+    def advance(self, i: int) -> None:
+        """One env step of simulator i; simulators may advance in threads of their own."""
+        model, data, mocap = self.models[i], self.data[i], self.mocap[i]
+        data.ctrl[:] = self.ctrl[i]
+        for point in self.ramp[i]:
+            mocap[0] = point
+            mujoco.mj_step(model, data, nstep=self.nstep)
         self._refresh(i)
-        if task.sami:
+        if self.task.sami:
             pairs = data.contact.geom
             touching = set(pairs[(pairs == self.object_geom).any(axis=1)].ravel().tolist())
             self.skill[i] = skill(self.object_pos[i, 2], self.table in touching,
@@ -296,8 +305,8 @@ class World:
 
     def _read(self, i: int) -> None:
         model, data = self.models[i], self.data[i]
-        mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_SITE, self.ee, self.ee_vel[i], 0)
-        mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_BODY, self.object, self.object_vel[i], 0)
+        mujoco.mj_objectVelocity(model, data, SITE, self.ee, self.ee_vel[i], 0)
+        mujoco.mj_objectVelocity(model, data, BODY, self.object, self.object_vel[i], 0)
         self.ee_pos[i], self.object_pos[i] = data.site_xpos[self.ee], data.xpos[self.object]
         self.object_mat[i] = data.xmat[self.object].reshape(3, 3)
         self.width[i] = data.qpos[self.fingers[0]] + data.qpos[self.fingers[1]]
@@ -367,7 +376,8 @@ class FrankaEnv(gym.Env):
         return self._observe(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        self.world.step(0, action)
+        self.world.aim(np.asarray(action)[None])
+        self.world.advance(0)
         reward = self.compute_reward(self.world.object_pos, self.world.goal)[0]
         if self.render_mode == "human":
             self.render()
@@ -453,8 +463,9 @@ class FrankaVectorEnv(VectorEnv):
     def _step(self, action: np.ndarray):
         def advance(share: range) -> None:
             for i in share:
-                self.world.step(i, action[i])
+                self.world.advance(i)
 
+        self.world.aim(action)
         futures = [self.pool.submit(advance, share) for share in self.shares[1:]]
         advance(self.shares[0])
         for future in futures:
