@@ -237,7 +237,7 @@ class World:
         for key, value in (options or {}).items():
             if key not in wanted:
                 raise EnvError(f"unknown option {key!r} of reset; known are mass (kg) and friction")
-            valid = isinstance(value, Real) and not isinstance(value, (bool, np.bool)) and math.isfinite(value)
+            valid = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not valid or value < 0 or (key == "mass" and value == 0):
                 raise EnvError(f"{key} {value!r} makes no sense; give a finite number "
                                f"{'above 0, in kg' if key == 'mass' else 'of at least 0'}")
@@ -441,9 +441,12 @@ class FrankaVectorEnv(VectorEnv):
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> Observation:
         """Reset all copies; `options`: mass and friction of all, each a number or one per copy (num_envs,)."""
-        columns = {key: np.broadcast_to(value, self.num_envs) for key, value in (options or {}).items()}
+        columns = {key: np.ravel(value).tolist() for key, value in (options or {}).items()}
+        for key, column in columns.items():
+            if len(column) not in (1, self.num_envs):
+                raise EnvError(f"{len(column)} values of {key} for {self.num_envs} copies; give one, or one per copy")
         for i in range(self.num_envs):
-            self.world.set_physics(i, {key: column[i] for key, column in columns.items()})
+            self.world.set_physics(i, {key: column[i % len(column)] for key, column in columns.items()})
         return super().reset(seed)
 
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
