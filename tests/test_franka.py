@@ -352,10 +352,24 @@ def test_the_arm_is_read_where_gymnasium_robotics_keeps_it(monkeypatch):
     assert len(list(folder.glob("meshes/*/*.stl"))) == 20
     monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was used"))
     model = franka.build.__wrapped__("Push")
-    assert (model.nq, model.nv, model.nu, model.neq, model.nmesh) == (16, 15, 2, 1, 20)
+    assert (model.nq, model.nv, model.nu, model.neq, model.nmesh) == (16, 15, 2, 1, 10)
     monkeypatch.setattr(franka.importlib.util, "find_spec", lambda _: type("", (), {"submodule_search_locations": ["x"]}))
     with pytest.raises(envs.EnvError, match="gymnasium-robotics"):
         franka.assets()
+
+
+def test_what_is_only_looked_at_does_not_change_the_dynamics(monkeypatch):
+    models, places = [franka.build("Push"), franka.build("Push", visible=True)], []
+    assert models[1].nmesh == 20
+    for model in models:
+        monkeypatch.setattr(franka, "build", lambda name: model)
+        world, rng = franka.World("Push", 1), np.random.default_rng(0)
+        world.reset(0, rng)
+        for _ in range(40):
+            world.aim(np.clip(20 * (world.object_pos - world.ee_pos), -1, 1) + rng.uniform(-0.5, 0.5, (1, 3)))
+            world.advance(0)
+        places.append(world.data[0].qpos.copy())
+    assert np.array_equal(*places) and abs(places[0][3]) < 1  # the object was touched
 
 
 def test_camera_shows_object_and_goal():
@@ -368,7 +382,6 @@ def test_camera_shows_object_and_goal():
         for place in ((-0.15, -0.15), (-0.15, 0.15), (0.15, -0.15), (0.15, 0.15)):  # the corners
             world.data[0].qpos[:2] = 0.6 - place[0], -place[1]
             world.data[0].mocap_pos[1, :2] = world.task.goal_x + place[0], place[1]
-            franka.mujoco.mj_forward(world.base, world.data[0])
             red, green, blue = (env.render()[..., k].astype(int) for k in range(3))
             assert ((red > 90) & (red > 2 * green)).sum() > 40  # the goal
             assert ((blue > 60) & (blue > 2 * red)).sum() > 40  # the object
