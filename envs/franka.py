@@ -1,7 +1,7 @@
 """Franka{Push,Slide,PickAndPlace}{Sparse,Dense}-v0 and FrankaSkill-v0: a Panda arm, a table and an object in MuJoCo.
 
-The tasks of panda_mujoco_gym (arXiv 2312.13788), and that of SaMI (NeurIPS 2024, a modified panda-gym), with the mass of
-the object and the friction of the table as options of `reset`. The arm is made of the files that gymnasium-robotics
+The tasks of panda_mujoco_gym (arXiv 2312.13788), and that of SaMI (NeurIPS 2024, a modified panda-gym), with the mass
+of the object and the friction of the table as options of `reset`. The arm is made of the files that gymnasium-robotics
 ships for its kitchen, read where they lie; docs/franka.md has the tables and what differs from the originals.
 
     env = envs.make("FrankaPushSparse-v0")
@@ -239,7 +239,7 @@ class World:
     def set_physics(self, i: int, options: dict | None) -> None:
         """Give simulator i the `mass` (kg) and the `friction` of `options`; those left out stay as they are.
 
-        It holds from the next reset. Raises EnvError for other options, a mass that is not positive, a negative friction.
+        To be called before a reset. Raises EnvError for other options, a mass that is not positive, a negative friction.
         """
         wanted = dict(zip(("mass", "friction"), self.physics[i].tolist()))
         for key, value in (options or {}).items():

@@ -1,4 +1,4 @@
-"""Rules for the Franka tasks of `envs/franka.py`: Push, Slide, PickAndPlace; those of PickAndPlace also fit FrankaSkill.
+"""Rules for the Franka tasks of `envs/franka.py`: Push, Slide, PickAndPlace, whose rules also fit FrankaSkill.
 
 Each is one skill that does not solve its task alone; its docstring says what it does outside its region. Measured alone
 and in turns: docs/franka.md.

@@ -5,6 +5,7 @@ Two scripts solve them, a grasp and a push, without learning and without knowled
 import math
 import socket
 import warnings
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -16,7 +17,8 @@ import envs
 import knowledge
 from envs import franka
 
-PUSH, SLIDE, PICK, SKILL = "FrankaPushSparse-v0", "FrankaSlideSparse-v0", "FrankaPickAndPlaceSparse-v0", "FrankaSkill-v0"
+PUSH, SLIDE = "FrankaPushSparse-v0", "FrankaSlideSparse-v0"
+PICK, SKILL = "FrankaPickAndPlaceSparse-v0", "FrankaSkill-v0"
 
 
 # ---- scripts -------------------------------------------------------------------------------------
@@ -125,7 +127,8 @@ def test_gripper_stands_still_and_covers_three_quarters_of_an_action():
         places.append(vec.world.ee_pos.copy())
     steps = np.diff(np.array(places)[..., 1], axis=0)  # (5, 3)
     assert (0.03 < steps[:, 0]).all() and (steps[:, 0] < 0.045).all()
-    assert steps[:, 1] == pytest.approx(-steps[:, 0], abs=1e-3) and steps[:, 2] == pytest.approx(steps[:, 0] / 2, abs=2e-3)
+    assert steps[:, 1] == pytest.approx(-steps[:, 0], abs=1e-3)
+    assert steps[:, 2] == pytest.approx(steps[:, 0] / 2, abs=2e-3)
 
 
 @pytest.mark.parametrize("friction, expected", [(0.05, 0.2548), (0.5, 0.0255)])
@@ -203,7 +206,8 @@ def test_reward_is_vectorised():
     assert envs.make(SKILL).unwrapped.compute_reward(away, goal, {})[[0, 2]] == pytest.approx([-0.049, -5])
 
 
-@pytest.mark.parametrize("name, goal_x, height", [("Push", 0.6, 0.02), ("Slide", 1.0, 0.03), ("PickAndPlace", 0.6, 0.02)])
+@pytest.mark.parametrize("name, goal_x, height",
+                         [("Push", 0.6, 0.02), ("Slide", 1.0, 0.03), ("PickAndPlace", 0.6, 0.02)])
 def test_places_fill_their_ranges(name, goal_x, height):
     world, rng, objects, goals = franka.World(name, 1), np.random.default_rng(0), [], []
     for _ in range(1000):
@@ -353,7 +357,7 @@ def test_the_arm_is_read_where_gymnasium_robotics_keeps_it(monkeypatch):
     monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was used"))
     model = franka.build.__wrapped__("Push")
     assert (model.nq, model.nv, model.nu, model.neq, model.nmesh) == (16, 15, 2, 1, 10)
-    monkeypatch.setattr(franka.importlib.util, "find_spec", lambda _: type("", (), {"submodule_search_locations": ["x"]}))
+    monkeypatch.setattr(franka.importlib.util, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=["x"]))
     with pytest.raises(envs.EnvError, match="gymnasium-robotics"):
         franka.assets()
 
@@ -397,7 +401,8 @@ def situation(p, o, g, width=0.08, velocity=(0.0, 0.0, 0.0), fingers=True):
 
 
 def rules(env_id, d):
-    example = {"observation": torch.zeros(2, 16 + d), "achieved_goal": torch.zeros(2, 3), "desired_goal": torch.zeros(2, 3)}
+    widths = {"observation": 16 + d, "achieved_goal": 3, "desired_goal": 3}
+    example = {key: torch.zeros(2, width) for key, width in widths.items()}
     return knowledge.load("auto", env_id, d, example)
 
 
@@ -426,7 +431,7 @@ def test_rules_of_pushing_and_sliding():
     there = situation(p=(0.54, 0, 0.02), o=o, g=g, fingers=False)
     assert_action(get_behind, there, (0, 0, 0))
     assert_action(push, there, (1, 0, 0))
-    near = situation(p=(0.565, 0, 0.02), o=(0.6, 0, 0.02), g=(0.61, 0, 0.02), fingers=False)  # in contact, it pulls back
+    near = situation(p=(0.565, 0, 0.02), o=o, g=(0.61, 0, 0.02), fingers=False)  # in contact, it pulls back
     assert_action(push, near, (15 * (0.01 - 0.025), 0, 0))
     ahead = situation(p=(0.66, 0, 0.02), o=o, g=g, fingers=False)
     assert_action(push, ahead, (0, 0, 0))
