@@ -158,8 +158,8 @@ def build(name: str, visible: bool = False) -> mujoco.MjModel:
     for geom in spec.geoms:
         if geom.classname.name == "panda_col":
             geom.contype, geom.conaffinity = 2, 0  # the arm meets table and object, never itself
-    # The shipped fingers are stretched by 1.75. Theirs become a Panda's: one pad and one root each, which end 12 mm
-    # above the fingertips' table clearance, so that a pushed cube is not met from above.
+    # The shipped fingers are stretched by 1.75. Theirs become a Panda's: one pad and one root each. A root
+    # that reached further down would land on the edge of a cube that is pushed.
     for mesh in spec.meshes:
         if mesh.name.startswith("finger_"):
             mesh.scale = 1, 1, 1
@@ -239,7 +239,7 @@ class World:
     def set_physics(self, i: int, options: dict | None) -> None:
         """Give simulator i the `mass` (kg) and the `friction` of `options`; those left out stay as they are.
 
-        To be called before a reset. Raises EnvError for other options, a mass that is not positive, a negative friction.
+        To be called before a reset. Raises EnvError for other options, a mass that is not above 0, a negative friction.
         """
         wanted = dict(zip(("mass", "friction"), self.physics[i].tolist()))
         for key, value in (options or {}).items():
