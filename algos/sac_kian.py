@@ -51,7 +51,7 @@ class Args:
     env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
     total_timesteps: int = 150_000  # environment steps, summed over environments
     num_envs: int = 32  # environments stepped together
-    goal_range: float = 0.0  # Fetch: tenths of the task's range of goals; 0: all, or with --evaluate as in training
+    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all, or with --evaluate as in training
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end

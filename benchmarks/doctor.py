@@ -14,7 +14,7 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 FAMILIES = {"classic control": "Pendulum-v1", "MuJoCo": "HalfCheetah-v5", "Fetch": "FetchPickAndPlace-v4",
-            "MiniGrid": "MiniGrid-DoorKey-5x5-v0"}
+            "Franka": "FrankaPickAndPlaceSparse-v0", "MiniGrid": "MiniGrid-DoorKey-5x5-v0"}
 
 
 def python() -> str:

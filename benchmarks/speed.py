@@ -371,7 +371,7 @@ def learners(args: sac.Args, job: Literal["update", "train"], compiled: bool, bf
             *(Contender(name, getattr(engine, job), fast) for name, engine in ours.items())]
 
 
-def step_fetch(env_id: str, share: int, rounds: int) -> list[dict]:
+def step_arm(table: str, env_id: str, share: int, rounds: int) -> list[dict]:
     """Environment steps per second with random actions, after a check that all give the same bits."""
     n, seed = 16, 1
     vecs = {f"ours, {k} thread{'s'[:k - 1]}": envs.make_vec(env_id, n, seed, k, time_feature=False) for k in (1, 2)}
@@ -388,7 +388,7 @@ def step_fetch(env_id: str, share: int, rounds: int) -> list[dict]:
             step(actions[k % len(actions)])
 
     contenders = [Contender(name, partial(drive, env.step)) for name, env in {"gym.make": peer, **vecs}.items()]
-    rows = measure("stepping", f"{env_id}, {n} environments, random actions, resets included", "steps", contenders,
+    rows = measure(table, f"{env_id}, {n} environments, random actions, resets included", "steps", contenders,
                    share, rounds)
     print(f"  {len(actions)} steps of {n} environments with equal seeds and actions: observations are "
           f"{'bit-identical' if same else 'NOT IDENTICAL'}")
@@ -464,7 +464,8 @@ def time_sac(full: bool, rounds: int) -> list[dict]:
         "training", "FetchPush, one update per step; batch 256, networks 256x2, HER. SB3: 8 steps of 1 environment, "
         "8 updates; ours: 1 step of 8 environments, 8 updates", "steps",
         learners(LOOP, "train", compiled=full, bf16=bf16, kian=False), 200 if full else 40, rounds)
-    rows += step_fetch("FetchPickAndPlace-v4", 960 if full else 160, rounds)
+    rows += step_arm("stepping", "FetchPickAndPlace-v4", 960 if full else 160, rounds)
+    rows += step_arm("stepping Franka", "FrankaPickAndPlaceSparse-v0", 3200 if full else 320, rounds)
     return rows
 
 

@@ -13,6 +13,8 @@ import gymnasium as gym
 from envs.evaluation import Act, evaluate, find_renderer, record
 from envs.features import Normalizer, flatten, unflatten
 from envs.fetch import FetchVectorEnv
+from envs.franka import IDS as FRANKA
+from envs.franka import FrankaVectorEnv
 from envs.ids import EnvError, resolve
 from envs.minigrid import MiniGridVectorEnv, PlainMiniGridVectorEnv, is_grid
 from envs.series import Series
@@ -35,7 +37,8 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
              goal_range: float = 0.0, **kwargs) -> VectorEnv:
     """`num_envs` copies of `env_id`, the fast class where there is one (`fast=False`: never), reset when seeded.
 
-    With `goal_range`, Fetch draws its goals from so many tenths of its range. Raises EnvError for an unknown id, a missing package or `num_envs` < 1.
+    With `goal_range`, Fetch and Franka draw their goals from so many tenths of their range. Raises EnvError for an
+    unknown id, a missing package or `num_envs` < 1.
     """
     if num_envs < 1:
         raise EnvError(f"num_envs must be at least 1, not {num_envs}")
@@ -43,6 +46,8 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
     try:
         if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
             vec = FetchVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
+        elif fast and resolved in FRANKA:
+            vec = FrankaVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif is_grid(resolved):
             probe = gym.make(resolved, disable_env_checker=True, **kwargs) if fast else None
             kind = MiniGridVectorEnv if fast and MiniGridVectorEnv.fits(probe) else PlainMiniGridVectorEnv

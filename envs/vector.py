@@ -158,6 +158,8 @@ class GymVectorEnv(VectorEnv):
 
     def _snapshot(self, i: int) -> dict:
         env = self.envs[i].unwrapped
+        if hasattr(env, "snapshot"):  # ours know what they are made of
+            return {"own": env.snapshot(), "rng": env.np_random.bit_generator.state, "current": self.current[i]}
         # The simulator aside, a task keeps its state in plain attributes: CartPole's `state`, Reacher's `goal`.
         plain = {k: v for k, v in vars(env).items() if isinstance(v, (np.ndarray, int, float, type(None)))
                  and not (isinstance(v, np.ndarray) and v.dtype == object)}
@@ -171,7 +173,9 @@ class GymVectorEnv(VectorEnv):
     def _restore(self, i: int, snapshot: dict) -> None:
         self.envs[i].reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
         env = self.envs[i].unwrapped
-        for key, value in snapshot["plain"].items():
+        if "own" in snapshot:
+            env.restore(snapshot["own"])
+        for key, value in snapshot.get("plain", {}).items():
             kind = type(getattr(env, key, None))
             if kind is tuple or isinstance(value, list):
                 value = tuple(value)

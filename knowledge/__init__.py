@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from knowledge import fetch, minigrid, run  # noqa: F401  (importing fetch and minigrid registers their rules)
+from knowledge import fetch, franka, minigrid, run  # noqa: F401  (importing a family registers its rules)
 from knowledge.keys import save_keys, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, group, groups_for, rule, rules_for
 from knowledge.run import freeze, freeze_categorical
