@@ -134,8 +134,9 @@ def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
 
 
 def continued(stored: Any, asked: Any, *anew: str, unless_default: Sequence[str] = ()) -> Any:
-    """Arguments of a run, with the fields `anew` as asked for now, and `unless_default` where they were named. Raises
-    ArgError if another one was asked for: it would have no effect."""
+    """Arguments of a run, with the fields `anew` as asked for now, and `unless_default` where they differ from their
+    defaults. Raises ArgError if another one does, for it would have no effect. A flag that repeats its default looks
+    like one that was left out."""
     named = {field.name: getattr(asked, field.name) for field in fields(asked)
              if getattr(asked, field.name) != field.default}
     for name, value in named.items():
@@ -185,6 +186,14 @@ def require_positive(args: Any, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
             raise ArgError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
+
+
+def require_range(args: Any, low: float, high: float, *names: str) -> None:
+    """Raise ArgError unless all these numbers of `args` are within [low, high]."""
+    for name in names:
+        if not low <= getattr(args, name) <= high:
+            limits = f"{low:g} to {high:g}" if high < float("inf") else f"{low:g} or more"
+            raise ArgError(f"--{name.replace('_', '-')} must be {limits}, not {getattr(args, name)}")
 
 
 def hidden_layers(text: str) -> list[int]:

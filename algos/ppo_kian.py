@@ -14,7 +14,7 @@ Departures from the paper and its released code. --official undoes all, docs/ppo
 - the key of the inner policy is a vector as in the paper, in the code a function of the state;
 - a time-out is bootstrapped, in the code it ends the task.
 
-python algos/ppo_kian.py --env MiniGrid-DoorKey-5x5-v0   # return 0.9 after 40,000 steps, plain PPO after 80,000
+python algos/ppo_kian.py --env MiniGrid-DoorKey-5x5-v0   # return 0.9 after 40,000 steps, plain PPO after 60,000
 """
 import math
 import os
@@ -36,7 +36,7 @@ from torch import nn
 
 import envs
 import knowledge
-from runtime import ArgError, Run, can_compile, continued, load_run, pick_device, require_positive
+from runtime import ArgError, Run, can_compile, continued, load_run, pick_device, require_positive, require_range
 
 ALGO = "ppo_kian"
 LOG_EVERY = 10_000  # environment steps
@@ -81,8 +81,7 @@ class Args:
     bc_coef: float = 0.0  # weight of KL(softmax of all advice || policy); PPO+BC of the paper: 0.001, --actor plain
 
     # method: KIAN and what it is compared with
-    # actor: attention; none; advice as input; logits added up; and untrained: all advice at once, the mean of all rules
-    actor: Literal["kian", "plain", "kogun", "a2t", "rule", "mix"] = "kian"  # kian: attention; see docs/ppo_kian.md
+    actor: Literal["kian", "plain", "kogun", "a2t", "rule", "mix"] = "kian"  # see docs/ppo_kian.md
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>, inner:<RUN_DIR>; comma-separated
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
     fusion: Literal["auto", "mixture", "logit"] = "auto"  # of probabilities, or of logits; auto: logits up to 3 actions
@@ -112,12 +111,6 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
     return layer
 
 
-def windows(side: int) -> torch.Tensor:
-    """Cells of the 2x2 windows of a square grid, numbered row by row: (side - 1, side - 1, 4)."""
-    cell = torch.arange(side * side).view(side, side)
-    return torch.stack([cell[:-1, :-1], cell[:-1, 1:], cell[1:, :-1], cell[1:, 1:]], -1)
-
-
 class GridEncoder(nn.Module):
     """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
     products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
@@ -125,9 +118,10 @@ class GridEncoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(4 * 3, 16), nn.Linear(4 * 16, 32), nn.Linear(4 * 32, WIDTH)])
-        pooled = windows(7).view(3, 2, 3, 2, 4).transpose(1, 2)  # (3, 3, 2, 2, 4): neighbours that are pooled together
+        first, second = (torch.arange(s * s).view(s, s).unfold(0, 2, 1).unfold(1, 2, 1) for s in (7, 3))  # 2x2 windows
+        pooled = first.reshape(3, 2, 3, 2, 4).transpose(1, 2)  # (3, 3, 2, 2, 4): neighbours that are pooled together
         self.register_buffer("first", pooled.flatten(), persistent=False)
-        self.register_buffer("second", windows(3).flatten(), persistent=False)
+        self.register_buffer("second", second.flatten(), persistent=False)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """The 7x7 cells in view (B, 7, 7, 3) as object, colour and state, unscaled -> (B, 64)."""
@@ -234,11 +228,6 @@ def advantages(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tens
     return advantage
 
 
-def mean_entropy(log_probs: torch.Tensor) -> torch.Tensor:
-    """Of a batch of distributions (B, A), in nats."""
-    return -(log_probs.exp() * log_probs).sum(1).mean()
-
-
 def ppo_loss(agent: Agent, batch: dict[str, torch.Tensor], args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of a batch, and what is logged of it."""
     output = agent(batch["obs"], batch["advice"], args)
@@ -253,8 +242,8 @@ def ppo_loss(agent: Agent, batch: dict[str, torch.Tensor], args: Args) -> tuple[
     if args.clip_values:
         value_error = value_error.max((old_value + (value - old_value).clamp(-args.clip, args.clip) - target).square())
     value_loss = value_error.mean()
-    entropy = mean_entropy(log_probs)
-    bonus = mean_entropy(output.inner) if args.entropy_of == "inner" and output.inner is not None else entropy
+    rewarded = output.inner if args.entropy_of == "inner" and output.inner is not None else log_probs
+    entropy, bonus = (-(x.exp() * x).sum(1).mean() for x in (log_probs, rewarded))
     loss = policy_loss - args.entropy_coef * bonus + args.value_coef * value_loss
     if args.bc_coef > 0:  # the mean runs over actions as well, as in the released code
         loss = loss + args.bc_coef * F.kl_div(
@@ -287,10 +276,10 @@ def collect(agent: Agent, vec: envs.VectorEnv, obs, look: Callable, tally: dict,
         tally["open"][ended] = 0.0
         cut = torch.from_numpy(truncated & ~terminated)
         if cut.any() and not args.official:  # the task went on: its last state counts with what it is worth
-            final_value = agent.critic(agent.encoder(look(to_tensors(info["final_obs"]))[0])).squeeze(1)
+            final_value = agent.critic(agent.encoder(look(envs.to_tensors(info["final_obs"]))[0])).squeeze(1)
             reward[cut] += args.gamma * final_value.cpu()[cut]
         steps.append((seen, advice, action, log_prob, output.value, *(x.float().to(device) for x in (reward, ended))))
-        obs = to_tensors(obs)
+        obs = envs.to_tensors(obs)
         seen, advice = look(obs)
     names = ("obs", "advice", "action", "log_prob", "value", "reward", "ended")
     rollout = {name: torch.stack(column) for name, column in zip(names, zip(*steps))}  # (T, N, ...)
@@ -322,11 +311,6 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> 
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
-def to_tensors(obs: envs.Observation) -> torch.Tensor | dict[str, torch.Tensor]:
-    """A batch of observations as rules read them: a dict of grid tasks, else features (B, f)."""
-    return {k: torch.from_numpy(x) for k, x in obs.items()} if isinstance(obs, dict) else envs.flatten(obs)
-
-
 def main(args: Args) -> dict[str, float]:
     """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
     saved, env_id = None, args.env or "MiniGrid-DoorKey-5x5-v0"
@@ -336,10 +320,12 @@ def main(args: Args) -> dict[str, float]:
         args = continued(stored, args, "resume", "device") if args.resume else continued(
             stored, replace(args, env=""), "evaluate", "eval_episodes", "video", "device",
             unless_default=["eval_select"])
-    else:
-        args = replace(args, env=env_id)
+    else:  # a path that is right from everywhere: later runs come back to it
+        args = replace(args, env=env_id, init_from=args.init_from and str(Path(args.init_from).resolve()))
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "num_steps", "epochs", "batch_size",
                      "learning_rate", "clip", "max_grad_norm")
+    require_range(args, 0, 1, "gamma", "gae_lambda")
+    require_range(args, 0, math.inf, "entropy_coef", "value_coef", "bc_coef", "sharpness", "video")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
 
@@ -356,11 +342,11 @@ def main(args: Args) -> dict[str, float]:
         raise ArgError(f"{env_id} has {num_actions} actions; {folder}, trained in {args.env}, has others")
     if isinstance(vec.observation_space, gym.spaces.Discrete):
         raise ArgError(f"{env_id} observes {vec.observation_space}; {ALGO} needs numbers (Box) or a grid")
-    obs = to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i: no two seeds share one
+    obs = envs.to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
     given = "none" if args.actor == "plain" and not args.bc_coef else args.knowledge
-    given += args.init_from and f",inner:{Path(args.init_from).resolve()}"
+    given += args.init_from and f",inner:{args.init_from}"
     external = knowledge.load(given, args.env, num_actions, obs)
     n, names = len(external), ["inner", *external]
     if not n and (args.actor in ("rule", "mix") or args.bc_coef):
@@ -394,7 +380,7 @@ def main(args: Args) -> dict[str, float]:
 
         @torch.no_grad()
         def play(obs: envs.Observation) -> np.ndarray:
-            output = agent(*look(to_tensors(obs)), args)
+            output = agent(*look(envs.to_tensors(obs)), args)
             log_probs = output.log_probs.cpu()
             action = (log_probs + sampled * gumbel(log_probs.shape, generator)).argmax(1)
             if log is not None and attends:  # the policy that has most of the chosen action's probability acts
@@ -416,7 +402,7 @@ def main(args: Args) -> dict[str, float]:
         result = evaluate()
         print(f"{env_id} after {step} steps in {args.env}: "
               + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-        film(Path(args.evaluate, "video"))
+        film(Path(args.evaluate, "video", "" if env_id == args.env else env_id))
         return result
 
     if saved:
@@ -443,8 +429,7 @@ def main(args: Args) -> dict[str, float]:
             finished, tally["returns"] = tally["returns"], []
             run.log(step, scalars | ({"return": sum(finished) / len(finished)} if finished else {}), names)
         if over or due(args.eval_every):
-            result = evaluate()
-            run.log_evaluation(step, result)
+            run.log_evaluation(step, result := evaluate())
         if (stop := run.stop) or over or due(args.checkpoint_every):
             policy = knowledge.freeze_categorical(agent, names, args, given)
             run.save({"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "obs": obs,

@@ -12,8 +12,7 @@ Departures from the paper; flags undo each, docs/sac_kian.md has the reasons and
 - an inner policy looks better to its critics than it is, for it maximises their errors. It practises alone in some
   episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to; from then
   on attention alone decides, ever more sharply, and the imitation fades (--practice 0);
-- scores are 3 cos(query, key); small networks, 32 environments, 0.1 updates per step, normalised inputs, a share of
-  uniform actions: minutes on a laptop, where the paper's sizes take days.
+- scores are 3 cos(query, key); small networks, few updates, normalised inputs, some uniform actions: minutes, not days.
 
 python algos/sac_kian.py --env FetchPickAndPlace-v2
 """
@@ -37,7 +36,7 @@ from torch.utils._pytree import tree_map
 import envs
 import knowledge
 from runtime import (ArgError, Run, can_compile, continued, hidden_layers, load_run, pick_device, require_positive,
-                     use_fast_matmul)
+                     require_range, use_fast_matmul)
 
 ALGO = "sac_kian"
 LOG_EVERY = 1000  # environment steps
@@ -384,9 +383,11 @@ def main(args: Args) -> dict[str, float]:
             stored, args, "evaluate", "eval_episodes", "video", "device", unless_default=["goal_range", "eval_select"])
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "buffer_size",
                      "learning_rate", "updates_per_step", "initial_temperature", "attention_temperature")
+    require_range(args, 0, 1, "gamma", "tau", "random_actions", "practice")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
         args = replace(args, entropy_fix="off", credit="drawn")
-    args = replace(args, practice=0.0) if args.credit == "drawn" else args  # never drawn, it would learn nothing
+    args = replace(args, practice=args.practice * (args.credit != "drawn"),  # never drawn, it would learn nothing
+                   init_from=args.init_from and str(Path(args.init_from).resolve()))
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     use_fast_matmul(device)
@@ -527,8 +528,7 @@ def main(args: Args) -> dict[str, float]:
                 "return": trust.agent, "return_alone": trust.alone, "doubt": trust.doubt}, names)
             updates, totals = 0, {}
         if over or due(args.eval_every):
-            result = evaluate(args.eval_episodes * (2 if over else 1))
-            run.log_evaluation(step, result)
+            run.log_evaluation(step, result := evaluate(args.eval_episodes * (2 if over else 1)))
         if (stop := run.stop) or over or due(args.checkpoint_every):
             policy = knowledge.freeze(agent["actor"], names, args, given, normalizer.stats(), g)
             run.save({"agent": agent, "step": step, "debt": debt, "updates": updates, "totals": totals,

@@ -32,7 +32,7 @@ import tyro
 from torch.utils._pytree import tree_map
 
 import envs
-from runtime import ArgError, Run, can_compile, continued, hidden_layers, load_run, require_positive
+from runtime import ArgError, Run, can_compile, continued, hidden_layers, load_run, require_positive, require_range
 
 ALGO = "stream_ac"
 LOG_EVERY = 10_000  # environment steps
@@ -327,8 +327,7 @@ def main(args: Args) -> dict[str, float]:
         args = continued(stored, args, "resume") if args.resume else continued(
             stored, args, "evaluate", "eval_episodes", "video")
     require_positive(args, "total_timesteps", "eval_episodes", "learning_rate", "kappa_policy", "kappa_value")
-    if not 0 <= args.sparsity <= 1:
-        raise ArgError(f"--sparsity is a share, 0 to 1, not {args.sparsity}")
+    require_range(args, 0, 1, "sparsity", "gamma", "lamda")
     args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for

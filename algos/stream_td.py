@@ -28,7 +28,7 @@ import tyro
 from torch.utils._pytree import tree_map
 
 import envs
-from runtime import ArgError, Run, can_compile, continued, hidden_layers, load_run, require_positive
+from runtime import ArgError, Run, can_compile, continued, hidden_layers, load_run, require_positive, require_range
 
 ALGO = "stream_td"
 LOG_EVERY = 1000  # rows
@@ -294,8 +294,8 @@ def main(args: Args) -> dict[str, float]:
         stored, saved = load_run(folder, ALGO, Args)
         args = continued(stored, args, "resume") if args.resume else continued(stored, args, "evaluate", "video")
     require_positive(args, "total_timesteps", "learning_rate", "kappa_value", "lead")
-    if not 0 <= args.sparsity <= 1 or not 0 <= args.obs_trace < 1:
-        raise ArgError(f"--sparsity and --obs-trace are shares, 0 to 1, not {args.sparsity} and {args.obs_trace}")
+    require_range(args, 0, 1, "sparsity", "gamma", "lamda")
+    require_range(args, 0, 0.99999, "obs_trace")
     args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for

@@ -21,6 +21,7 @@ from benchmarks import stats
 from benchmarks.curves import RESULTS, Curve, load, load_curves
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"]  # Okabe and Ito: for all eyes
+STYLES = ["-", ":", "-."]  # the next one where colours start again
 MARK = re.compile(r"(<!-- report: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 Variants = dict[str, list[Curve]]  # {variant: its seeds}, of one environment
 
@@ -59,7 +60,9 @@ def zero_shot(algo: str) -> tuple[list[str], list[list[str]]]:
     data = tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text())
     paper = {(entry["test"], name): value for entry in data["zero_shot"] if entry["algo"] == algo
              for name, value in entry["paper"].items()}
-    tests, score = list(dict.fromkeys(row["test"] for row in rows)), reading(algo).score
+    score = reading(algo).score
+    tests = sorted({row["test"] for row in rows}, key=lambda test: [  # 8x8 before 16x16
+        int(part) if part.isdigit() else part for part in re.split(r"(\d+)", test)])
     table = []
     for name in sorted({row["variant"] for row in rows}):
         cells, seeds = [], set()
@@ -152,6 +155,7 @@ def across(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
             rows.append([name, str(len(both)), str(len(scores[name])), estimate(stats.mean, scores[name]),
                          estimate(stats.iqm, scores[name]), "" if name == how.baseline else estimate(
                              stats.probability_of_improvement, scores[name], scores[how.baseline])])
+    rows.sort(key=lambda row: -int(row[1]))  # what ran in a few tasks only stands below
     return ["", "environments", "seeds", "mean up to shared budgets", "IQM", f"P(above {how.baseline})"], rows
 
 
@@ -175,10 +179,10 @@ def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
     return ["script", "environment", "variant", f"{reading(algo).label}, last evaluation", "steps", "seeds", "paper"], rows
 
 
-def paint(environments: dict[str, Variants]) -> dict[str, str]:
-    """A colour per variant, the same in all environments."""
+def paint(environments: dict[str, Variants]) -> dict[str, tuple[str, str]]:
+    """Colour and line style per variant, the same in all environments."""
     names = sorted({name for variants in environments.values() for name in variants})
-    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    return {name: (COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]) for i, name in enumerate(names)}
 
 
 def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
@@ -201,12 +205,13 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
         how = reading(algo, env)
         for name, curves in variants.items():
             steps, middle, low, high = band(curves)
+            color, style = colors[name]
             if len(variants) <= 3 or np.isnan(low).any():
                 for curve in curves:
-                    panel.plot(np.array(curve.steps) / 1000, curve.scores, color=colors[name], alpha=0.3, linewidth=0.7)
-            lines[name], = panel.plot(np.array(steps) / 1000, middle, color=colors[name], linewidth=2.2,
-                                      linestyle="--" if name == how.baseline else "-")
-            panel.fill_between(np.array(steps) / 1000, low, high, color=colors[name], alpha=0.15, linewidth=0)
+                    panel.plot(np.array(curve.steps) / 1000, curve.scores, color=color, alpha=0.3, linewidth=0.7)
+            lines[name], = panel.plot(np.array(steps) / 1000, middle, color=color, linewidth=2.2,
+                                      linestyle="--" if name == how.baseline else style)
+            panel.fill_between(np.array(steps) / 1000, low, high, color=color, alpha=0.15, linewidth=0)
         panel.set(title=env, xlabel="environment steps, thousands", ylabel=how.label)
         if how.score == "success_rate":
             panel.set_ylim(-0.02, 1.02)
@@ -239,7 +244,7 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
             series, how = [], reading(algo, env)
             for name, curves in variants.items():
                 steps, middle, low, high = band(curves)
-                series.append({"name": name, "color": colors[name], "steps": steps, "mean": clean(middle),
+                series.append({"name": name, "color": colors[name][0], "steps": steps, "mean": clean(middle),
                                "low": clean(low), "high": clean(high), "baseline": name == how.baseline,
                                "seeds": {c.seed: [c.steps, clean(c.scores)] for c in curves}})
             head, rows = summarise(variants, how)

@@ -203,7 +203,7 @@ class Grid:
     def __init__(self, args: ppo.Args):
         self.args, self.vec = args, envs.make_vec(args.env, args.num_envs)
         torch.manual_seed(args.seed)
-        self.obs, actions = ppo.to_tensors(self.vec.reset(args.seed)), int(self.vec.action_space.n)
+        self.obs, actions = envs.to_tensors(self.vec.reset(args.seed)), int(self.vec.action_space.n)
         rules = knowledge.load("none" if args.actor == "plain" else args.knowledge, args.env, actions, self.obs)
         self.agent = ppo.Agent(args, (7, 7, 3), actions, len(rules))
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, fused=True)

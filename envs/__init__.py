@@ -11,7 +11,7 @@ import re
 import gymnasium as gym
 
 from envs.evaluation import Act, evaluate, find_renderer, record
-from envs.features import Normalizer, flatten, unflatten
+from envs.features import Normalizer, flatten, to_tensors, unflatten
 from envs.fetch import FetchVectorEnv
 from envs.franka import IDS as FRANKA
 from envs.franka import FrankaVectorEnv
@@ -23,7 +23,8 @@ from envs.vector import GymVectorEnv, Observation, VectorEnv
 
 __all__ = ["Act", "EnvError", "Normalizer", "Observation", "Series", "StreamEnv", "VectorEnv", "evaluate",
            "evaluate_stream", "find_renderer", "flatten", "make", "make_vec", "record", "record_stream", "resolve",
-           "restore", "snapshot", "unflatten"]
+           "restore", "snapshot", "to_tensors", "unflatten"]
+
 
 def make(env_id: str, **kwargs) -> gym.Env:
     """One gymnasium environment, ids resolved as in `resolve`. Raises EnvError for an unknown id or missing package."""

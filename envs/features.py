@@ -20,6 +20,11 @@ def unflatten(features: torch.Tensor, goal_dim: int) -> torch.Tensor | dict[str,
     return {"achieved_goal": features[:, :g], "desired_goal": features[:, g:2 * g], "observation": features[:, 2 * g:]}
 
 
+def to_tensors(obs: Observation) -> torch.Tensor | dict[str, torch.Tensor]:
+    """A batch of observations as rules of grid tasks read them, a dict of tensors; of other tasks, features (B, f)."""
+    return {k: torch.from_numpy(x) for k, x in obs.items()} if isinstance(obs, dict) else flatten(obs)
+
+
 class Normalizer:
     """Running mean and standard deviation of all features seen; the identity when off."""
 

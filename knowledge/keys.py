@@ -22,16 +22,22 @@ def save_keys(file: str, policy: dict) -> None:
     """Write the keys of a frozen `policy` (format in knowledge/run.py) as JSON, with their query's fingerprint."""
     keys = {name: key.tolist() for name, key in policy["keys"].items()}
     facts = {"key_dim": len(next(iter(keys.values()))), "query": query_hash(policy["query"]), "keys": keys}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps(facts, indent=1))
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(json.dumps(facts, indent=1))
+    except OSError as error:
+        raise KnowledgeError(f"keys cannot be written to {file} ({error.strerror}); --load-keys also takes the run's "
+                             "folder") from error
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """Checkpoint of a run, and all the keys it knows by name: its own, and of policies that it did without those of the
     runs that it came from (--init-from), as long as these are where they were. Raises what a bad file raises."""
     checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    if not checkpoint["policy"]["keys"]:
+        raise KnowledgeError(f"run {folder} has no keys; name one of --actor kian with knowledge")
     keys = {name: key.clone() for name, key in checkpoint["policy"]["keys"].items()}
-    before = json.loads((folder / "config.json").read_text())["args"].get("init_from")
+    before = json.loads((folder / "config.json").read_text())["args"].get("init_from")  # absolute
     if before and Path(before, "checkpoint.pt").is_file():
         keys = {name: key for name, key in read_run(Path(before))[1].items() if name != "inner"} | keys
     return checkpoint, keys
@@ -49,6 +55,7 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
     Raises KnowledgeError for a source that cannot be read or does not fit.
     """
     path = Path(source)
+    parts = PARTS[warm] if path.is_dir() else []
     if "keys" not in actor:
         raise KnowledgeError(f"keys {source} have nowhere to go: use --actor kian with at least one knowledge policy")
     try:
@@ -57,11 +64,11 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
             policy = checkpoint["policy"]
         else:
             keys = {name: torch.tensor(key) for name, key in json.loads(path.read_text())["keys"].items()}
+    except KnowledgeError:
+        raise
     except Exception as error:  # a foreign file raises anything
         remedy = "name a KIAN run or its --save-keys file"
         raise KnowledgeError(f"keys {source} cannot be read ({type(error).__name__}); {remedy}") from error
-    if PARTS[warm] and not path.is_dir():
-        raise KnowledgeError(f"keys {source}: --warm {warm} needs a run folder; a file holds keys alone: --warm keys")
     if (inner_key := keys.pop("inner", None)) is not None:  # absent where it is made from the state
         keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if warm == "all" else {})
     for i, name in enumerate(names):
@@ -71,13 +78,13 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
             width = actor["keys"].shape[1]
             raise KnowledgeError(f"keys {source}: {name} has {keys[name].numel()} numbers, not {width}")
         actor["keys"][i] = keys[name]
-    for part in PARTS[warm]:
+    for part in parts:
         ours, layers = [p for name, p in actor.items() if name.startswith(f"{part}.")], policy.get(part) or []
         if part == "query" and "inner_key_head" in policy:  # frozen apart, trained as one: query | inner key
             layers = layers[:-2] + [torch.cat(pair, -1) for pair in zip(layers[-2:], policy["inner_key_head"])]
         if [p.shape for p in ours] != [p.shape for p in layers]:
-            raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use the run's sizes, --inner-key and task")
+            raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use its sizes and --inner-key")
         for p, theirs in zip(ours, layers):
             p.copy_(theirs)
-    if PARTS[warm] and normalizer:
+    if parts and normalizer:
         normalizer.load_state_dict(checkpoint["normalizer"])

@@ -39,7 +39,7 @@ def toward_matrix(act: int | None, device: torch.device) -> Tensor:
 
 @cache
 def avoid_matrix(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Without a cell, move (7, 1); the cells beside and ahead of the agent forbid the move into them (7, 49)."""
+    """The three moves (7, 1), and what a cell beside or ahead of the agent takes away from them (7, 49)."""
     says = torch.zeros(7, 7, ACTIONS)
     says[2, 6, LEFT] = says[4, 6, RIGHT] = says[3, 5, FORWARD] = -1
     moves = (torch.arange(ACTIONS) < 3).float().unsqueeze(1)

@@ -222,7 +222,7 @@ def test_a_cut_episode_counts_with_the_value_of_its_last_state(official, termina
 def test_collected_log_probs_are_those_of_the_actions():
     torch.manual_seed(0)
     vec, args = envs.make_vec("MiniGrid-DoorKey-5x5-v0", 3, seed=1), Args(num_steps=5)
-    obs = ppo_kian.to_tensors(vec.reset(1))
+    obs = envs.to_tensors(vec.reset(1))
     rules = knowledge.load("auto", "MiniGrid-DoorKey-5x5-v0", 7, obs)
     agent, tally = Agent(args, (7, 7, 3), 7, 3), {"open": torch.zeros(3, dtype=torch.float64), "returns": []}
     rollout, _ = ppo_kian.collect(agent, vec, obs, lambda x: (x["image"], knowledge.advise(rules, x, 7)), tally, args)
@@ -232,10 +232,10 @@ def test_collected_log_probs_are_those_of_the_actions():
     assert torch.allclose(output.log_probs.gather(1, rollout["action"].unsqueeze(1)).squeeze(1), rollout["log_prob"])
     assert torch.allclose(output.value, rollout["value"], atol=1e-5) and torch.equal(again, rollout["advice"])
     replay = envs.make_vec("MiniGrid-DoorKey-5x5-v0", 3, seed=1)
-    seen = ppo_kian.to_tensors(replay.reset(1))["image"]
+    seen = envs.to_tensors(replay.reset(1))["image"]
     for t in range(args.num_steps):  # rows are (step, copy): each has what was seen before its action
         assert torch.equal(rollout["obs"][3 * t:3 * t + 3], seen)
-        seen = ppo_kian.to_tensors(replay.step(rollout["action"][3 * t:3 * t + 3].numpy())[0])["image"]
+        seen = envs.to_tensors(replay.step(rollout["action"][3 * t:3 * t + 3].numpy())[0])["image"]
 
 
 class Bandit:

@@ -117,7 +117,7 @@ def test_a_frozen_agent_has_the_probabilities_of_the_agent(kwargs, tmp_path):
     agent = ppo_kian.Agent(args, (7, 7, 3), 7, 3)
     agent.load_state_dict(saved["agent"])
     assert ("inner" in saved["policy"]["keys"]) == (args.inner_key == "vector")
-    obs = ppo_kian.to_tensors(envs.make_vec(DOORKEY, 8).reset(3))
+    obs = envs.to_tensors(envs.make_vec(DOORKEY, 8).reset(3))
     rules = knowledge.load("auto", DOORKEY, 7, obs)
     with torch.no_grad():
         p = agent(obs["image"], knowledge.advise(rules, obs, 7), args).log_probs.exp()
@@ -178,7 +178,8 @@ def test_a_run_goes_on_in_the_next_task(uncut, warm, parts, tmp_path, monkeypatc
     (dict(knowledge="run:missing"), "missing"), (dict(actor="rule", knowledge="none"), "at least one"),
     (dict(actor="plain", save_keys="k.json"), "kian"), (dict(init_from="missing"), "missing"),
     (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(env="FrozenLake-v1", knowledge="none"), "observes"),
-    (dict(num_steps=0), "--num-steps"), (dict(epochs=-1), "--epochs")])
+    (dict(num_steps=0), "--num-steps"), (dict(epochs=-1), "--epochs"),
+    (dict(gamma=1.5), "0 to 1"), (dict(bc_coef=-0.5), "--bc-coef")])
 def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError, knowledge.KnowledgeError)) as error:
         train(tmp_path / "run", **kwargs)
