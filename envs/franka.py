@@ -13,7 +13,6 @@ step is 0.05 s, in which the weld that leads the gripper moves along a ramp: a j
 import copy
 import importlib.util
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -26,7 +25,7 @@ import numpy as np
 from gymnasium_robotics.utils import rotations
 
 from envs.ids import EnvError
-from envs.vector import Observation, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
+from envs.vector import Observation, Threads, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
 
 THRESHOLD = 0.05  # m between object and goal, below which the goal is reached
 DT = 0.05  # s per env step; observed velocities are times this, except in FrankaSkill
@@ -447,9 +446,7 @@ class FrankaVectorEnv(VectorEnv):
         for i in range(num_envs):
             self.world.set_physics(i, {k: v for k, v in (("mass", mass), ("friction", friction)) if v is not None})
         self.rng = [gym.utils.seeding.np_random()[0] for _ in range(num_envs)]
-        threads = max(1, min(threads, num_envs))
-        self.shares = [range(num_envs * k // threads, num_envs * (k + 1) // threads) for k in range(threads)]
-        self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+        self.threads = Threads(threads, num_envs)
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> Observation:
         """Reset all copies; `options`: mass and friction of all, each a number or one per copy (num_envs,)."""
@@ -466,8 +463,7 @@ class FrankaVectorEnv(VectorEnv):
         return obs, reward, terminated, truncated, info | self.labels
 
     def close(self) -> None:
-        if self.pool:
-            self.pool.shutdown()
+        self.threads.close()
         self.env.close()
 
     def _reset(self, i: int, seed: int | None) -> None:
@@ -476,15 +472,8 @@ class FrankaVectorEnv(VectorEnv):
         self.world.reset(i, self.rng[i], self.env.unwrapped.target_range)
 
     def _step(self, action: np.ndarray):
-        def advance(share: range) -> None:
-            for i in share:
-                self.world.advance(i)
-
         self.world.aim(action)
-        futures = [self.pool.submit(advance, share) for share in self.shares[1:]]
-        advance(self.shares[0])
-        for future in futures:
-            future.result()
+        self.threads.each(self.world.advance)
         reward = self.compute_reward(self.world.object_pos, self.world.goal)
         success = self.world.success()
         terminated = success if self.env.unwrapped.terminate_on_success else np.zeros(self.num_envs, bool)

@@ -4,6 +4,9 @@ They follow gymnasium's SAME_STEP convention: when an episode ends, `obs` is alr
 episode and the true next observation is in `info["final_obs"]`. Here `final_obs` is always a full batch (equal to
 `obs` where no episode ended), so that a replay buffer stores it without looking at flags.
 """
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable
+
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -31,6 +34,30 @@ def mujoco_restore(model: mujoco.MjModel, data: mujoco.MjData, snapshot: dict[st
     mujoco.mj_setState(model, data, np.asarray(snapshot["state"]), STATE)
     for name in STALE:
         getattr(data, name)[:] = np.asarray(snapshot[name])
+
+
+class Threads:
+    """Up to `count` threads among which `num` simulators are shared; `mj_step` releases Python's lock."""
+
+    def __init__(self, count: int, num: int):
+        count = max(1, min(count, num))
+        self.shares = [range(num * k // count, num * (k + 1) // count) for k in range(count)]
+        self.pool = ThreadPoolExecutor(count - 1) if count > 1 else None
+
+    def each(self, advance: Callable[[int], None]) -> None:
+        """Call `advance(i)` for every simulator i."""
+        def work(share: range) -> None:
+            for i in share:
+                advance(i)
+
+        futures = [self.pool.submit(work, share) for share in self.shares[1:]]
+        work(self.shares[0])
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown()
 
 
 class VectorEnv:
