@@ -7,6 +7,7 @@ Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achiev
 `image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI.
 """
 import re
+from contextlib import contextmanager
 
 import gymnasium as gym
 
@@ -26,12 +27,23 @@ __all__ = ["Act", "EnvError", "Normalizer", "Observation", "Series", "StreamEnv"
            "restore", "snapshot", "to_tensors", "unflatten"]
 
 
-def make(env_id: str, **kwargs) -> gym.Env:
-    """One gymnasium environment, ids resolved as in `resolve`. Raises EnvError for an unknown id or missing package."""
+
+@contextmanager
+def named(env_id: str):
+    """What goes wrong in making `env_id`, missing packages and unknown arguments, as EnvError."""
     try:
-        return gym.make(resolve(env_id), **kwargs)
-    except (gym.error.Error, ImportError) as error:
+        yield
+    except (gym.error.Error, ImportError, TypeError) as error:
+        if isinstance(error, TypeError) and "keyword argument" not in str(error):
+            raise
         raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+
+
+def make(env_id: str, **kwargs) -> gym.Env:
+    """One gymnasium environment, ids resolved as in `resolve`. Raises EnvError for an unknown id, an unknown argument
+    or a missing package."""
+    with named(env_id):
+        return gym.make(resolve(env_id), **kwargs)
 
 
 def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int = 1, fast: bool = True,
@@ -39,12 +51,12 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
     """`num_envs` copies of `env_id`, the fast class where there is one (`fast=False`: never), reset when seeded.
 
     With `goal_range`, Fetch and Franka draw their goals from so many tenths of their range. Raises EnvError for an
-    unknown id, a missing package or `num_envs` < 1.
+    unknown id, an unknown argument, a missing package or `num_envs` < 1.
     """
     if num_envs < 1:
         raise EnvError(f"num_envs must be at least 1, not {num_envs}")
     resolved = resolve(env_id)
-    try:
+    with named(env_id):
         if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
             vec = FetchVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif fast and resolved in FRANKA:
@@ -55,8 +67,6 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
             vec = kind(resolved, num_envs, **kwargs)
         else:
             vec = GymVectorEnv(resolved, num_envs, goal_range=goal_range, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
     if seed is not None:
         vec.reset(seed)
     return vec

@@ -1,17 +1,15 @@
 """Fetch{Reach,Push,Slide,PickAndPlace}[Dense]-v4, many at a time: the bits of gymnasium-robotics in half the time.
 
 All copies share one MjModel; each has its own MjData. A step of the original spends a third of its time looking up
-joints and sites by name; here the addresses are looked up once. `mj_step` releases Python's lock, so a thread pool
-uses every core. `tests/test_envs.py` steps this class beside `gym.make` and compares to the last bit.
+joints and sites by name; here the addresses are looked up once. A thread pool uses every
+core. `tests/test_envs.py` steps this class beside `gym.make` and compares to the last bit.
 """
-from concurrent.futures import ThreadPoolExecutor
-
 import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium_robotics.utils import rotations
 
-from envs.vector import Observation, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
+from envs.vector import Observation, Threads, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
 
 MOCAP_QUAT_DELTA = np.array([1.0, 0.0, 1.0, 0.0])  # added to the gripper's quaternion at every step, as upstream does
 
@@ -55,13 +53,10 @@ class FetchVectorEnv(VectorEnv):
         self.grip_velp, self.object_velp, self.object_velr = (np.zeros((num_envs, 3)) for _ in range(3))
         self.jacobians = np.zeros((num_envs, 3, 3, model.nv))
 
-        threads = max(1, min(threads, num_envs))
-        self.shares = [range(num_envs * k // threads, num_envs * (k + 1) // threads) for k in range(threads)]
-        self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+        self.threads = Threads(threads, num_envs)
 
     def close(self) -> None:
-        if self.pool:
-            self.pool.shutdown()
+        self.threads.close()
         self.env.close()
 
     def _read(self, i: int) -> None:
@@ -104,23 +99,19 @@ class FetchVectorEnv(VectorEnv):
         displacement = action[:, :3] * action.dtype.type(0.05)  # in the action's own precision, as upstream
         grip = np.zeros(self.num_envs) if self.task.block_gripper else action[:, 3]
 
-        def advance(share: range) -> None:
-            for i in share:
-                data = self.data[i]
-                target = np.full(self.model.nu, grip[i], np.float64)
-                data.ctrl[:] = np.where(self.position_actuator, data.qpos[self.actuated_qpos] + target, target)
-                data.mocap_pos[0] = data.xpos[self.gripper_body] + displacement[i]
-                data.mocap_quat[0] = data.xquat[self.gripper_body] + MOCAP_QUAT_DELTA
-                mujoco.mj_step(self.model, data, nstep=self.task.n_substeps)
-                if self.task.block_gripper:
-                    data.qpos[self.finger_qpos] = 0.0
-                    mujoco.mj_forward(self.model, data)
-                self._read(i)
+        def advance(i: int) -> None:
+            data = self.data[i]
+            target = np.full(self.model.nu, grip[i], np.float64)
+            data.ctrl[:] = np.where(self.position_actuator, data.qpos[self.actuated_qpos] + target, target)
+            data.mocap_pos[0] = data.xpos[self.gripper_body] + displacement[i]
+            data.mocap_quat[0] = data.xquat[self.gripper_body] + MOCAP_QUAT_DELTA
+            mujoco.mj_step(self.model, data, nstep=self.task.n_substeps)
+            if self.task.block_gripper:
+                data.qpos[self.finger_qpos] = 0.0
+                mujoco.mj_forward(self.model, data)
+            self._read(i)
 
-        futures = [self.pool.submit(advance, share) for share in self.shares[1:]]
-        advance(self.shares[0])
-        for future in futures:
-            future.result()
+        self.threads.each(advance)
         achieved = self.object_pos if self.task.has_object else self.grip_pos
         reward = self.compute_reward(achieved, self.goal)
         success = np.linalg.norm(achieved - self.goal, axis=-1) < self.task.distance_threshold

@@ -11,22 +11,22 @@ ships for its kitchen, read where they lie; docs/franka.md has the tables and wh
 step is 0.05 s, in which the weld that leads the gripper moves along a ramp: a jump would tear heavy objects out of it.
 """
 import copy
-import importlib.util
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Sequence
 from xml.sax.saxutils import quoteattr
 
 import gymnasium as gym
+import gymnasium_robotics
 import mujoco
 import numpy as np
 from gymnasium_robotics.utils import rotations
 
 from envs.ids import EnvError
-from envs.vector import Observation, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
+from envs.vector import Observation, Threads, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
 
 THRESHOLD = 0.05  # m between object and goal, below which the goal is reached
 DT = 0.05  # s per env step; observed velocities are times this, except in FrankaSkill
@@ -37,6 +37,7 @@ LOW, HIGH = np.array([0.25, -0.40, 0.012]), np.array([0.95, 0.40, 0.60])  # m, w
 RANGE = 0.15  # m, half side of the squares that objects and goals are drawn from
 NEUTRAL = np.array([0.0, 0.41, 0.0, -1.85, 0.0, 0.69, 0.0046])  # rad; joints 6 and 7 as the shipped files count them
 SITE, BODY = mujoco.mjtObj.mjOBJ_SITE, mujoco.mjtObj.mjOBJ_BODY
+Values = float | Sequence[float] | None  # one for all simulators, or one each; None: as published
 SKILLS = np.array(["down", "push", "roll", "pick"])  # of a step, in the order of what an episode is named after
 
 
@@ -78,8 +79,7 @@ def simulated(task: Task, friction: float) -> float:
 
 def assets() -> Path:
     """Folder of the Franka files inside gymnasium-robotics. Raises EnvError if the installed version has none."""
-    package = importlib.util.find_spec("gymnasium_robotics").submodule_search_locations[0]
-    folder = Path(package, "envs", "assets", "kitchen_franka", "franka_assets")
+    folder = Path(gymnasium_robotics.__file__).parent / "envs" / "assets" / "kitchen_franka" / "franka_assets"
     if missing := [name for name in ("chain.xml", "assets.xml", "actuator.xml") if not (folder / name).is_file()]:
         raise EnvError(f"the installed gymnasium-robotics lacks {missing[0]} of the Franka arm; "
                        "pip install gymnasium-robotics==1.4.2")
@@ -135,8 +135,8 @@ def build(name: str, visible: bool = False) -> mujoco.MjModel:
         **files, friction=simulated(task, task.friction), half=task.half, shape=task.shape, mass=task.mass,
         camera=task.camera))
 
-    # The gripper is led by the weld, against which the servos of the arm would pull. Those of the fingers are made as
-    # strong as a Panda's: 85 N each hold 10 kg, and do not lift 30 kg.
+    # The gripper is led by the weld, against which the servos of the arm would pull. Those of the fingers hold as in
+    # PyBullet, whose 170 N each act through half of the friction: 85 N each hold 10 kg, and do not lift 30 kg.
     for actuator in list(spec.actuators):
         if not actuator.name.endswith("gripper_finger_joint"):
             spec.delete(actuator)
@@ -202,9 +202,9 @@ class World:
     published; skill, episode_skill (num,), indices into SKILLS, of the last step and of the episode so far.
     """
 
-    def __init__(self, name: str, num: int, frame_skip: int = 25):
-        if frame_skip < RAMP or frame_skip % RAMP:
-            raise EnvError(f"frame_skip {frame_skip} is no positive multiple of {RAMP}; the default is 25")
+    def __init__(self, name: str, num: int, frame_skip: int = 25, mass: Values = None, friction: Values = None):
+        if not isinstance(frame_skip, Integral) or frame_skip < RAMP or frame_skip % RAMP:
+            raise EnvError(f"frame_skip {frame_skip!r} is no int and positive multiple of {RAMP}; the default is 25")
         self.task, self.base, self.nstep = TASKS[name], build(name), frame_skip // RAMP
         self.pieces = np.arange(1, RAMP + 1) / RAMP
         self.models = [self.base] * num
@@ -214,7 +214,7 @@ class World:
         self.ee = model.site("ee").id
         self.object, self.table = model.body("object").id, model.geom("table").id
         self.object_geom = model.geom("object").id
-        self.pads = [[i for i in range(model.ngeom) if model.geom_bodyid[i] == model.body(f"panda0_{side}finger").id]
+        self.pads = [set(np.flatnonzero(model.geom_bodyid == model.body(f"panda0_{side}finger").id).tolist())
                      for side in ("left", "right")]
         self.object_qpos = int(model.jnt_qposadr[model.body_jntadr[self.object]])
         self.fingers = [int(model.joint(f"robot:panda0_finger_joint{k}").qposadr[0]) for k in (1, 2)]
@@ -223,7 +223,8 @@ class World:
         self.ee_vel, self.object_vel = np.zeros((num, 6)), np.zeros((num, 6))  # angular, linear
         self.object_mat, self.width, self.ctrl = np.zeros((num, 3, 3)), np.zeros(num), np.zeros(num)
         self.physics = np.tile([self.task.mass, self.task.friction], (num, 1))
-        self.skill, self.episode_skill = np.zeros(num, np.int64), np.ones(num, np.int64)
+        self.skill, self.episode_skill = np.ones((2, num), np.int64)
+        self.set_physics({key: value for key, value in (("mass", mass), ("friction", friction)) if value is not None})
 
     def _settle(self) -> tuple[np.ndarray, np.ndarray]:
         """Joints (nq,) and place of the gripper (3,) at rest, from where every episode starts."""
@@ -236,21 +237,28 @@ class World:
         mujoco.mj_step(model, data, nstep=200)
         return data.qpos.copy(), home
 
-    def set_physics(self, i: int, options: dict | None) -> None:
-        """Give simulator i the `mass` (kg) and the `friction` of `options`; those left out stay as they are.
+    def set_physics(self, options: dict | None) -> None:
+        """Give the simulators the `mass` (kg) and the `friction` of `options`, each a number or one per simulator
+        (num,); those left out stay as they are.
 
-        To be called before a reset. Raises EnvError for other options, a mass that is not above 0, a negative friction.
+        To be called before a reset. Raises EnvError, with nothing changed, for other options, another number of values,
+        a mass that is not above 0, a negative friction.
         """
-        wanted = dict(zip(("mass", "friction"), self.physics[i].tolist()))
-        for key, value in (options or {}).items():
+        wanted = {"mass": self.physics[:, 0].copy(), "friction": self.physics[:, 1].copy()}
+        for key, values in (options or {}).items():
             if key not in wanted:
                 raise EnvError(f"unknown option {key!r} of reset; known are mass (kg) and friction")
-            valid = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not valid or value < 0 or (key == "mass" and value == 0):
-                raise EnvError(f"{key} {value!r} makes no sense; give a finite number "
-                               f"{'above 0, in kg' if key == 'mass' else 'of at least 0'}")
-            wanted[key] = float(value)
-        self._apply(i, *wanted.values())
+            values = np.array(values, object).ravel().tolist()
+            if len(values) not in (1, len(self.data)):
+                raise EnvError(f"{key} has {len(values)} values (copies: {len(self.data)}); give one, or one per copy")
+            for value in values:
+                valid = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+                if not valid or value < 0 or (key == "mass" and value == 0):
+                    raise EnvError(f"{key} {value!r} makes no sense; give a finite number "
+                                   f"{'above 0, in kg' if key == 'mass' else 'of at least 0'}")
+            wanted[key][:] = values
+        for i, physics in enumerate(zip(*(column.tolist() for column in wanted.values()))):
+            self._apply(i, *physics)
 
     def _apply(self, i: int, mass: float, friction: float) -> None:
         if (self.physics[i] == (mass, friction)).all():
@@ -276,11 +284,15 @@ class World:
         height = rng.uniform(0, 0.2) * (rng.uniform() >= 0.3) if task.air else 0.0
         self.goal[i] = data.mocap_pos[1] = task.goal_x + aside[0], aside[1], task.half + height
         mujoco.mj_forward(model, data)
-        self.skill[i], self.episode_skill[i] = 0, 1
         self._read(i)
+        self.skill[i], self.episode_skill[i] = skill(self.object_pos[i, 2], True, False), 1
 
     def aim(self, action: np.ndarray) -> None:
-        """Actions (num, 3 or 4) of all simulators: what `advance` will do."""
+        """Actions (num, 3 or 4) of all simulators: what `advance` will do. Raises EnvError for another shape or NaN."""
+        if action.shape != (shape := (len(self.data), 4 if self.task.gripper else 3)):
+            raise EnvError(f"actions have shape {action.shape}; this task takes {shape}: one row per copy")
+        if not np.isfinite(action).all():  # they would end in every later observation
+            raise EnvError(f"actions hold {action[~np.isfinite(action)][0]}; give finite numbers")
         action = np.clip(action, -1.0, 1.0).astype(np.float64)
         start = np.stack([mocap[0] for mocap in self.mocap])
         way = np.clip(self.ee_pos + REACH * action[:, :3], LOW, HIGH) - start
@@ -298,9 +310,10 @@ class World:
         self._refresh(i)
         if self.task.sami:
             pairs = data.contact.geom
+            # Not only those that overlap: fingers act from their margin of 1 mm on, and hold 5 kg from 0.4 mm.
             touching = set(pairs[(pairs == self.object_geom).any(axis=1)].ravel().tolist())
             self.skill[i] = skill(self.object_pos[i, 2], self.table in touching,
-                                  all(touching & set(geoms) for geoms in self.pads))
+                                  all(touching & pads for pads in self.pads))
             self.episode_skill[i] = max(self.episode_skill[i], self.skill[i])
 
     def _refresh(self, i: int) -> None:
@@ -364,13 +377,12 @@ class FrankaEnv(gym.Env):
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / DT)}
 
     def __init__(self, task: str, reward_type: str, terminate_on_success: bool = True, frame_skip: int = 25,
-                 mass: float | None = None, friction: float | None = None, render_mode: str | None = None,
-                 width: int = 480, height: int = 480):
+                 mass: Values = None, friction: Values = None, render_mode: str | None = None, width: int = 480,
+                 height: int = 480):
         if reward_type not in ("sparse", "dense"):
             raise EnvError(f"unknown reward_type {reward_type!r}; known are sparse and dense")
         self.name, self.dense, self.terminate_on_success = task, reward_type == "dense", terminate_on_success
-        self.world = World(task, 1, frame_skip)
-        self.world.set_physics(0, {k: v for k, v in (("mass", mass), ("friction", friction)) if v is not None})
+        self.world = World(task, 1, frame_skip, mass, friction)
         self.target_range, self.render_mode, self.size, self.renderer = RANGE, render_mode, (width, height), None
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4 if TASKS[task].gripper else 3,), np.float32)
         self.observation_space = gym.spaces.Dict({
@@ -378,8 +390,8 @@ class FrankaEnv(gym.Env):
             for key, value in self.world.observe().items()})
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.world.set_physics(options)
         super().reset(seed=seed)
-        self.world.set_physics(0, options)
         self.world.reset(0, self.np_random, self.target_range)
         return self._observe(), self._info()
 
@@ -397,7 +409,9 @@ class FrankaEnv(gym.Env):
         return compute_reward(achieved_goal, desired_goal, self.dense)
 
     def render(self) -> np.ndarray | None:
-        """Frame (height, width, 3) uint8, or None in a window."""
+        """Frame (height, width, 3) uint8, or None in a window. Raises EnvError without a `render_mode`."""
+        if self.render_mode not in self.metadata["render_modes"]:
+            raise EnvError(f"render_mode is {self.render_mode!r}; make the task with render_mode='rgb_array'")
         if self.renderer is None:  # here, for it opens a context of OpenGL
             from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
@@ -439,26 +453,17 @@ class FrankaVectorEnv(VectorEnv):
     """
 
     def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, threads: int = 1,
-                 goal_range: float = 0.0, frame_skip: int = 25, mass: float | None = None,
-                 friction: float | None = None, **kwargs):
+                 goal_range: float = 0.0, frame_skip: int = 25, mass: Values = None, friction: Values = None,
+                 **kwargs):
         env = narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range)
         super().__init__(env, num_envs, time_feature)
-        self.world = World(env.spec.kwargs["task"], num_envs, frame_skip)
-        for i in range(num_envs):
-            self.world.set_physics(i, {k: v for k, v in (("mass", mass), ("friction", friction)) if v is not None})
+        self.world = World(env.spec.kwargs["task"], num_envs, frame_skip, mass, friction)
         self.rng = [gym.utils.seeding.np_random()[0] for _ in range(num_envs)]
-        threads = max(1, min(threads, num_envs))
-        self.shares = [range(num_envs * k // threads, num_envs * (k + 1) // threads) for k in range(threads)]
-        self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+        self.threads = Threads(threads, num_envs)
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> Observation:
         """Reset all copies; `options`: mass and friction of all, each a number or one per copy (num_envs,)."""
-        columns = {key: np.ravel(value).tolist() for key, value in (options or {}).items()}
-        for key, column in columns.items():
-            if len(column) not in (1, self.num_envs):
-                raise EnvError(f"{len(column)} values of {key} for {self.num_envs} copies; give one, or one per copy")
-        for i in range(self.num_envs):
-            self.world.set_physics(i, {key: column[i % len(column)] for key, column in columns.items()})
+        self.world.set_physics(options)
         return super().reset(seed)
 
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
@@ -466,8 +471,7 @@ class FrankaVectorEnv(VectorEnv):
         return obs, reward, terminated, truncated, info | self.labels
 
     def close(self) -> None:
-        if self.pool:
-            self.pool.shutdown()
+        self.threads.close()
         self.env.close()
 
     def _reset(self, i: int, seed: int | None) -> None:
@@ -476,15 +480,8 @@ class FrankaVectorEnv(VectorEnv):
         self.world.reset(i, self.rng[i], self.env.unwrapped.target_range)
 
     def _step(self, action: np.ndarray):
-        def advance(share: range) -> None:
-            for i in share:
-                self.world.advance(i)
-
-        self.world.aim(action)
-        futures = [self.pool.submit(advance, share) for share in self.shares[1:]]
-        advance(self.shares[0])
-        for future in futures:
-            future.result()
+        self.world.aim(np.asarray(action))
+        self.threads.each(self.world.advance)
         reward = self.compute_reward(self.world.object_pos, self.world.goal)
         success = self.world.success()
         terminated = success if self.env.unwrapped.terminate_on_success else np.zeros(self.num_envs, bool)

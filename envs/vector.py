@@ -4,6 +4,9 @@ They follow gymnasium's SAME_STEP convention: when an episode ends, `obs` is alr
 episode and the true next observation is in `info["final_obs"]`. Here `final_obs` is always a full batch (equal to
 `obs` where no episode ended), so that a replay buffer stores it without looking at flags.
 """
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable
+
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -33,6 +36,30 @@ def mujoco_restore(model: mujoco.MjModel, data: mujoco.MjData, snapshot: dict[st
         getattr(data, name)[:] = np.asarray(snapshot[name])
 
 
+class Threads:
+    """Up to `count` threads among which `num` simulators are shared; `mj_step` releases Python's lock."""
+
+    def __init__(self, count: int, num: int):
+        count = max(1, min(count, num))
+        self.shares = [range(num * k // count, num * (k + 1) // count) for k in range(count)]
+        self.pool = ThreadPoolExecutor(count - 1) if count > 1 else None
+
+    def each(self, advance: Callable[[int], None]) -> None:
+        """Call `advance(i)` for every simulator i."""
+        def work(share: range) -> None:
+            for i in share:
+                advance(i)
+
+        futures = [self.pool.submit(work, share) for share in self.shares[1:]]
+        work(self.shares[0])
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown()
+
+
 class VectorEnv:
     """Stepping, autoreset, time limit and time feature for `num_envs` copies of one environment.
 
@@ -56,19 +83,24 @@ class VectorEnv:
             wider = gym.spaces.Box(-np.inf, np.inf, (env.observation_space["observation"].shape[0] + 1,), np.float64)
             self.observation_space = gym.spaces.Dict({**env.observation_space.spaces, "observation": wider})
         self.elapsed = np.zeros(num_envs, np.int64)
+        self.ready = False  # whether there is an episode to step: a simulator would step its raw initial state
 
     def reset(self, seed: int | None = None) -> Observation:
         """Reset all copies; with a seed, copy i is seeded with `seed + i`."""
         self.elapsed[:] = 0
         for i in range(self.num_envs):
             self._reset(i, None if seed is None else seed + i)
+        self.ready = True
         return self._observe_with_time()
 
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
         """(num_envs, d) actions, (num_envs,) int discrete ones -> obs, reward, terminated, truncated (num_envs,), info.
 
         info: `final_obs` (see the module) and `success` (num_envs,), NaN for tasks without a notion of success.
+        Raises EnvError before the first `reset`.
         """
+        if not self.ready:
+            raise EnvError(f"{self.env.spec.id} is stepped before its first reset; call reset, or give make_vec a seed")
         reward, terminated, truncated, success = self._step(action)
         self.elapsed += 1
         if self.max_episode_steps is not None:
@@ -101,6 +133,7 @@ class VectorEnv:
         self.elapsed[:] = np.asarray(snapshot["elapsed"])
         for i, copy in enumerate(snapshot["copies"]):
             self._restore(i, copy)
+        self.ready = True
 
     def close(self) -> None:
         """Free simulators, windows and threads."""
@@ -115,12 +148,17 @@ class VectorEnv:
 
 
 def narrow_goals(env: gym.Env, goal_range: float) -> gym.Env:
-    """`env` with goals drawn from `goal_range` tenths of its range; 0: as it is. Raises EnvError for a task without."""
+    """`env` with goals drawn from `goal_range` tenths of its range along x and y (in FetchReach also z); 0: as it is.
+
+    Raises EnvError for a task without such a range, and outside 0 to 10.
+    """
+    if not 0 <= goal_range <= 10:
+        raise EnvError(f"goal_range {goal_range} is not within 0 to 10, the tenths of the range of goals")
     if goal_range:
         if not hasattr(env.unwrapped, "target_range"):
             raise EnvError(f"{env.spec.id} has no range of goals to narrow; leave --goal-range out")
         env.unwrapped.target_range *= goal_range / 10
-        announce(f"{env.spec.id} draws its goals within {env.unwrapped.target_range:.4g} m in each direction")
+        announce(f"{env.spec.id} draws its goals within {env.unwrapped.target_range:.4g} m along x and y")
     return env
 
 
