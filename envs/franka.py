@@ -11,7 +11,6 @@ ships for its kitchen, read where they lie; docs/franka.md has the tables and wh
 step is 0.05 s, in which the weld that leads the gripper moves along a ramp: a jump would tear heavy objects out of it.
 """
 import copy
-import math
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -38,6 +37,7 @@ RANGE = 0.15  # m, half side of the squares that objects and goals are drawn fro
 NEUTRAL = np.array([0.0, 0.41, 0.0, -1.85, 0.0, 0.69, 0.0046])  # rad; joints 6 and 7 as the shipped files count them
 SITE, BODY = mujoco.mjtObj.mjOBJ_SITE, mujoco.mjtObj.mjOBJ_BODY
 Values = float | Sequence[float] | None  # one for all simulators, or one each; None: as published
+LIMITS = {"mass": (1e-3, 1e3), "friction": (0.0, 100.0)}  # kg; the simulator is stable within them
 SKILLS = np.array(["down", "push", "roll", "pick"])  # of a step, in the order of what an episode is named after
 
 
@@ -181,7 +181,7 @@ def build(name: str, visible: bool = False) -> mujoco.MjModel:
 
 def compute_reward(achieved_goal: np.ndarray, desired_goal: np.ndarray, dense: bool) -> np.ndarray:
     """Goals (..., 3) -> rewards (...): minus the distance, or -1 beyond the threshold and 0 within it."""
-    distance = np.linalg.norm(achieved_goal - desired_goal, axis=-1)
+    distance = np.linalg.norm(np.subtract(achieved_goal, desired_goal), axis=-1)
     return -distance if dense else -(distance > THRESHOLD).astype(np.float32)
 
 
@@ -242,7 +242,7 @@ class World:
         (num,); those left out stay as they are.
 
         To be called before a reset. Raises EnvError, with nothing changed, for other options, another number of values,
-        a mass that is not above 0, a negative friction.
+        what is not within LIMITS.
         """
         wanted = {"mass": self.physics[:, 0].copy(), "friction": self.physics[:, 1].copy()}
         for key, values in (options or {}).items():
@@ -252,10 +252,9 @@ class World:
             if len(values) not in (1, len(self.data)):
                 raise EnvError(f"{key} has {len(values)} values (copies: {len(self.data)}); give one, or one per copy")
             for value in values:
-                valid = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-                if not valid or value < 0 or (key == "mass" and value == 0):
-                    raise EnvError(f"{key} {value!r} makes no sense; give a finite number "
-                                   f"{'above 0, in kg' if key == 'mass' else 'of at least 0'}")
+                low, high = LIMITS[key]
+                if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
+                    raise EnvError(f"{key} {value!r} makes no sense; give a number from {low:g} to {high:g}")
             wanted[key][:] = values
         for i, physics in enumerate(zip(*(column.tolist() for column in wanted.values()))):
             self._apply(i, *physics)
@@ -371,8 +370,8 @@ class FrankaEnv(gym.Env):
     """One simulator, for gymnasium: the reference for the fast class, and the way to render.
 
     `terminate_on_success` ends an episode once the object is at its goal, be it in passing, as the originals do;
-    `frame_skip` counts simulated steps of 2 ms per env step. `mass` and `friction` are those until `reset` is told
-    others, which then stay.
+    `frame_skip` counts simulated steps of 2 ms per env step, while observed velocities stay times 0.05 s. `mass` and
+    `friction` are those until `reset` is told others, which then stay.
     """
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / DT)}
 
@@ -381,6 +380,8 @@ class FrankaEnv(gym.Env):
                  height: int = 480):
         if reward_type not in ("sparse", "dense"):
             raise EnvError(f"unknown reward_type {reward_type!r}; known are sparse and dense")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise EnvError(f"unknown render_mode {render_mode!r}; known are human and rgb_array")
         self.name, self.dense, self.terminate_on_success = task, reward_type == "dense", terminate_on_success
         self.world = World(task, 1, frame_skip, mass, friction)
         self.target_range, self.render_mode, self.size, self.renderer = RANGE, render_mode, (width, height), None
@@ -393,6 +394,8 @@ class FrankaEnv(gym.Env):
         self.world.set_physics(options)
         super().reset(seed=seed)
         self.world.reset(0, self.np_random, self.target_range)
+        if self.render_mode == "human":
+            self.render()
         return self._observe(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -410,8 +413,8 @@ class FrankaEnv(gym.Env):
 
     def render(self) -> np.ndarray | None:
         """Frame (height, width, 3) uint8, or None in a window. Raises EnvError without a `render_mode`."""
-        if self.render_mode not in self.metadata["render_modes"]:
-            raise EnvError(f"render_mode is {self.render_mode!r}; make the task with render_mode='rgb_array'")
+        if self.render_mode is None:
+            raise EnvError("render_mode is None; make the task with render_mode='rgb_array'")
         if self.renderer is None:  # here, for it opens a context of OpenGL
             from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 

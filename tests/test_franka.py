@@ -283,8 +283,9 @@ def test_options_stay_until_changed():
     assert env.reset(options={"mass": np.array(2.0)})[1]["mass"] == 2
 
 
-@pytest.mark.parametrize("options", [{"mass": 0}, {"mass": -1.0}, {"mass": math.nan}, {"mass": "heavy"}, {"mass": True},
-                                     {"friction": -0.1}, {"friction": math.inf}, {"friction": None}, {"weight": 1.0}])
+@pytest.mark.parametrize("options", [
+    {"mass": 0}, {"mass": -1.0}, {"mass": 1e-320}, {"mass": 1e300}, {"mass": math.nan}, {"mass": "heavy"}, {"mass": True},
+    {"friction": -0.1}, {"friction": math.inf}, {"friction": None}, {"weight": 1.0}])
 def test_nonsense_is_named_in_one_line(options):
     env = envs.make(PUSH)
     env.reset(seed=0)
@@ -314,6 +315,8 @@ def test_nonsense_arguments():
         envs.make_vec("FetchPush-v2", 1, goal_range=11.0)
     with pytest.raises(envs.EnvError, match="rgb_array"):
         envs.make(PUSH).unwrapped.render()
+    with pytest.raises(envs.EnvError, match="film"), warnings.catch_warnings(action="ignore"):
+        envs.make(PUSH, render_mode="film")
 
 
 def test_options_are_changed_all_or_none():
