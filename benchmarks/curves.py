@@ -13,7 +13,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = ["variant", "seed", "step", "wall_s", "episodes", "return_mean", "return_std", "success_rate", "length_mean",
-           "total_timesteps", "commit", "cpu"]
+           "online_return", "total_timesteps", "commit", "cpu"]
 # arguments that name a run, not a variant
 RUN = {"env", "seed", "total_timesteps", "device", "compile", "run_dir", "resume", "evaluate", "eval_every",
        "eval_episodes", "checkpoint_every", "video", "track", "save_keys", "impl", "overshoot_every"}
@@ -42,7 +42,22 @@ def variant(config: dict) -> str:
     changed = {k: v for k, v in args.items() if k in usual and k not in ignored and v != usual[k]}
     if "init_from" in changed:  # its folder's name tells more than its path
         changed["init_from"] = Path(changed["init_from"]).name
-    return " ".join([*words, *(f"--{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))])
+    return " ".join([*words, *(flag(k.replace("_", "-"), v) for k, v in sorted(changed.items()))])
+
+
+def flag(name: str, value: object) -> str:
+    return f"--{name} {value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
+
+
+def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
+    """Give evaluations `online_return`: the mean of what was logged as `return` of training since the one before."""
+    rows = load(scalars) if scalars.is_file() else []  # a peer has none
+    logged = [(int(row["step"]), float(row["value"])) for row in rows if row["name"] == "return"]
+    before = 0
+    for row in curve:
+        found = [value for step, value in logged if before < step <= int(row["step"])]
+        row["online_return"] = f"{sum(found) / len(found):.6g}" if found else ""
+        before = int(row["step"])
 
 
 def gather(folders: list[str]) -> None:
@@ -53,7 +68,7 @@ def gather(folders: list[str]) -> None:
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
-        path = RESULTS / config["algo"] / f"{args['env']}.csv"
+        path = RESULTS / config["algo"] / f"{args['env'].replace('/', '-')}.csv"
         name, seed = variant(config), str(args["seed"])
         rows = [row for row in load(path) if (row["variant"], row["seed"]) != (name, seed)] if path.exists() else []
         facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"],
@@ -62,6 +77,7 @@ def gather(folders: list[str]) -> None:
         if not curve:
             print(f"skipped, not evaluated yet: {folder}")
             continue
+        add_online_returns(curve, folder / "scalars.csv")
         rows += [facts | row for row in curve]
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +113,8 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
     """
     found: dict[tuple[str, int], Curve] = {}
     for row in load(path):
+        if row.get(score) == "":  # no episode ended
+            continue
         curve = found.setdefault((row["variant"], int(row["seed"])), Curve(int(row["seed"])))
         curve.steps.append(int(row["step"]))
         curve.minutes.append(float(row["wall_s"]) / 60)

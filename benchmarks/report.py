@@ -34,10 +34,10 @@ class Reading:
     baseline: str = "plain"  # variant that others are compared with
     untrained: tuple[str, ...] = ()  # variants that learn nothing: their last evaluation holds for every step
     paper: str = "none given"  # what the paper gives
+    label: str = ""  # of the score; empty: from the column's name
 
-    @property
-    def label(self) -> str:
-        return self.score.split("_")[0]
+    def __post_init__(self):
+        self.label = self.label or self.score.removesuffix("_mean").removesuffix("_rate").replace("_", " ")
 
 
 def reading(algo: str, env: str = "") -> Reading:
@@ -115,11 +115,13 @@ def areas(curves: list[Curve], budget: int) -> list[float]:
 def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, one row per variant."""
     budget = shared_budget(variants)
-    budgets = [*smaller_budgets(budget), budget]
+    first = max(c.steps[0] for curves in variants.values() for c in curves)
+    budgets = [*(b for b in smaller_budgets(budget) if b >= first), budget]
+    compared = how.baseline in variants and len(variants) > 1
     longer = any(c.steps[-1] > 1.01 * budget for curves in variants.values() for c in curves)
     learned = [f"steps to {how.threshold:g}, median (range)", "minutes, median"] if how.threshold is not None else []
     head = ["", "seeds", *learned, *(f"{how.label} at {thousands(b)}" for b in budgets),
-            f"mean up to {thousands(budget)}", *([f"P(above {how.baseline})"] if how.baseline in variants else []),
+            f"mean up to {thousands(budget)}", *([f"P(above {how.baseline})"] if compared else []),
             *(["last (at step)"] if longer else []), "worst seed", "code"]
     rows = []
     for name, curves in variants.items():
@@ -133,7 +135,7 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
         row += [estimate(stats.mean, [np.interp(b, c.steps, c.scores) for c in curves]) for b in budgets]
         last = [c.scores[-1] for c in curves]
         row.append(estimate(stats.mean, areas(curves, budget)))
-        if how.baseline in variants:  # how likely a seed's mean up to there is above one of the baseline's
+        if compared:  # how likely a seed's mean up to there is above one of the baseline's
             row.append("" if name == how.baseline else estimate(
                 stats.probability_of_improvement, areas(curves, budget), areas(variants[how.baseline], budget)))
         if longer:
@@ -216,7 +218,9 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
         if how.score == "success_rate":
             panel.set_ylim(-0.02, 1.02)
         panel.grid(alpha=0.3)
-    figure.legend([lines[name] for name in sorted(lines)], sorted(lines), loc="outside lower center", ncols=6)
+    fit = int(12 * figure.get_figwidth() / (6 + max(map(len, lines))))  # about twelve characters an inch
+    figure.legend([lines[name] for name in sorted(lines)], sorted(lines), loc="outside lower center",
+                  ncols=min(max(fit, 1), 6))
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, metadata={"Date": None})
     plt.close(figure)
