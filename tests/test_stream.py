@@ -451,11 +451,43 @@ def test_no_compiler_is_said_and_runs(tmp_path, monkeypatch, capsys):
     (stream_ac, dict(env="FrozenLake-v1"), "Box"), (stream_td, dict(env="missing.csv"), "missing.csv"),
     (stream_td, dict(total_timesteps=10 ** 6), "at most"), (stream_ac, dict(hidden="128"), "--hidden"),
     (stream_ac, dict(sparsity=1.5), "--sparsity"), (stream_q, dict(learning_rate=0.0), "--learning-rate"),
-    (stream_q, dict(resume="missing"), "not a run folder"), (stream_ac, dict(kappa_value=-1.0), "--kappa-value")])
+    (stream_q, dict(resume="missing"), "not a run folder"), (stream_ac, dict(kappa_value=-1.0), "--kappa-value"),
+    (stream_q, dict(learning_rate=math.inf), "--learning-rate"), (stream_q, dict(epsilon_end=1.5), "--epsilon-end"),
+    (stream_ac, dict(eval_every=-1), "--eval-every"), (stream_q, dict(max_episode_steps=-1), "--max-episode-steps"),
+    (stream_td, dict(video=-1), "--video"), (stream_td, dict(checkpoint_every=-1), "--checkpoint-every"),
+    (stream_td, dict(lead=70_000), "--lead"), (stream_ac, dict(hidden="8x2"), "--hidden"),
+    (stream_q, dict(sparsity=1.0), "--sparsity 1.0"), (stream_q, dict(env="Images-v0"), "BreakoutNoFrameskip-v4")])
 def test_bad_input_is_one_line_and_leaves_nothing(script, kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError)) as error:
         train(script, tmp_path / "run", **kwargs)
     assert words in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "end of its first row"), ("a,b\n", "end of its first row"), ("a,b\n1,x\n2,3\n", "end of its first row"),
+    ("date,a,b\nmon,1,2\ntue,,3\n", "line 3"), ("a,b\n1,2\n\n3,nan\n", "line 4"), ("a,b\n1,2\n3\n", "line 3"),
+    ("a,b\n1,2\n2,2\n", "never changes")])
+@pytest.mark.filterwarnings("error")
+def test_bad_series(text, words, tmp_path):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(envs.EnvError, match=words) as error:
+        envs.Series(str(tmp_path / "a.csv"), 1)
+    assert "a.csv" in str(error.value)
+
+
+def test_what_a_run_keeps_is_named_as_it_is_typed(tmp_path):
+    train(stream_td, tmp_path / "run", total_timesteps=300)
+    with pytest.raises(ArgError, match="^--no-layer-norm: a run keeps"):
+        stream_td.main(stream_td.Args(resume=str(tmp_path / "run"), layer_norm=False))
+    with pytest.raises(ArgError, match="leave one of them out"):
+        stream_td.main(stream_td.Args(resume=str(tmp_path / "run"), evaluate=str(tmp_path / "run")))
+
+
+def test_a_file_by_any_name_is_a_series(tmp_path, monkeypatch):
+    (tmp_path / "A.TXT").write_text("a\n" + "".join(f"{i % 7}\n" for i in range(40)))
+    monkeypatch.chdir(tmp_path)
+    train(stream_td, "", env=str(tmp_path / "A.TXT"), total_timesteps=30)
+    assert list((tmp_path / "runs/stream_td/A").glob("seed1-*/checkpoint.pt"))
 
 
 def test_wrong_id_on_the_command_line():
@@ -510,6 +542,14 @@ def test_learning_gates(tmp_path):
     assert result["return_mean"] > 80, result
     result = train(stream_ac, tmp_path / "ac", env="Aim-v0", total_timesteps=3000, eval_every=0, eval_episodes=5)
     assert result["return_mean"] > -1, result  # 20 steps of -(a - x)^2; doing nothing earns about -6
+
+
+class Images(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8), gym.spaces.Discrete(2)
+
+
+if "Images-v0" not in gym.registry:
+    gym.register("Images-v0", Images)
 
 
 class Aim(gym.Env):
