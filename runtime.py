@@ -139,9 +139,12 @@ def continued(stored: Any, asked: Any, *anew: str, unless_default: Sequence[str]
     like one that was left out."""
     named = {field.name: getattr(asked, field.name) for field in fields(asked)
              if getattr(asked, field.name) != field.default}
+    if asked.resume and asked.evaluate:
+        raise ArgError("--resume goes on training, --evaluate does not: leave one of them out")
     for name, value in named.items():
         if name not in (*anew, *unless_default) and value != getattr(stored, name):
-            raise ArgError(f"--{name.replace('_', '-')} {value}: a run keeps the arguments that it was started with "
+            no, value = ("no-" * (not value), "") if isinstance(value, bool) else ("", f" {value}")
+            raise ArgError(f"--{no}{name.replace('_', '-')}{value}: a run keeps the arguments that it was started with "
                            f"(here {getattr(stored, name)}); leave it out, or start a new run")
     return replace(stored, **{name: getattr(asked, name) for name in anew},
                    **{name: named[name] for name in unless_default if name in named})
@@ -180,12 +183,12 @@ def describe_machine() -> dict:
 
 
 def require_positive(args: Any, *names: str) -> None:
-    """Raise ArgError unless all these numbers of `args` are greater than zero, and the seed is not below it."""
+    """Raise ArgError unless all these numbers of `args` are finite and above zero, and the seed is not below it."""
     if args.seed < 0:
         raise ArgError(f"--seed must be 0 or more, not {args.seed}")
     for name in names:
-        if not getattr(args, name) > 0:
-            raise ArgError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ArgError(f"--{name.replace('_', '-')} must be greater than 0 and finite, not {getattr(args, name)}")
 
 
 def require_range(args: Any, low: float, high: float, *names: str) -> None:

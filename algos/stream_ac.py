@@ -212,6 +212,9 @@ def observe(stats: dict[str, torch.Tensor], x: torch.Tensor, time: torch.Tensor,
 # twin: obgd
 def make_part(net: Net, args: "Args") -> dict[str, torch.Tensor]:
     """A network and its optimiser: flat weights and trace, and the second moments of --optimizer adaptive."""
+    fan_in = min(math.prod(shape[1:]) for shape in net.weights[1:])  # the first layer may start dead, and learns
+    if math.ceil(args.sparsity * fan_in) == fan_in:  # biases alone would learn
+        raise ArgError(f"--sparsity {args.sparsity} takes all {fan_in} weights of a unit; lower it, or widen --hidden")
     weights = sparse_init(net, args.sparsity)
     part = {"weights": weights, "trace": torch.zeros_like(weights)}
     return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)}
@@ -288,11 +291,11 @@ def step(agent: dict, nets: tuple[Net, Net], state: torch.Tensor, action: torch.
     if it is an input, reward, whether the episode ended, whether the next state's value counts. Learns from it, draws
     the next action; returns next state, next action, scaled reward, delta."""
     x, time = row[:math.prod(shape)].view(shape), row[math.prod(shape):-3]
-    reward, ended, discount = row[-3:-2], row[-2:-1].float(), args.gamma * row[-1:].float()
+    reward, ended, counts = row[-3:-2], row[-2:-1], row[-1:]
     next_state = observe(agent["obs"], x, time, state, frames, args)
-    reward = scale_reward(agent["reward"], reward, row[-2:-1], args)
+    reward = scale_reward(agent["reward"], reward, ended, args)
     delta, v, entropy, std, step_policy, trace_policy, step_value, trace_value = update(
-        agent, nets, state, action, next_state, reward, discount, ended, args)
+        agent, nets, state, action, next_state, reward, args.gamma * counts.float(), ended.float(), args)
     agent["totals"].add_(torch.cat([x.float().view(1) for x in (
         delta.abs(), v, entropy, std, step_policy, step_value, step_policy < args.learning_rate,
         step_value < args.learning_rate, trace_policy, trace_value, deviation(agent["reward"]))]))
@@ -301,8 +304,7 @@ def step(agent: dict, nets: tuple[Net, Net], state: torch.Tensor, action: torch.
 
 def td_error(agent: dict, net: Net, state, next_state, reward, discount, args: Args) -> float:
     """delta of a transition under the weights of now."""
-    (v,), _ = forward(agent["value"]["weights"], net, state, args.layer_norm)
-    (next_v,), _ = forward(agent["value"]["weights"], net, next_state, args.layer_norm)
+    v, next_v = (forward(agent["value"]["weights"], net, s, args.layer_norm)[0][0] for s in (state, next_state))
     return (reward + discount * next_v - v).item()
 
 
@@ -328,6 +330,7 @@ def main(args: Args) -> dict[str, float]:
             stored, args, "evaluate", "eval_episodes", "video")
     require_positive(args, "total_timesteps", "eval_episodes", "learning_rate", "kappa_policy", "kappa_value")
     require_range(args, 0, 1, "sparsity", "gamma", "lamda")
+    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "max_episode_steps")
     args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for
@@ -343,7 +346,7 @@ def main(args: Args) -> dict[str, float]:
     n, d = math.prod(env.shape), int(space.n) if discrete else space.shape[0]
     row = torch.zeros(n + env.timed + 3, dtype=torch.float64)
     raw = row.numpy()  # the same memory: assigning to it costs less than making a tensor
-    at, episode_return, episode_length, overshoots = 0, 0.0, 0, 0
+    at, stop, episode_return, episode_length, overshoots = 0, 0, 0.0, 0, 0
 
     def noise() -> torch.Tensor:
         return -(-torch.rand(d).clamp(1e-10, 1 - 1e-7).log()).log() if discrete else torch.randn(d)
@@ -397,7 +400,6 @@ def main(args: Args) -> dict[str, float]:
     run = Run(ALGO, args, envs.resolve(args.env), at, saved["wall_s"] if saved else 0.0)
     if not saved:
         run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent
-    stop = 0
     while at < args.total_timesteps and not stop:
         obs, reward, terminated, truncated, over = env.step(to_env(action))
         raw[:n] = obs.reshape(-1)
@@ -442,3 +444,6 @@ if __name__ == "__main__":
     except (ArgError, envs.EnvError) as error:
         print(f"{ALGO}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before there is a run that could be saved, or a second one
+        print(f"{ALGO}: interrupted", file=sys.stderr)
+        sys.exit(130)

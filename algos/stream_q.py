@@ -210,6 +210,9 @@ def observe(stats: dict[str, torch.Tensor], x: torch.Tensor, time: torch.Tensor,
 # twin: obgd
 def make_part(net: Net, args: "Args") -> dict[str, torch.Tensor]:
     """A network and its optimiser: flat weights and trace, and the second moments of --optimizer adaptive."""
+    fan_in = min(math.prod(shape[1:]) for shape in net.weights[1:])  # the first layer may start dead, and learns
+    if math.ceil(args.sparsity * fan_in) == fan_in:  # biases alone would learn
+        raise ArgError(f"--sparsity {args.sparsity} takes all {fan_in} weights of a unit; lower it, or widen --hidden")
     weights = sparse_init(net, args.sparsity)
     part = {"weights": weights, "trace": torch.zeros_like(weights)}
     return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)}
@@ -275,14 +278,14 @@ def step(agent: dict, net: Net, state: torch.Tensor, action: torch.Tensor, row: 
     if it is an input, reward, whether the episode ended, whether the next state's value counts. Learns from it, chooses
     the next action; returns next state, next action, scaled reward, delta."""
     x, time = row[:math.prod(shape)].view(shape), row[math.prod(shape):-3]
-    reward, ended, discount = row[-3:-2], row[-2:-1].float(), args.gamma * row[-1:].float()
+    reward, ended, counts = row[-3:-2], row[-2:-1], row[-1:]
     next_state = observe(agent["obs"], x, time, state, frames, args)
-    reward = scale_reward(agent["reward"], reward, row[-2:-1], args)
+    reward = scale_reward(agent["reward"], reward, ended, args)
     weights, next_action = agent["value"]["weights"], None
     if args.sarsa:  # chosen before the update, which needs it
         next_action = choose(forward(weights, net, next_state, args.layer_norm)[0][0], uniform)
     delta, value, exploratory, step_value, trace_value = update(
-        agent, net, state, action, next_state, next_action, reward, discount, ended, args)
+        agent, net, state, action, next_state, next_action, reward, args.gamma * counts.float(), ended.float(), args)
     if not args.sarsa:
         next_action = choose(forward(weights, net, next_state, args.layer_norm)[0][0], uniform)
     agent["totals"].add_(torch.cat([x.float().view(1) for x in (
@@ -317,7 +320,8 @@ def main(args: Args) -> dict[str, float]:
         args = continued(stored, args, "resume") if args.resume else continued(
             stored, args, "evaluate", "eval_episodes", "video")
     require_positive(args, "total_timesteps", "eval_episodes", "learning_rate", "kappa_value", "exploration_fraction")
-    require_range(args, 0, 1, "sparsity", "gamma", "lamda")
+    require_range(args, 0, 1, "sparsity", "gamma", "lamda", "epsilon_end")
+    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "max_episode_steps")
     args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for
@@ -331,7 +335,7 @@ def main(args: Args) -> dict[str, float]:
     n, actions = math.prod(env.shape), torch.eye(int(env.action_space.n))
     row = torch.zeros(n + env.timed + 3, dtype=torch.float64)
     raw = row.numpy()  # the same memory: assigning to it costs less than making a tensor
-    at, episode_return, episode_length, overshoots = 0, 0.0, 0, 0
+    at, stop, episode_return, episode_length, overshoots = 0, 0, 0.0, 0, 0
 
     def uniform() -> torch.Tensor:
         """A uniform action at the epsilon of the next decision, else zeros."""
@@ -383,7 +387,6 @@ def main(args: Args) -> dict[str, float]:
     run = Run(ALGO, args, envs.resolve(args.env), at, saved["wall_s"] if saved else 0.0)
     if not saved:
         run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent
-    stop = 0
     while at < args.total_timesteps and not stop:
         obs, reward, terminated, truncated, over = env.step(int(action.argmax()))
         raw[:n] = obs.reshape(-1)
@@ -430,3 +433,6 @@ if __name__ == "__main__":
     except (ArgError, envs.EnvError) as error:
         print(f"{ALGO}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before there is a run that could be saved, or a second one
+        print(f"{ALGO}: interrupted", file=sys.stderr)
+        sys.exit(130)

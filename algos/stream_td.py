@@ -186,6 +186,9 @@ def scale_reward(stats: dict[str, torch.Tensor], reward: torch.Tensor, ended: to
 # twin: obgd
 def make_part(net: Net, args: "Args") -> dict[str, torch.Tensor]:
     """A network and its optimiser: flat weights and trace, and the second moments of --optimizer adaptive."""
+    fan_in = min(math.prod(shape[1:]) for shape in net.weights[1:])  # the first layer may start dead, and learns
+    if math.ceil(args.sparsity * fan_in) == fan_in:  # biases alone would learn
+        raise ArgError(f"--sparsity {args.sparsity} takes all {fan_in} weights of a unit; lower it, or widen --hidden")
     weights = sparse_init(net, args.sparsity)
     part = {"weights": weights, "trace": torch.zeros_like(weights)}
     return part | ({"square": torch.zeros_like(weights), "count": torch.zeros(1)}
@@ -295,6 +298,7 @@ def main(args: Args) -> dict[str, float]:
         args = continued(stored, args, "resume") if args.resume else continued(stored, args, "evaluate", "video")
     require_positive(args, "total_timesteps", "learning_rate", "kappa_value", "lead")
     require_range(args, 0, 1, "sparsity", "gamma", "lamda")
+    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video")
     require_range(args, 0, 0.99999, "obs_trace")
     args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
@@ -327,7 +331,7 @@ def main(args: Args) -> dict[str, float]:
         state = observe(agent, torch.from_numpy(series.rows[0]), args)
     if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
         learn(tree_map(torch.clone, agent), net, state, row, args)
-    if not (args.run_dir or args.resume) and args.env.endswith(".csv"):  # a path is no name for a folder
+    if not (args.run_dir or args.resume) and Path(args.env).is_file():  # a path is no name for a folder
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         args = replace(args, run_dir=str(Path("runs", ALGO, Path(args.env).stem, name)))
     run = Run(ALGO, args, args.env, at, saved["wall_s"] if saved else 0.0)
@@ -379,3 +383,6 @@ if __name__ == "__main__":
     except (ArgError, envs.EnvError) as error:
         print(f"{ALGO}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before there is a run that could be saved, or a second one
+        print(f"{ALGO}: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -2,6 +2,8 @@
 
 `series/transformer` is generated here: a made-up power transformer, not data of a real one. A CSV file works as well.
 """
+import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -43,30 +45,59 @@ def transformer(seed: int) -> np.ndarray:
     return np.column_stack([loads, oil])
 
 
+def number(cell: str) -> float:
+    """NaN where it is none."""
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def read(name: str) -> np.ndarray:
+    """The columns (n, k) of a CSV file with one header line that are numbers in its first row; the last must be one.
+
+    Raises EnvError that names the line where one of them has a gap later on."""
+    try:
+        with open(name, newline="") as file:
+            table = csv.reader(file)
+            lines = [(table.line_num, cells) for cells in table if cells][1:]
+    except (csv.Error, OSError, ValueError) as error:
+        raise EnvError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
+    first = [math.isfinite(number(cell)) for cell in lines[0][1]] if lines else [False]
+    if not first[-1]:
+        raise EnvError(f"{name} has no number at the end of its first row; the last column is what is predicted")
+    rows = []
+    for line, cells in lines:
+        rows.append([number(cell) for cell, kept in zip(cells, first) if kept])
+        if len(cells) != len(first) or not np.isfinite(rows[-1]).all():
+            raise EnvError(f"{name} has a gap in line {line}: {sum(first)} columns of numbers are expected there")
+    return np.array(rows)
+
+
 class Series:
     """Rows (n, k) of inputs, and the target (n,): the last column, scaled to [0, 1] over the whole series."""
 
     def __init__(self, name: str, seed: int):
-        """`series/transformer`, of this seed, or a CSV file with one header line; columns that are no numbers (dates)
-        are left out. Raises EnvError for anything else."""
+        """`series/transformer`, of this seed, or a CSV file (`read`); columns that are no numbers (dates) are left out.
+        Raises EnvError for anything else."""
         if name == "series/transformer":
             self.rows = transformer(seed)
         elif not Path(name).is_file():
             raise EnvError(f"{name!r} is no series; there are series/transformer and CSV files")
         else:
-            try:
-                table = np.genfromtxt(name, delimiter=",", skip_header=1, ndmin=2)
-                self.rows = table[:, np.isfinite(table).all(0)]
-            except ValueError as error:
-                raise EnvError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
-            if min(self.rows.shape) < 1 or np.ptp(self.rows[:, -1]) == 0:
-                raise EnvError(f"{name} has no column of numbers that varies")
+            self.rows = read(name)
+            if np.ptp(self.rows[:, -1]) == 0:
+                raise EnvError(f"{name} has a last column that never changes; there is nothing to predict")
         target = self.rows[:, -1]
         self.target = (target - target.min()) / np.ptp(target)
 
     def returns(self, gamma: float, lead: int) -> np.ndarray:
         """True discounted return of every row t: target[t + lead] + gamma target[t + lead + 1] + ..., computed
-        backwards. The last ones lack a future; with gamma 0.99, 500 rows before the end the lack is below 1 %."""
+        backwards. The last ones lack a future; with gamma 0.99, 500 rows before the end the lack is below 1 %.
+
+        Raises EnvError for a lead beyond the series."""
+        if lead >= len(self.target):
+            raise EnvError(f"--lead {lead}: the series has {len(self.target)} rows")
         total, out = 0.0, np.zeros(len(self.target) - lead)
         for t in reversed(range(len(out))):
             total = out[t] = self.target[t + lead] + gamma * total

@@ -57,6 +57,9 @@ class StreamEnv:
         boxes = list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else [space]
         if not all(isinstance(box, gym.spaces.Box) for box in boxes):
             raise EnvError(f"{env_id} observes {space}; a stream needs arrays (Box, or a Dict of them)")
+        if self.kind == "vector" and any(len(box.shape) > 2 for box in boxes):
+            raise EnvError(f"{env_id} observes images; a stream takes those of Atari, named as BreakoutNoFrameskip-v4, "
+                           "and of MinAtar")
         self.shape = (sum(int(np.prod(box.shape)) for box in boxes),)
         if self.kind == "minatar":
             self.shape = (space.shape[2], *space.shape[:2])
@@ -188,7 +191,7 @@ def set_random_state(random: np.random.RandomState, state: list) -> None:
 
 def as_arrays(state: dict) -> dict:
     """Tensors of a checkpoint as the arrays they were."""
-    return {k: np.array(v) if hasattr(v, "shape") else v for k, v in state.items()}
+    return {k: np.asarray(v).copy() if hasattr(v, "shape") else v for k, v in state.items()}
 
 
 def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> dict[str, float]:

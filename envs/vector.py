@@ -218,7 +218,7 @@ class GymVectorEnv(VectorEnv):
             if kind is tuple or isinstance(value, list):
                 value = tuple(value)
             elif hasattr(value, "shape"):
-                value = np.array(value)
+                value = np.asarray(value).copy()
             setattr(env, key, value)
         env.np_random.bit_generator.state = snapshot["rng"]
         current = snapshot["current"]

@@ -1,5 +1,6 @@
 """Stream AC, Q, SARSA, TD: the spec's vectors, the closed form against autograd, invariants, runs."""
 import csv
+import inspect
 import json
 import math
 import signal
@@ -111,6 +112,22 @@ def test_obgd_zero_delta_and_cut():
     near(plain["weights"], [1.06, -0.92])
 
 
+@settings(max_examples=30, deadline=None)
+@given(strategies.integers(0, 2 ** 31), strategies.sampled_from([2.0, 3.0]))
+def test_obgd_sequences(seed, kappa):
+    """Random gradients, errors (every fourth is zero) and cuts: the bound holds from any trace, which decays always."""
+    torch.manual_seed(seed)
+    part, z, args = part_of([0.0] * 20), torch.zeros(20), Args()
+    for k in range(30):
+        g, delta = torch.randn(20) * 10 ** torch.randn(1), torch.randn(1) * 3 * (k % 4 != 3)
+        before, cut = part["weights"].clone(), (torch.rand(1) < 0.2).float()
+        step, size = obgd(part, g, delta, cut, kappa, args)
+        z = 0.99 * 0.8 * z + g
+        assert (step * delta * z).abs().sum() <= min(1, delta.abs().item()) / kappa + 1e-5
+        near(part["weights"], before - step * delta * z, 0 if delta == 0 else 1e-6)
+        near(part["trace"], z := z * (1 - cut), 1e-5 * (1 + z.abs().max().item()))
+
+
 @pytest.mark.parametrize("shape, zeros", [
     ((7, 5), 5), ((7, 17), 16), ((7, 18), 17), ((9, 128), 116), ((3, 1024), 922), ((16, 4, 3, 3), 33),
     ((32, 4, 8, 8), 231), ((64, 32, 4, 4), 461), ((64, 64, 3, 3), 519)])
@@ -124,6 +141,11 @@ def test_sparse_init(shape, zeros):
         assert (flat != 0).float().unique(dim=0).shape[0] == shape[0]  # every unit loses other weights
         assert flat.abs().max() > 0.8 * bound
         assert (stream_ac.sparse_init(net, 0.0)[:math.prod(shape)] != 0).all()
+
+
+def test_sparse_init_leaves_a_tenth_of_any_width():
+    for n in range(1, 300):
+        assert ((stream_ac.sparse_init(Net(((3, n),), ()), 0.9)[:3 * n].view(3, n) == 0).sum(1) == -(-9 * n // 10)).all()
 
 
 def test_welford_vectors():
@@ -208,6 +230,10 @@ def test_policy_gradient_vectors():
         near(torch.cat([g_mean, g_q]), grads)
     assert gaussian(0.2, -0.3, 0.9, 1.0)[1].item() == pytest.approx(0.828989, abs=1e-6)
     logits, action = torch.tensor([0.2, -0.4, 0.6]), torch.tensor([0.0, 1, 0])
+    for outputs in ([logits], [logits, -logits]):  # an error of zero: no entropy in the gradient
+        zero, none = (stream_ac.policy_gradient(outputs, action, torch.tensor(sign), tau)[0]
+                      for sign, tau in ((0.0, 0.5), (1.0, 0.0)))
+        near(torch.cat(zero), torch.cat(none), 0)
     (g,), entropy, _ = stream_ac.policy_gradient([logits], action, torch.tensor(-1.0), 0.01)
     near(g, [0.329168, -0.818266, 0.489098])
     assert entropy.item() == pytest.approx(1.024111, abs=1e-6)
@@ -329,6 +355,11 @@ def test_trace_is_cut_at_ends_and_after_exploration():
             assert not torch.equal(fresh["value"]["weights"], agent["value"]["weights"])
 
 
+    fresh, nets = stream_ac.make_agent(Args(), VECTOR)
+    transition(fresh, nets, stream_ac, VECTOR, Args())
+    assert fresh["policy"]["trace"].any() and fresh["value"]["trace"].any()  # not the end: kept
+
+
 def test_dead_network_moves_its_bias():
     """All weights zero, target 5, the end: v = 0.5 = delta / (kappa |delta|)."""
     net = Net(((8, 3), (8, 8), (1, 8)), (0, 0))
@@ -402,6 +433,83 @@ def test_cut_run_is_the_uncut_run(script, kwargs, tmp_path, monkeypatch):
         assert steps == np.cumsum(lengths).tolist()
 
 
+LOOPS = [(stream_ac, {}), (stream_q, {}), (stream_q, dict(sarsa=True))]
+
+
+def play_script(script, folder, **kwargs):
+    """Both episodes of the scripted environment, raw; returns what its instance received."""
+    kwargs = dict(total_timesteps=5, time_feature=False, normalize_obs=False, scale_reward=False) | kwargs
+    train(script, folder, env="Scripted-v0" if script is stream_ac else "ScriptedDiscrete-v0", **kwargs)
+    return Scripted.made[-2].received  # the last one evaluates
+
+
+@pytest.mark.parametrize("flag, counts", [("auto", 0), ("on", 1)])
+@pytest.mark.parametrize("script, kwargs", LOOPS)
+def test_transitions_of_two_episodes(script, kwargs, flag, counts, tmp_path, monkeypatch):
+    """One terminated, one truncated: time-outs cut traces, and count as terminal unless asked otherwise."""
+    seen, decisions, update, names = [], [], script.update, list(inspect.signature(script.update).parameters)
+
+    def recording(*inputs):
+        seen.append({name: x.clone() for name, x in zip(names, inputs) if torch.is_tensor(x)})
+        return update(*inputs)
+
+    monkeypatch.setattr(script, "update", recording)
+    if script is stream_q:
+        kwargs = kwargs | dict(exploration_fraction=1000.0)  # nearly all actions are uniform ones
+        epsilon = script.epsilon
+        monkeypatch.setattr(script, "epsilon", lambda k, args: decisions.append(epsilon(k, args)) or decisions[-1])
+    received = play_script(script, tmp_path / "run", bootstrap_on_truncation=flag, **kwargs)
+
+    def column(name):
+        return torch.cat([one[name] for one in seen])
+    near(column("state"), [0, 1, 2, 4, 5], 0)
+    near(column("next_state"), [1, 2, 3, 5, 6], 0)
+    near(column("reward"), [10, 20, 30, 50, 60], 0)
+    near(column("ended"), [0, 0, 1, 0, 1], 0)
+    near(column("discount"), [0.99, 0.99, 0, 0.99, 0.99 * counts], 1e-7)
+    actions = torch.stack([one["action"] for one in seen])
+    if script is stream_ac:  # learned from as drawn, clipped on the way to the environment alone
+        assert actions.abs().max() > 0.1
+        near(np.concatenate(received), actions.clamp(-0.1, 0.1), 0)
+    else:
+        assert received == actions.argmax(1).tolist()
+        shares = [1 - 0.99 * k / 5000 for k in ((1, 2, 3, 4, 5, 6) if "sarsa" in kwargs else (1, 2, 3, 4, 4, 5, 6, 6))]
+        assert decisions == pytest.approx(shares, abs=1e-12)  # SARSA does not choose anew after a reset
+        for one, later in zip(seen, seen[1:]):
+            assert "sarsa" not in kwargs or torch.equal(one["next_action"], later["action"])
+    stats = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]["obs"]
+    assert stats["count"].item() == 8 and stats["mean"].item() == pytest.approx(3.5)  # observations of resets count
+
+
+@pytest.mark.parametrize("learning_rate, share", [(3.0, 1.0), (1e-9, 0.0)])
+@pytest.mark.parametrize("script, kwargs", LOOPS)
+def test_overshoot_is_an_error_that_changed_its_sign(script, kwargs, learning_rate, share, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "CHECK_EVERY", 1)
+    monkeypatch.setattr(script, "LOG_EVERY", 5)
+    play_script(script, tmp_path / "run", gamma=0.0, optimizer="plain", learning_rate=learning_rate, **kwargs)
+    logged = [row["value"] for row in curve(tmp_path / "run", "scalars.csv") if row["name"] == "overshoot"]
+    assert list(map(float, logged)) == [share]
+
+
+@pytest.mark.parametrize("lead", [1, 3])
+def test_series_step_by_hand(lead, tmp_path, monkeypatch):
+    """Inputs are unbiased averages, the cumulant is `lead` rows ahead, predictions are in its units."""
+    numbers, seen = [0.0, 3, 1, 4, 2, 10, 5, 6], []
+
+    def update(agent, net, state, next_state, reward, args):
+        seen.append((state.item(), next_state.item(), reward.item()))
+        return torch.ones(1), torch.full((1,), 2.0), torch.ones(1), torch.ones(1)  # the prediction is 2
+    monkeypatch.setattr(stream_td, "update", update)
+    (tmp_path / "a.csv").write_text("oil\n" + "".join(f"{x}\n" for x in numbers))
+    train(stream_td, tmp_path / "run", env=str(tmp_path / "a.csv"), total_timesteps=2, lead=lead, obs_trace=0.5,
+          normalize_obs=False)
+    first, second = numbers[lead] / 10, numbers[lead + 1] / 10  # the whole series spans 0 to 10
+    spread = math.sqrt((0.99 * first + second - first) ** 2 / 2 + 1e-8)
+    near(torch.tensor(seen), [[0, 2, first], [2, (0 + 2 * 3 + 4 * 1) / 7, second / spread]])
+    predicted = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["predicted"]
+    near(predicted[:2], [2, 2 * spread])
+
+
 def test_same_seed_same_run_and_evaluations_leave_no_trace(tmp_path):
     for name, kwargs in (("a", {}), ("b", dict(eval_every=0)), ("c", dict(seed=2))):
         train(stream_q, tmp_path / name, env="CartPole-v1", **kwargs)
@@ -451,11 +559,43 @@ def test_no_compiler_is_said_and_runs(tmp_path, monkeypatch, capsys):
     (stream_ac, dict(env="FrozenLake-v1"), "Box"), (stream_td, dict(env="missing.csv"), "missing.csv"),
     (stream_td, dict(total_timesteps=10 ** 6), "at most"), (stream_ac, dict(hidden="128"), "--hidden"),
     (stream_ac, dict(sparsity=1.5), "--sparsity"), (stream_q, dict(learning_rate=0.0), "--learning-rate"),
-    (stream_q, dict(resume="missing"), "not a run folder"), (stream_ac, dict(kappa_value=-1.0), "--kappa-value")])
+    (stream_q, dict(resume="missing"), "not a run folder"), (stream_ac, dict(kappa_value=-1.0), "--kappa-value"),
+    (stream_q, dict(learning_rate=math.inf), "--learning-rate"), (stream_q, dict(epsilon_end=1.5), "--epsilon-end"),
+    (stream_ac, dict(eval_every=-1), "--eval-every"), (stream_q, dict(max_episode_steps=-1), "--max-episode-steps"),
+    (stream_td, dict(video=-1), "--video"), (stream_td, dict(checkpoint_every=-1), "--checkpoint-every"),
+    (stream_td, dict(lead=70_000), "--lead"), (stream_ac, dict(hidden="8x2"), "--hidden"),
+    (stream_q, dict(sparsity=1.0), "--sparsity 1.0"), (stream_q, dict(env="Images-v0"), "BreakoutNoFrameskip-v4")])
 def test_bad_input_is_one_line_and_leaves_nothing(script, kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError)) as error:
         train(script, tmp_path / "run", **kwargs)
     assert words in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "end of its first row"), ("a,b\n", "end of its first row"), ("a,b\n1,x\n2,3\n", "end of its first row"),
+    ("date,a,b\nmon,1,2\ntue,,3\n", "line 3"), ("a,b\n1,2\n\n3,nan\n", "line 4"), ("a,b\n1,2\n3\n", "line 3"),
+    ("a,b\n1,2\n2,2\n", "never changes")])
+@pytest.mark.filterwarnings("error")
+def test_bad_series(text, words, tmp_path):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(envs.EnvError, match=words) as error:
+        envs.Series(str(tmp_path / "a.csv"), 1)
+    assert "a.csv" in str(error.value)
+
+
+def test_what_a_run_keeps_is_named_as_it_is_typed(tmp_path):
+    train(stream_td, tmp_path / "run", total_timesteps=300)
+    with pytest.raises(ArgError, match="^--no-layer-norm: a run keeps"):
+        stream_td.main(stream_td.Args(resume=str(tmp_path / "run"), layer_norm=False))
+    with pytest.raises(ArgError, match="leave one of them out"):
+        stream_td.main(stream_td.Args(resume=str(tmp_path / "run"), evaluate=str(tmp_path / "run")))
+
+
+def test_a_file_by_any_name_is_a_series(tmp_path, monkeypatch):
+    (tmp_path / "A.TXT").write_text("a\n" + "".join(f"{i % 7}\n" for i in range(40)))
+    monkeypatch.chdir(tmp_path)
+    train(stream_td, "", env=str(tmp_path / "A.TXT"), total_timesteps=30)
+    assert list((tmp_path / "runs/stream_td/A").glob("seed1-*/checkpoint.pt"))
 
 
 def test_wrong_id_on_the_command_line():
@@ -510,6 +650,40 @@ def test_learning_gates(tmp_path):
     assert result["return_mean"] > 80, result
     result = train(stream_ac, tmp_path / "ac", env="Aim-v0", total_timesteps=3000, eval_every=0, eval_episodes=5)
     assert result["return_mean"] > -1, result  # 20 steps of -(a - x)^2; doing nothing earns about -6
+
+
+class Scripted(gym.Env):
+    """Two episodes by turns, three steps to a terminal state and two to a time-out. Observations count all resets and
+    steps from 0, rewards are ten times that."""
+    observation_space, made = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64), []
+
+    def __init__(self, action_space):
+        self.action_space, self.at, self.episode, self.received = action_space, -1, 0, []
+        self.made.append(self)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at, self.k, self.episode = self.at + 1, 0, self.episode + 1
+        return np.array([self.at], np.float64), {}
+
+    def step(self, action):
+        self.received.append(action)
+        self.at, self.k = self.at + 1, self.k + 1
+        odd = self.episode % 2 == 1
+        return np.array([self.at], np.float64), 10.0 * self.at, odd and self.k == 3, not odd and self.k == 2, {}
+
+
+if "Scripted-v0" not in gym.registry:
+    gym.register("Scripted-v0", Scripted, kwargs=dict(action_space=gym.spaces.Box(-0.1, 0.1, (1,))))
+    gym.register("ScriptedDiscrete-v0", Scripted, kwargs=dict(action_space=gym.spaces.Discrete(8)))
+
+
+class Images(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8), gym.spaces.Discrete(2)
+
+
+if "Images-v0" not in gym.registry:
+    gym.register("Images-v0", Images)
 
 
 class Aim(gym.Env):
