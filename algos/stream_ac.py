@@ -3,7 +3,7 @@
 Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). No replay buffer, no
 batch, no target network. Five ingredients make it stable with one set of constants: accumulating eligibility traces, a
 step size bounded by the trace so that no update overshoots its target (ObGD), sparse initialisation, LayerNorm without
-parameters, and observations and rewards scaled by running statistics. Written from the paper's formulas alone.
+parameters, and observations and rewards scaled by running statistics. Written from formulas, not from code.
 
 For Gaussian policies (MuJoCo, dm_control) and discrete ones (classic control, MinAtar, Atari). A network is one flat
 vector, its trace another, and its gradient has a closed form, so that a transition, from the raw observation to the

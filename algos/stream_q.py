@@ -2,7 +2,7 @@
 
 Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). No replay buffer, no
 batch, no target network: accumulating traces, a bounded step (ObGD), sparse initialisation, LayerNorm without
-parameters, scaled observations and rewards. Written from the paper's formulas alone; the parent is stream_ac.py, whose
+parameters, scaled observations and rewards. Written from formulas, not from code; the parent is stream_ac.py, whose
 docstring says why a network is one flat vector: `diff algos/stream_ac.py algos/stream_q.py` shows the idea.
 
 Q(lambda) takes the greedy value of the next state and cuts its traces after an action that was not greedy (and after

@@ -3,7 +3,7 @@
 Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606): the value part of
 stream_ac.py, on a time series that does not hold still. Every row is an input, a column of it the cumulant; the
 network predicts the discounted sum of all cumulants to come, which is known afterwards, so that the error can be
-measured exactly. Written from the paper's formulas alone.
+measured exactly. Written from formulas, not from code.
 
 The paper predicts the oil temperature of the ETTm2 series (`--env ETTm2.csv`, not shipped). The default is a generated
 series of the same kind (envs/series.py says how). Inputs are slow averages of the rows, as published.
