@@ -251,7 +251,7 @@ def policy_gradient(outputs: list[torch.Tensor], action: torch.Tensor, sign: tor
     The step multiplies them by delta, so the sign makes the entropy part push towards more entropy either way.
     Gaussian: mean and q (d,), deviation softplus(q). Discrete: logits (A,), action one-hot.
     """
-    if len(outputs) == 2:
+    if len(outputs) == 2:  # Gaussian
         mean, q = outputs
         std = F.softplus(q)
         error = (action - mean) / std
@@ -280,7 +280,7 @@ def update(agent: dict, nets: tuple[Net, Net], state, action, next_state, reward
 def draw(weights: torch.Tensor, net: Net, state: torch.Tensor, noise: torch.Tensor, args: Args) -> torch.Tensor:
     """An action: mean + std * noise (d,), not clipped; or one-hot by Gumbel noise (A,). Zero noise: the likeliest."""
     outputs, _ = forward(weights, net, state, args.layer_norm)
-    if len(outputs) == 2:
+    if len(outputs) == 2:  # Gaussian
         return outputs[0] + F.softplus(outputs[1]) * noise
     return F.one_hot((outputs[0] + noise).argmax(), len(noise)).float()
 

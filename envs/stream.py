@@ -23,7 +23,7 @@ from envs.vector import GymVectorEnv, mujoco_restore, mujoco_snapshot
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
 CLASSIC, CLASSIC_LIMIT = ("CartPole", "Acrobot", "MountainCar"), 10_000  # as published: good agents should not meet it
-PACKAGES = {"MinAtar/": "minatar", "dm_control/": "shimmy[dm-control]", "ALE/": "ale-py", "NoFrameskip": "ale-py"}
+PACKAGES = {"MinAtar/": "minatar", "dm_control/": "shimmy[dm-control]", "NoFrameskip": "ale-py"}
 
 
 class StreamEnv:
@@ -40,6 +40,8 @@ class StreamEnv:
         """max_episode_steps 0: 10,000 on classic control with discrete actions, else the task's own.
 
         Raises EnvError for an unknown id, a missing package, or observations that are no arrays."""
+        if env_id.startswith("ALE/"):
+            raise EnvError(f"{env_id} skips frames on its own; a stream takes {env_id[4:].split('-')[0]}NoFrameskip-v4")
         register(env_id)
         self.task_limit = gym.spec(resolve(env_id)).max_episode_steps
         max_episode_steps = max_episode_steps or (CLASSIC_LIMIT if env_id.split("-v")[0] in CLASSIC else 0)
