@@ -385,7 +385,8 @@ def main(args: Args) -> dict[str, float]:
         film(Path(args.evaluate, "video"))
         return result
 
-    learn = torch.compile(step, fullgraph=True, dynamic=False) if args.compile else step
+    # called from C++: from Python, the graph's hundred small buffers would cost more than its arithmetic
+    learn = torch.compile(step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}) if args.compile else step
     if saved and at >= args.total_timesteps:
         raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} plays it")
     if saved:

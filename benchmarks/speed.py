@@ -164,8 +164,8 @@ class Stream:
         self.agent, self.nets = stream_ac.make_agent(args, self.env)
         self.n, self.low, self.high = self.env.shape[0], self.env.action_space.low, self.env.action_space.high
         self.row = torch.zeros(self.n + 4, dtype=torch.float64)
-        self.learn = (torch.compile(stream_ac.step, fullgraph=True, dynamic=False) if impl == "compiled"
-                      else stream_ac.step)
+        self.learn = (torch.compile(stream_ac.step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+                      if impl == "compiled" else stream_ac.step)
         self.begin(self.env.reset(seed=args.seed))
 
     def begin(self, obs: np.ndarray) -> None:
