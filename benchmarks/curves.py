@@ -1,6 +1,7 @@
 """Evaluation curves: gathered from run folders into benchmarks/results/<algo>/<env>.csv, for `make report`.
 
     python benchmarks/curves.py gather runs/sac_kian/FetchPush-v2/*   # adds or replaces the rows of these runs
+    python benchmarks/curves.py gather --into stream_barrier RUN...   # several scripts side by side, under this name
 
 A variant is named by what its settings in `config.json` differ in from the script's present defaults: first the actor,
 then the knowledge, then other flags. A peer's `config.json` names its variant, and the algorithm it stands beside.
@@ -60,16 +61,19 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
         before = int(row["step"])
 
 
-def gather(folders: list[str]) -> None:
-    """Add the curves of these run folders to the CSVs; a run that is there already is replaced."""
+def gather(folders: list[str], into: str = "") -> None:
+    """Add the curves of these run folders to the CSVs, of their scripts or of `into`; a run that is there already is
+    replaced."""
     for folder in map(Path, folders):
         if not ((folder / "config.json").is_file() and (folder / "eval.csv").is_file()):
             print(f"skipped, no run: {folder}")
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
-        path = RESULTS / config["algo"] / f"{args['env'].replace('/', '-')}.csv"
+        path = RESULTS / (into or config["algo"]) / f"{args['env'].replace('/', '-')}.csv"
         name, seed = variant(config), str(args["seed"])
+        if into and not name.startswith(config["algo"]):
+            name = f"{config['algo']} {name}"
         rows = [row for row in load(path) if (row["variant"], row["seed"]) != (name, seed)] if path.exists() else []
         facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"],
                  "commit": config.get("commit"), "cpu": config.get("cpu")}
@@ -128,4 +132,4 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] != "gather":
         sys.exit(__doc__)
-    gather(sys.argv[2:])
+    gather(sys.argv[4:], sys.argv[3]) if sys.argv[2] == "--into" else gather(sys.argv[2:])

@@ -40,8 +40,12 @@ class Reading:
         self.label = self.label or self.score.removesuffix("_mean").removesuffix("_rate").replace("_", " ")
 
 
+def paper() -> dict:
+    return tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text())
+
+
 def reading(algo: str, env: str = "") -> Reading:
-    data = tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text())
+    data = paper()
     ours = next((e for e in data["environment"] if (e["algo"], e["env"]) == (algo, env)), {})
     known = {**data["method"].get(algo, {}), **ours}
     return Reading(**{key: known[key] for key in known if key not in ("algo", "env")})
@@ -57,8 +61,7 @@ def hold(variants: Variants, untrained: tuple[str, ...]) -> None:
 def zero_shot(algo: str) -> tuple[list[str], list[list[str]]]:
     """Trained agents in tasks they have not seen, one row per variant: ours, and the paper's in round brackets."""
     rows = load(RESULTS / "zero_shot" / f"{algo}.csv")
-    data = tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text())
-    paper = {(entry["test"], name): value for entry in data["zero_shot"] if entry["algo"] == algo
+    given = {(entry["test"], name): value for entry in paper()["zero_shot"] if entry["algo"] == algo
              for name, value in entry["paper"].items()}
     score = reading(algo).score
     tests = sorted({row["test"] for row in rows}, key=lambda test: [  # 8x8 before 16x16
@@ -69,8 +72,8 @@ def zero_shot(algo: str) -> tuple[list[str], list[list[str]]]:
         for test in tests:
             own = [row for row in rows if (row["variant"], row["test"]) == (name, test)]
             seeds |= {len(own)} if own else set()  # not every agent was made for every test
-            given = f" ({paper[test, name]:.2f})" if (test, name) in paper else ""
-            cells.append((estimate(stats.mean, [float(row[score]) for row in own]) if own else "") + given)
+            theirs = f" ({given[test, name]:.2f})" if (test, name) in given else ""
+            cells.append((estimate(stats.mean, [float(row[score]) for row in own]) if own else "") + theirs)
         table.append([name, " or ".join(map(str, sorted(seeds))), *cells])
     return ["", "seeds", *(test.removeprefix("--env ") for test in tests)], table
 
@@ -265,7 +268,7 @@ def main(html: Path = ROOT / "report.html") -> None:
     results = {}
     for path in sorted(RESULTS.glob("*/*.csv")):
         algo, env = path.parent.name, path.stem
-        if (ROOT / "algos" / f"{algo}.py").is_file():  # speed/ has no curves
+        if (ROOT / "algos" / f"{algo}.py").is_file() or algo in paper()["method"]:  # speed/ has no curves
             how = reading(algo, env)
             results.setdefault(algo, {})[env] = load_curves(path, how.score)
             hold(results[algo][env], how.untrained)

@@ -48,6 +48,8 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
         "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
         "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9": [(1, [0, 997], [0.1, 0.3])]}
+    curves.gather(folders[1:2], into="side")
+    assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian plain"]
 
 
 def write(path: Path, rows: list[tuple]) -> Path:
