@@ -9,7 +9,6 @@ For Gaussian policies (MuJoCo, dm_control) and discrete ones (classic control, M
 vector, its trace another, and its gradient has a closed form, so that a transition, from the raw observation to the
 next action, is one compiled graph: one call instead of several hundred. benchmarks/stream_autograd.py is the same
 update by autograd and loops, as one would write it first; tests hold the two within 1e-6 after 1000 updates.
-
 Departures: an Atari episode cut by its time limit cuts the traces too; docs/stream.md has the rest.
 
 python algos/stream_ac.py --env HalfCheetah-v4
@@ -82,6 +81,12 @@ class Args:
 # ranges of `make tune`: (low, high) on a log scale, or choices
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_policy": (1.0, 10.0), "kappa_value": (1.0, 10.0),
         "entropy_coef": (1e-3, 0.1), "gamma": [0.97, 0.99, 0.995]}
+
+# twin: compiled step
+COMPILED = {"cpp_wrapper": True,  # called from C++: a hundred small buffers cost more from Python than the arithmetic
+            "layout_optimization": False,  # channels last: a gain for batches, a loss for one observation
+            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # what is used twice is computed once
+# twin end
 
 
 # twin: flat networks
@@ -385,17 +390,16 @@ def main(args: Args) -> dict[str, float]:
         film(Path(args.evaluate, "video"))
         return result
 
-    # called from C++: from Python, the graph's hundred small buffers would cost more than its arithmetic
-    learn = torch.compile(step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}) if args.compile else step
-    if saved and at >= args.total_timesteps:
-        raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} plays it")
     if saved:
+        if at >= args.total_timesteps:
+            raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} plays it")
         state, action, episode_return, episode_length, overshoots = (saved[name] for name in (
             "state", "action", "return", "length", "overshoots"))
         env.restore(saved["env"])
         torch.set_rng_state(saved["rng"])
     else:
         state, action = begin(10_000 * args.seed)
+    learn = torch.compile(step, fullgraph=True, dynamic=False, options=COMPILED) if args.compile else step
     if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
         learn(tree_map(torch.clone, agent), nets, state, action, row, torch.zeros(d), env.shape, env.frames, args)
     run = Run(ALGO, args, envs.resolve(args.env), at, saved["wall_s"] if saved else 0.0)

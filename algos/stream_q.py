@@ -81,6 +81,12 @@ class Args:
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "exploration_fraction": (0.02, 0.5),
         "gamma": [0.97, 0.99, 0.995]}
 
+# twin: compiled step
+COMPILED = {"cpp_wrapper": True,  # called from C++: a hundred small buffers cost more from Python than the arithmetic
+            "layout_optimization": False,  # channels last: a gain for batches, a loss for one observation
+            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # what is used twice is computed once
+# twin end
+
 
 # twin: flat networks
 class Net(NamedTuple):
@@ -371,11 +377,9 @@ def main(args: Args) -> dict[str, float]:
         film(Path(args.evaluate, "video"))
         return result
 
-    # called from C++: from Python, the graph's hundred small buffers would cost more than its arithmetic
-    learn = torch.compile(step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}) if args.compile else step
-    if saved and at >= args.total_timesteps:
-        raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} plays it")
     if saved:
+        if at >= args.total_timesteps:
+            raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} plays it")
         state, action, episode_return, episode_length, overshoots = (saved[name] for name in (
             "state", "action", "return", "length", "overshoots"))
         env.restore(saved["env"])
@@ -383,6 +387,7 @@ def main(args: Args) -> dict[str, float]:
     else:
         state = look(env.reset(10_000 * args.seed), env, None, learn=True)
         action = choose(values(state), uniform())
+    learn = torch.compile(step, fullgraph=True, dynamic=False, options=COMPILED) if args.compile else step
     if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
         learn(tree_map(torch.clone, agent), net, state, action, row, actions[0], env.shape, env.frames, args)
     run = Run(ALGO, args, envs.resolve(args.env), at, saved["wall_s"] if saved else 0.0)

@@ -73,6 +73,12 @@ class Args:
 # ranges of `make tune`: (low, high) on a log scale, or choices
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "obs_trace": [0.0, 0.9, 0.99, 0.999]}
 
+# twin: compiled step
+COMPILED = {"cpp_wrapper": True,  # called from C++: a hundred small buffers cost more from Python than the arithmetic
+            "layout_optimization": False,  # channels last: a gain for batches, a loss for one observation
+            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # what is used twice is computed once
+# twin end
+
 
 # twin: flat networks
 class Net(NamedTuple):
@@ -321,15 +327,13 @@ def main(args: Args) -> dict[str, float]:
         if args.video:
             draw(predicted[:at], true[:at], Path(args.evaluate, "video", "prediction.png"))
         return result
-    if saved and at >= args.total_timesteps:
-        raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} shows it")
-
-    # called from C++: from Python, the graph's hundred small buffers would cost more than its arithmetic
-    learn = torch.compile(step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}) if args.compile else step
     if saved:
+        if at >= args.total_timesteps:
+            raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} shows it")
         state, overshoots = saved["state"], saved["overshoots"]
     else:
         state = observe(agent, torch.from_numpy(series.rows[0]), args)
+    learn = torch.compile(step, fullgraph=True, dynamic=False, options=COMPILED) if args.compile else step
     if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
         learn(tree_map(torch.clone, agent), net, state, row, args)
     if not (args.run_dir or args.resume) and Path(args.env).is_file():  # a path is no name for a folder

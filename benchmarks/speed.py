@@ -164,7 +164,7 @@ class Stream:
         self.agent, self.nets = stream_ac.make_agent(args, self.env)
         self.n, self.low, self.high = self.env.shape[0], self.env.action_space.low, self.env.action_space.high
         self.row = torch.zeros(self.n + 4, dtype=torch.float64)
-        self.learn = (torch.compile(stream_ac.step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+        self.learn = (torch.compile(stream_ac.step, fullgraph=True, dynamic=False, options=stream_ac.COMPILED)
                       if impl == "compiled" else stream_ac.step)
         self.begin(self.env.reset(seed=args.seed))
 

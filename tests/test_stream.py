@@ -282,7 +282,7 @@ def random_run(script, env, steps, compiled=False, **kwargs):
     """A script's own `step` on random transitions with random ends; returns the agent afterwards."""
     args = script.Args(**kwargs)
     torch.manual_seed(0)
-    learn = (torch.compile(script.step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+    learn = (torch.compile(script.step, fullgraph=True, dynamic=False, options=script.COMPILED)
              if compiled else script.step)
     if script is stream_td:
         agent, net = script.make_agent(args, 7)
