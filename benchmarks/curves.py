@@ -1,6 +1,6 @@
 """Evaluation curves: gathered from run folders into benchmarks/results/<algo>/<env>.csv, for `make report`.
 
-    python benchmarks/curves.py gather runs/sac_kian/FetchPush-v2/*   # adds or replaces the rows of these runs
+    python benchmarks/curves.py gather runs/sac_kian/FetchPush-v2     # adds or replaces the rows of all runs in there
     python benchmarks/curves.py gather --into stream_barrier RUN...   # several scripts side by side, under this name
 
 A variant is named by what its settings in `config.json` differ in from the script's present defaults: first the actor,
@@ -62,11 +62,14 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
 
 
 def gather(folders: list[str], into: str = "") -> None:
-    """Add the curves of these run folders to the CSVs, of their scripts or of `into`; a run that is there already is
-    replaced."""
-    for folder in map(Path, folders):
-        if not ((folder / "config.json").is_file() and (folder / "eval.csv").is_file()):
-            print(f"skipped, no run: {folder}")
+    """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`; a run that is there
+    already is replaced."""
+    runs = [(folder, sorted(path.parent for path in Path(folder).rglob("config.json"))) for folder in folders]
+    for folder in [folder for folder, found in runs if not found]:
+        print(f"skipped, no run: {folder}")
+    for folder in [run for _, found in runs for run in found]:
+        if not (folder / "eval.csv").is_file():
+            print(f"skipped, not evaluated yet: {folder}")
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
@@ -130,6 +133,10 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] != "gather":
-        sys.exit(__doc__)
-    gather(sys.argv[4:], sys.argv[3]) if sys.argv[2] == "--into" else gather(sys.argv[2:])
+    match sys.argv[1:]:
+        case ["gather", "--into", into, folder, *more]:
+            gather([folder, *more], into)
+        case ["gather", folder, *more] if folder != "--into":
+            gather([folder, *more])
+        case _:
+            sys.exit(__doc__)

@@ -34,16 +34,16 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     usual = curves.defaults("sac_kian") | {"env": "FetchPush-v2", "total_timesteps": 1000}
     for k, changed in enumerate([{}, {"actor": "plain", "practice": 0.0}, {"knowledge": "fetch.official", "seed": 2},
                                  {"gamma": 0.9, "eval_every": 7}]):
-        run = tmp_path / f"run{k}"
-        run.mkdir()
+        run = tmp_path / f"run{k}" / "MinAtar"  # runs may lie deeper
+        run.mkdir(parents=True)
         (run / "config.json").write_text(json.dumps({"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}))
         (run / "eval.csv").write_text("step,wall_s,episodes,return_mean,return_std,success_rate,length_mean\n"
                                       f"0,1,8,-50,0,0.1,50\n{1000 - k},2,8,-5,0,0.{k},50\n")
     folders = [str(tmp_path / f"run{k}") for k in (0, 1, 2, 3, 0, 4)]
     curves.gather(folders)
     said = capsys.readouterr().out.splitlines()
-    assert "unfinished" not in said[0] and said[1].endswith("plain, seed 1; unfinished, 999 of 1000 steps")
-    assert said[5] == f"skipped, no run: {folders[-1]}"
+    assert said[0] == f"skipped, no run: {folders[-1]}"
+    assert "unfinished" not in said[1] and said[2].endswith("plain, seed 1; unfinished, 999 of 1000 steps")
     found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate")
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
         "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
