@@ -4,7 +4,7 @@ incremental learning), against learning each from scratch.
     python benchmarks/incremental.py --seeds 5
 
 Runs go to runs/incremental/seed<k>/<env>/; finished ones are skipped, cut ones resume. `curves.py gather
-runs/incremental/*/*/` adds their curves, as variants `kian --init-from <env>`, beside those of the suite.
+runs/incremental` adds their curves, as variants `kian --init-from <env>`, beside those of the suite.
 """
 import argparse
 import os
