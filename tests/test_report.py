@@ -71,6 +71,10 @@ def test_summary_of_hand_made_curves(tmp_path):
     assert kian == ["kian", "2", "35k (20k to 50k)", "1.8", "0.11", "0.21", "0.70", "0.38", "0.50", "0.95 (50k)", "0.90",
                     "abc"]
     assert plain == ["plain", "1", "not reached", "", "0.06", "0.15", "0.60", "0.30", "", "0.60 (20k)", "0.60", "abc"]
+    rows += [("kian --gamma 2.0", 1, 0, 0, 0.1, 0), ("kian --gamma 2.0", 1, 20_000, 9, "nan", "nan")]  # diverged
+    _, (_, wild, _) = report.summarise(curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate"),
+                                       report.Reading("success_rate", 0.9))
+    assert wild == ["kian --gamma 2.0", "1", "not reached", "", *["nan"] * 4, "0.00", "nan (20k)", "nan", "abc"]
 
 
 def returns(tmp_path: Path, env: str, last: int) -> Path:
