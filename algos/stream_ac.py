@@ -2,8 +2,8 @@
 
 Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). No replay buffer, no
 batch, no target network. Five ingredients make it stable with one set of constants: accumulating eligibility traces, a
-step size bounded by the trace so that no update overshoots its target (ObGD), sparse initialisation, LayerNorm without
-parameters, and observations and rewards scaled by running statistics. Written from formulas, not from code.
+step size bounded by the trace so that updates hardly overshoot their target (ObGD), sparse initialisation, LayerNorm
+without parameters, observations and rewards scaled by running statistics. Written from formulas, not from code.
 
 For Gaussian policies (MuJoCo, dm_control) and discrete ones (classic control, MinAtar, Atari). A network is one flat
 vector, its trace another, and its gradient has a closed form, so that a transition, from the raw observation to the
@@ -61,7 +61,7 @@ class Args:
     # algorithm
     hidden: str = ""  # hidden layers, width x depth; empty: the paper's, 128x2, 32x2 with discrete actions
     bootstrap_on_truncation: Literal["auto", "on", "off"] = "auto"  # auto: on Atari only, as in the paper
-    max_episode_steps: int = 0  # time limit of training; 0: 10,000 on classic control, as published, else the task's
+    max_episode_steps: int = 0  # time limit of training; 0: 10,000 on CartPole, Acrobot, MountainCar, else the task's
     time_feature: bool = True  # time since reset as an input, on vector observations
     entropy_coef: float = 0.01  # tau
     kappa_policy: float = 3.0  # margin of the policy's step bound
@@ -83,9 +83,9 @@ TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_policy": (1.0, 10.0), "kappa
         "entropy_coef": (1e-3, 0.1), "gamma": [0.97, 0.99, 0.995]}
 
 # twin: compiled step
-COMPILED = {"cpp_wrapper": True,  # called from C++: a hundred small buffers cost more from Python than the arithmetic
-            "layout_optimization": False,  # channels last: a gain for batches, a loss for one observation
-            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # what is used twice is computed once
+COMPILED = {"cpp_wrapper": True,  # buffers are made in C++: a hundred of them take Python a fifth of the step
+            "layout_optimization": False,  # convolutions with channels last: a gain for batches, a loss for one input
+            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # results are kept, not computed anew
 # twin end
 
 

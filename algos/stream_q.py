@@ -62,7 +62,7 @@ class Args:
     exploration_fraction: float = 0.05  # share of the steps over which epsilon falls (paper: 0.2 for Q on MinAtar)
     epsilon_end: float = 0.01  # share of uniform actions from then on
     bootstrap_on_truncation: Literal["auto", "on", "off"] = "auto"  # auto: on Atari only, as in the paper
-    max_episode_steps: int = 0  # time limit of training; 0: 10,000 on classic control, as published, else the task's
+    max_episode_steps: int = 0  # time limit of training; 0: 10,000 on CartPole, Acrobot, MountainCar, else the task's
     time_feature: bool = True  # time since reset as an input, on vector observations
     kappa_value: float = 2.0  # margin of the step bound
     # twin: stream arguments
@@ -82,9 +82,9 @@ TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "explor
         "gamma": [0.97, 0.99, 0.995]}
 
 # twin: compiled step
-COMPILED = {"cpp_wrapper": True,  # called from C++: a hundred small buffers cost more from Python than the arithmetic
-            "layout_optimization": False,  # channels last: a gain for batches, a loss for one observation
-            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # what is used twice is computed once
+COMPILED = {"cpp_wrapper": True,  # buffers are made in C++: a hundred of them take Python a fifth of the step
+            "layout_optimization": False,  # convolutions with channels last: a gain for batches, a loss for one input
+            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # results are kept, not computed anew
 # twin end
 
 

@@ -74,9 +74,9 @@ class Args:
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "obs_trace": [0.0, 0.9, 0.99, 0.999]}
 
 # twin: compiled step
-COMPILED = {"cpp_wrapper": True,  # called from C++: a hundred small buffers cost more from Python than the arithmetic
-            "layout_optimization": False,  # channels last: a gain for batches, a loss for one observation
-            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # what is used twice is computed once
+COMPILED = {"cpp_wrapper": True,  # buffers are made in C++: a hundred of them take Python a fifth of the step
+            "layout_optimization": False,  # convolutions with channels last: a gain for batches, a loss for one input
+            "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # results are kept, not computed anew
 # twin end
 
 

@@ -8,6 +8,7 @@ import base64
 import json
 import re
 import sys
+import textwrap
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,9 +222,9 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
         if how.score == "success_rate":
             panel.set_ylim(-0.02, 1.02)
         panel.grid(alpha=0.3)
-    fit = int(12 * figure.get_figwidth() / (6 + max(map(len, lines))))  # about twelve characters an inch
-    figure.legend([lines[name] for name in sorted(lines)], sorted(lines), loc="outside lower center",
-                  ncols=min(max(fit, 1), 6))
+    width = int(12 * figure.get_figwidth()) - 6  # about twelve characters an inch
+    figure.legend([lines[name] for name in sorted(lines)], [textwrap.fill(name, width, break_on_hyphens=False) for name in sorted(lines)],
+                  loc="outside lower center", ncols=min(max(width // (6 + max(map(len, lines))), 1), 6))
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, metadata={"Date": None})
     plt.close(figure)
