@@ -19,7 +19,7 @@ import numpy as np
 
 from envs.evaluation import find_renderer
 from envs.ids import EnvError, resolve
-from envs.vector import GymVectorEnv, mujoco_restore, mujoco_snapshot
+from envs.vector import gym_restore, gym_snapshot, mujoco_restore, mujoco_snapshot, set_elapsed
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
 CLASSIC, CLASSIC_LIMIT = ("CartPole", "Acrobot", "MountainCar"), 10_000  # as published: good agents should not meet it
@@ -71,12 +71,11 @@ class StreamEnv:
         self.max_episode_steps = self.env.spec.max_episode_steps
         self.horizon = self.max_episode_steps or TIME_LIMIT
         self.timed = time_feature and self.kind == "vector"
-        self.elapsed, self.time, self.lives, self.current = 0, None, 0, None
+        self.elapsed, self.time, self.lives = 0, None, 0
         if self.kind == "atari":
             self.fire = "FIRE" in self.env.unwrapped.get_action_meanings()
 
     def _observed(self, obs) -> np.ndarray:
-        self.current = obs
         if isinstance(obs, dict):
             return np.concatenate([np.ravel(part) for part in obs.values()])
         return obs.transpose(2, 0, 1) if self.kind == "minatar" else obs.reshape(self.shape)
@@ -110,7 +109,7 @@ class StreamEnv:
 
     def snapshot(self) -> dict:
         """Everything a later `restore` needs to continue bit by bit: plain numbers and arrays."""
-        snap = {"elapsed": self.elapsed, "lives": self.lives, "time": self.time, "current": self.current}
+        snap = {"elapsed": self.elapsed, "lives": self.lives, "time": self.time}
         env = self.env.unwrapped
         if self.kind == "minatar":
             state = {k: v for k, v in vars(env.game.env).items() if k != "random"}
@@ -123,13 +122,13 @@ class StreamEnv:
             plain = {k: v for k, v in vars(task).items() if isinstance(v, (bool, int, float, np.ndarray))}
             return snap | {"mujoco": mujoco_snapshot(physics.model.ptr, physics.data.ptr), "task": plain,
                            "steps": env._env._step_count, "rng": random_state(task.random)}
-        return snap | {"gym": self._as_vector()._snapshot(0)}
+        return snap | {"gym": gym_snapshot(self.env)}
 
     def restore(self, snap: dict) -> None:
         """Continue from a `snapshot` of an environment of the same id."""
         self.reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
         self.elapsed, self.lives, self.time = snap["elapsed"], snap["lives"], snap["time"]
-        env, wrapper = self.env.unwrapped, self.env
+        env = self.env.unwrapped
         if self.kind == "minatar":
             vars(env.game.env).update(as_arrays(snap["game"]))
             env.game.last_action = snap["last_action"]
@@ -149,18 +148,8 @@ class StreamEnv:
             env._env._step_count, env._env._reset_next_step = snap["steps"], False
             set_random_state(task.random, snap["rng"])
         else:
-            self._as_vector()._restore(0, snap["gym"])
-        while wrapper is not env:
-            if isinstance(wrapper, gym.wrappers.TimeLimit):
-                wrapper._elapsed_steps = self.elapsed
-            wrapper = wrapper.env
-
-    def _as_vector(self) -> GymVectorEnv:
-        """This environment as the only copy of a vector, which knows how to save and restore gymnasium's."""
-        vec = GymVectorEnv.__new__(GymVectorEnv)
-        vec.envs, vec.env, vec.num_envs, vec.current = [self.env], self.env, 1, [self.current]
-        vec.elapsed = np.array([self.elapsed])
-        return vec
+            gym_restore(self.env, snap["gym"], self.elapsed)
+        set_elapsed(self.env, self.elapsed)
 
 
 def register(env_id: str) -> None:

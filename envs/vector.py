@@ -195,39 +195,52 @@ class GymVectorEnv(VectorEnv):
         return np.stack(self.current)
 
     def _snapshot(self, i: int) -> dict:
-        env = self.envs[i].unwrapped
-        if hasattr(env, "snapshot"):  # ours know what they are made of
-            return {"own": env.snapshot(), "rng": env.np_random.bit_generator.state, "current": self.current[i]}
-        # The simulator aside, a task keeps its state in plain attributes: CartPole's `state`, Reacher's `goal`.
-        plain = {k: v for k, v in vars(env).items() if isinstance(v, (np.ndarray, int, float, type(None)))
-                 and not (isinstance(v, np.ndarray) and v.dtype == object)}
-        plain |= {k: list(map(float, v)) for k, v in vars(env).items()
-                  if isinstance(v, tuple) and all(isinstance(x, (int, float, np.number)) for x in v)}
-        snapshot = {"plain": plain, "rng": env.np_random.bit_generator.state, "current": self.current[i]}
-        if hasattr(env, "model"):
-            snapshot["mujoco"] = mujoco_snapshot(env.model, env.data)
-        return snapshot
+        return gym_snapshot(self.envs[i]) | {"current": self.current[i]}
 
     def _restore(self, i: int, snapshot: dict) -> None:
-        self.envs[i].reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
-        env = self.envs[i].unwrapped
-        if "own" in snapshot:
-            env.restore(snapshot["own"])
-        for key, value in snapshot.get("plain", {}).items():
-            kind = type(getattr(env, key, None))
-            if kind is tuple or isinstance(value, list):
-                value = tuple(value)
-            elif hasattr(value, "shape"):
-                value = np.asarray(value).copy()
-            setattr(env, key, value)
-        env.np_random.bit_generator.state = snapshot["rng"]
+        gym_restore(self.envs[i], snapshot, int(self.elapsed[i]))
         current = snapshot["current"]
         self.current[i] = ({k: np.asarray(v) for k, v in current.items()} if isinstance(current, dict)
                            else np.asarray(current))
-        if "mujoco" in snapshot:
-            mujoco_restore(env.model, env.data, snapshot["mujoco"])
-        wrapper = self.envs[i]
-        while wrapper is not env:  # gymnasium's own time limit counts in a wrapper
-            if isinstance(wrapper, gym.wrappers.TimeLimit):
-                wrapper._elapsed_steps = int(self.elapsed[i])
-            wrapper = wrapper.env
+
+
+def gym_snapshot(env: gym.Env) -> dict:
+    """State of any gymnasium environment below its wrappers: plain numbers and arrays."""
+    env = env.unwrapped
+    rng = {"rng": env.np_random.bit_generator.state}
+    if hasattr(env, "snapshot"):  # ours know what they are made of
+        return rng | {"own": env.snapshot()}
+    # The simulator aside, a task keeps its state in plain attributes: CartPole's `state`, Reacher's `goal`.
+    plain = {k: v for k, v in vars(env).items() if isinstance(v, (np.ndarray, int, float, type(None)))
+             and not (isinstance(v, np.ndarray) and v.dtype == object)}
+    plain |= {k: list(map(float, v)) for k, v in vars(env).items()
+              if isinstance(v, tuple) and all(isinstance(x, (int, float, np.number)) for x in v)}
+    simulator = {"mujoco": mujoco_snapshot(env.model, env.data)} if hasattr(env, "model") else {}
+    return rng | simulator | {"plain": plain}
+
+
+def gym_restore(env: gym.Env, snapshot: dict, elapsed: int) -> None:
+    """Continue from a `gym_snapshot`, taken `elapsed` steps after a reset."""
+    env.reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
+    set_elapsed(env, elapsed)
+    env = env.unwrapped
+    if "own" in snapshot:
+        env.restore(snapshot["own"])
+    for key, value in snapshot.get("plain", {}).items():
+        kind = type(getattr(env, key, None))
+        if kind is tuple or isinstance(value, list):
+            value = tuple(value)
+        elif hasattr(value, "shape"):
+            value = np.asarray(value).copy()
+        setattr(env, key, value)
+    env.np_random.bit_generator.state = snapshot["rng"]
+    if "mujoco" in snapshot:
+        mujoco_restore(env.model, env.data, snapshot["mujoco"])
+
+
+def set_elapsed(env: gym.Env, steps: int) -> None:
+    """Tell gymnasium's time limit, which counts in a wrapper, how many steps the episode has had."""
+    while env is not env.unwrapped:
+        if isinstance(env, gym.wrappers.TimeLimit):
+            env._elapsed_steps = steps
+        env = env.env
