@@ -81,14 +81,13 @@ class Args:
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "exploration_fraction": (0.02, 0.5),
         "gamma": [0.97, 0.99, 0.995]}
 
-# twin: compiled step
+
+# twin: flat networks
 COMPILED = {"cpp_wrapper": True,  # buffers are made in C++: a hundred of them take Python a fifth of the step
             "layout_optimization": False,  # convolutions with channels last: a gain for batches, a loss for one input
             "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # results are kept, not computed anew
-# twin end
 
 
-# twin: flat networks
 class Net(NamedTuple):
     """Shapes of a network whose parameters are one flat vector: hidden layers, then heads; weight, then bias."""
     weights: tuple[tuple[int, ...], ...]  # (out, in), or (out, in, height, width)
@@ -422,8 +421,7 @@ def main(args: Args) -> dict[str, float]:
             agent["totals"].zero_()
             overshoots = 0
         if last or due(args.eval_every):
-            result = evaluate(args.eval_episodes * (2 if last else 1))
-            run.log_evaluation(at, result)
+            run.log_evaluation(at, result := evaluate(args.eval_episodes * (2 if last else 1)))
         if (stop := run.stop) or last or due(args.checkpoint_every):
             run.save({"agent": agent, "step": at, "state": state, "action": action, "return": episode_return,
                       "length": episode_length, "overshoots": overshoots, "env": envs.snapshot(env),

@@ -73,14 +73,13 @@ class Args:
 # ranges of `make tune`: (low, high) on a log scale, or choices
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "obs_trace": [0.0, 0.9, 0.99, 0.999]}
 
-# twin: compiled step
+
+# twin: flat networks
 COMPILED = {"cpp_wrapper": True,  # buffers are made in C++: a hundred of them take Python a fifth of the step
             "layout_optimization": False,  # convolutions with channels last: a gain for batches, a loss for one input
             "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # results are kept, not computed anew
-# twin end
 
 
-# twin: flat networks
 class Net(NamedTuple):
     """Shapes of a network whose parameters are one flat vector: hidden layers, then heads; weight, then bias."""
     weights: tuple[tuple[int, ...], ...]  # (out, in), or (out, in, height, width)

@@ -4,6 +4,7 @@ Rewrites docs/figures/<algo>_curves.svg, whatever stands between `<!-- report: <
 README.md and docs/ (for <env> also `all` environments together, `status` or `zero-shot`), and report.html (not committed): open it
 in a browser, no server or network needed. How curves are read, and the papers' numbers, are in benchmarks/paper.toml.
 """
+import argparse
 import base64
 import json
 import re
@@ -265,7 +266,7 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
     return (ROOT / "benchmarks" / "report_template.html").read_text().replace("/*DATA*/null", data)
 
 
-def main(html: Path = ROOT / "report.html") -> None:
+def main(html: Path) -> None:
     results = {}
     for path in sorted(RESULTS.glob("*/*.csv")):
         algo, env = path.parent.name, path.stem
@@ -296,8 +297,10 @@ def main(html: Path = ROOT / "report.html") -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("html", type=Path, nargs="?", default=ROOT / "report.html", help="page to write")
     try:
-        main(*map(Path, sys.argv[1:2]))
+        main(parser.parse_args().html)
     except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
         sys.exit(2)

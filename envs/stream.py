@@ -148,7 +148,7 @@ class StreamEnv:
             env._env._step_count, env._env._reset_next_step = snap["steps"], False
             set_random_state(task.random, snap["rng"])
         else:
-            gym_restore(self.env, snap["gym"], self.elapsed)
+            gym_restore(self.env, snap["gym"])
         set_elapsed(self.env, self.elapsed)
 
 

@@ -198,7 +198,9 @@ class GymVectorEnv(VectorEnv):
         return gym_snapshot(self.envs[i]) | {"current": self.current[i]}
 
     def _restore(self, i: int, snapshot: dict) -> None:
-        gym_restore(self.envs[i], snapshot, int(self.elapsed[i]))
+        self.envs[i].reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
+        gym_restore(self.envs[i], snapshot)
+        set_elapsed(self.envs[i], int(self.elapsed[i]))
         current = snapshot["current"]
         self.current[i] = ({k: np.asarray(v) for k, v in current.items()} if isinstance(current, dict)
                            else np.asarray(current))
@@ -219,10 +221,8 @@ def gym_snapshot(env: gym.Env) -> dict:
     return rng | simulator | {"plain": plain}
 
 
-def gym_restore(env: gym.Env, snapshot: dict, elapsed: int) -> None:
-    """Continue from a `gym_snapshot`, taken `elapsed` steps after a reset."""
-    env.reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
-    set_elapsed(env, elapsed)
+def gym_restore(env: gym.Env, snapshot: dict) -> None:
+    """Bring `env`, which has been reset once, to the state of a `gym_snapshot`; its wrappers know nothing of it."""
     env = env.unwrapped
     if "own" in snapshot:
         env.restore(snapshot["own"])
