@@ -19,7 +19,7 @@ import numpy as np
 
 from envs.evaluation import find_renderer
 from envs.ids import EnvError, resolve
-from envs.vector import gym_restore, gym_snapshot, mujoco_restore, mujoco_snapshot, set_elapsed
+from envs.vector import gym_restore, gym_snapshot, mujoco_restore, mujoco_snapshot, time_limit
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
 CLASSIC, CLASSIC_LIMIT = ("CartPole", "Acrobot", "MountainCar"), 10_000  # as published: good agents should not meet it
@@ -69,7 +69,7 @@ class StreamEnv:
             self.shape = (1, *space.shape)
         self.frames = 4 if self.kind == "atari" else 1
         self.max_episode_steps = self.env.spec.max_episode_steps
-        self.horizon = self.max_episode_steps or TIME_LIMIT
+        self.horizon, self.limit = self.max_episode_steps or TIME_LIMIT, time_limit(self.env)
         self.timed = time_feature and self.kind == "vector"
         self.elapsed, self.time, self.lives = 0, None, 0
         if self.kind == "atari":
@@ -109,7 +109,8 @@ class StreamEnv:
 
     def snapshot(self) -> dict:
         """Everything a later `restore` needs to continue bit by bit: plain numbers and arrays."""
-        snap = {"elapsed": self.elapsed, "lives": self.lives, "time": self.time}
+        snap = {"elapsed": self.elapsed, "lives": self.lives, "time": self.time,
+                "limit": self.limit._elapsed_steps if self.limit else 0}  # on Atari in frames, of which a step has four
         env = self.env.unwrapped
         if self.kind == "minatar":
             state = {k: v for k, v in vars(env.game.env).items() if k != "random"}
@@ -149,7 +150,8 @@ class StreamEnv:
             set_random_state(task.random, snap["rng"])
         else:
             gym_restore(self.env, snap["gym"])
-        set_elapsed(self.env, self.elapsed)
+        if self.limit:
+            self.limit._elapsed_steps = snap["limit"]
 
 
 def register(env_id: str) -> None:

@@ -200,7 +200,8 @@ class GymVectorEnv(VectorEnv):
     def _restore(self, i: int, snapshot: dict) -> None:
         self.envs[i].reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
         gym_restore(self.envs[i], snapshot)
-        set_elapsed(self.envs[i], int(self.elapsed[i]))
+        if limit := time_limit(self.envs[i]):
+            limit._elapsed_steps = int(self.elapsed[i])
         current = snapshot["current"]
         self.current[i] = ({k: np.asarray(v) for k, v in current.items()} if isinstance(current, dict)
                            else np.asarray(current))
@@ -238,9 +239,10 @@ def gym_restore(env: gym.Env, snapshot: dict) -> None:
         mujoco_restore(env.model, env.data, snapshot["mujoco"])
 
 
-def set_elapsed(env: gym.Env, steps: int) -> None:
-    """Tell gymnasium's time limit, which counts in a wrapper, how many steps the episode has had."""
+def time_limit(env: gym.Env) -> gym.wrappers.TimeLimit | None:
+    """The wrapper in which gymnasium counts the steps of an episode, if `env` has one."""
     while env is not env.unwrapped:
         if isinstance(env, gym.wrappers.TimeLimit):
-            env._elapsed_steps = steps
+            return env
         env = env.env
+    return None

@@ -17,7 +17,7 @@ WHOLE = {"sac_kian": (sac_kian, FEW), "ppo_kian": (ppo_kian, FEW_GRID)}  # scrip
 FEW_STREAM = ["--total-timesteps", "300", "--hidden", "16x1", "--no-compile", "--eval-every", "0"]
 STREAMS = {"stream_ac": (stream_ac, [*FEW_STREAM, "--eval-episodes", "1"]),
            "stream_q": (stream_q, [*FEW_STREAM, "--eval-episodes", "1"]), "stream_td": (stream_td, FEW_STREAM)}
-OPTIONAL = {"MinAtar/": "minatar", "dm_control/": "shimmy", "NoFrameskip": "ale_py"}  # requirements-envs.txt
+OPTIONAL = {"MinAtar/": "minatar", "dm_control/": "dm_control", "NoFrameskip": "ale_py"}  # requirements-envs.txt
 
 
 def blocks(language: str) -> list[str]:
