@@ -3,13 +3,12 @@
 Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). No replay buffer, no
 batch, no target network. Five ingredients make it stable with one set of constants: accumulating eligibility traces, a
 step size bounded by the trace so that updates hardly overshoot their target (ObGD), sparse initialisation, LayerNorm
-without parameters, observations and rewards scaled by running statistics. Written from formulas, not from code.
+without parameters, observations and rewards scaled by running statistics.
 
 For Gaussian policies (MuJoCo, dm_control) and discrete ones (classic control, MinAtar, Atari). A network is one flat
 vector, its trace another, and its gradient has a closed form, so that a transition, from the raw observation to the
 next action, is one compiled graph: one call instead of several hundred. benchmarks/stream_autograd.py is the same
-update by autograd and loops, as one would write it first; tests hold the two within 1e-6 after 1000 updates.
-Departures: an Atari episode cut by its time limit cuts the traces too; docs/stream.md has the rest.
+update by autograd and loops; tests hold the two within 1e-6 after 1000 updates. docs/stream.md lists the departures.
 
 python algos/stream_ac.py --env HalfCheetah-v4
 """
@@ -351,6 +350,7 @@ def main(args: Args) -> dict[str, float]:
     row = torch.zeros(n + env.timed + 3, dtype=torch.float64)
     raw = row.numpy()  # the same memory: assigning to it costs less than making a tensor
     at, stop, episode_return, episode_length, overshoots = 0, 0, 0.0, 0, 0
+    seen = None  # state of an episode that is played, not learned from
 
     def noise() -> torch.Tensor:
         return -(-torch.rand(d).clamp(1e-10, 1 - 1e-7).log()).log() if discrete else torch.randn(d)
@@ -366,8 +366,6 @@ def main(args: Args) -> dict[str, float]:
         """First state of an episode, and what to do there."""
         state = look(env.reset(seed), env, None, learn=True)
         return state, draw(agent["policy"]["weights"], nets[0], state, noise(), args)
-
-    seen = None  # state of an episode that is played, not learned from
 
     def play(obs: np.ndarray, env: envs.StreamEnv) -> np.ndarray | int:
         """The likeliest action. Statistics stay as they are: an evaluation must leave no trace in training."""

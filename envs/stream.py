@@ -33,7 +33,8 @@ class StreamEnv:
     frames, how many the learner is to stack; action_space; max_episode_steps, the limit T, None without one;
     task_limit, the one the task is registered with, where evaluations stop; time, the feature that belongs to the last
     observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari episodes end for the learner when a
-    life is lost (terminated), and go on until the game is over (`over`).
+    life is lost (terminated), and go on until the game is over (`over`). serve: press FIRE after a lost life, too, as
+    evaluations do: an agent that never does it itself, as it has to in training, would stand still to the time limit.
     """
 
     def __init__(self, env_id: str, max_episode_steps: int = 0, time_feature: bool = True, **kwargs):
@@ -71,7 +72,7 @@ class StreamEnv:
         self.max_episode_steps = self.env.spec.max_episode_steps
         self.horizon, self.limit = self.max_episode_steps or TIME_LIMIT, time_limit(self.env)
         self.timed = time_feature and self.kind == "vector"
-        self.elapsed, self.time, self.lives = 0, None, 0
+        self.elapsed, self.time, self.lives, self.serve = 0, None, 0, False
         if self.kind == "atari":
             self.fire = "FIRE" in self.env.unwrapped.get_action_meanings()
 
@@ -99,7 +100,11 @@ class StreamEnv:
         if self.timed:
             self.time = -0.5 + self.elapsed / self.horizon
         elif self.kind == "atari":
-            terminated, self.lives = terminated or info["lives"] < self.lives, info["lives"]
+            lost, self.lives = info["lives"] < self.lives, info["lives"]
+            if lost and self.serve and self.fire and not over:
+                obs, more, terminated, truncated, _ = self.env.step(1)
+                reward, over = reward + more, terminated or truncated
+            terminated = terminated or lost
         self.elapsed += 1
         return self._observed(obs), float(reward), terminated, truncated, over
 
@@ -189,11 +194,12 @@ def as_arrays(state: dict) -> dict:
 
 def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> dict[str, float]:
     """Play `episodes` episodes of `act` (observation, environment -> action); episode k is reset with `seed + k`, and
-    stops at the task's own limit where training has a later one.
+    stops at the task's own limit where training has a later one. On Atari FIRE is pressed after every life.
 
     Returns the columns of eval.csv; no task here has a notion of success (NaN).
     """
     returns, lengths = np.zeros(episodes), np.zeros(episodes)
+    env.serve = True
     for k in range(episodes):
         obs, over = env.reset(seed + k), False
         while not over:
@@ -217,6 +223,7 @@ def record_stream(act: Callable, env_id: str, episodes: int, seed: int, folder: 
 
     folder.mkdir(parents=True, exist_ok=True)
     env = StreamEnv(env_id, render_mode="rgb_array", **kwargs)
+    env.serve = True
     for k in range(episodes):
         obs, over, frames = env.reset(seed + k), False, []
         while not over:

@@ -629,6 +629,17 @@ def test_snapshots_continue_to_the_last_bit(env_id, tmp_path):
             assert np.array_equal(first.reset(), second.reset())
 
 
+def test_evaluation_fires_after_a_lost_life():
+    """Training leaves FIRE to the agent; an evaluated one that never presses it still plays its five lives."""
+    pytest.importorskip("ale_py")
+    env = envs.StreamEnv("BreakoutNoFrameskip-v4", max_episode_steps=8000)  # frames: 2000 steps
+    result = envs.evaluate_stream(lambda obs, env: 0, env, 1, 0)
+    assert env.lives == 0 and result["length_mean"] < 500, result
+    env.serve = False
+    env.reset(0)
+    assert not any(env.step(0)[-1] for _ in range(1000)) and env.lives == 4
+
+
 def test_minatar_runs_in_the_same_loop(tmp_path):
     pytest.importorskip("minatar")
     train(stream_ac, tmp_path / "ac", env="MinAtar/Breakout-v1", total_timesteps=200, hidden="16x1", eval_every=0)
