@@ -27,10 +27,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch.utils._pytree import tree_map
 
 import envs
-from runtime import ArgError, Run, can_compile, continued, hidden_layers, load_run, require_positive, require_range
+from runtime import (ArgError, Run, can_compile, compile_for, continued, hidden_layers, load_run, require_positive,
+                     require_range)
 
 ALGO = "stream_ac"
 LOG_EVERY = 10_000  # environment steps
@@ -83,7 +83,7 @@ TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_policy": (1.0, 10.0), "kappa
 
 
 # twin: flat networks
-COMPILED = {"cpp_wrapper": True,  # buffers are made in C++: a hundred of them take Python a fifth of the step
+COMPILED = {"cpp_wrapper": True, "memory_planning": True,  # buffers: a hundred are made in C++, in one piece of memory
             "layout_optimization": False,  # convolutions with channels last: a gain for batches, a loss for one input
             "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # results are kept, not computed anew
 
@@ -360,7 +360,8 @@ def main(args: Args) -> dict[str, float]:
 
     def look(obs: np.ndarray, env: envs.StreamEnv, last: torch.Tensor | None, learn: bool) -> torch.Tensor:
         time = torch.tensor([env.time] if env.timed else [], dtype=torch.float64)
-        return observe(agent["obs"], torch.from_numpy(np.asarray(obs, np.float64)), time, last, env.frames, args, learn)
+        x = torch.from_numpy(np.ascontiguousarray(obs, np.float64))  # `step` is compiled for this layout
+        return observe(agent["obs"], x, time, last, env.frames, args, learn)
 
     def begin(seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """First state of an episode, and what to do there."""
@@ -396,9 +397,8 @@ def main(args: Args) -> dict[str, float]:
         torch.set_rng_state(saved["rng"])
     else:
         state, action = begin(10_000 * args.seed)
-    learn = torch.compile(step, fullgraph=True, dynamic=False, options=COMPILED) if args.compile else step
-    if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
-        learn(tree_map(torch.clone, agent), nets, state, action, row, torch.zeros(d), env.shape, env.frames, args)
+    learn = step if not args.compile else compile_for(  # now: a signal to the compiler leaves no update half done
+        step, COMPILED, agent, nets, state, action, row, torch.zeros(d), env.shape, env.frames, args)
     run = Run(ALGO, args, envs.resolve(args.env), at, saved["wall_s"] if saved else 0.0)
     if not saved:
         run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent

@@ -28,7 +28,8 @@ import tyro
 from torch.utils._pytree import tree_map
 
 import envs
-from runtime import ArgError, Run, can_compile, continued, hidden_layers, load_run, require_positive, require_range
+from runtime import (ArgError, Run, can_compile, compile_for, continued, hidden_layers, load_run, require_positive,
+                     require_range)
 
 ALGO = "stream_td"
 LOG_EVERY = 1000  # rows
@@ -75,7 +76,7 @@ TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "obs_tr
 
 
 # twin: flat networks
-COMPILED = {"cpp_wrapper": True,  # buffers are made in C++: a hundred of them take Python a fifth of the step
+COMPILED = {"cpp_wrapper": True, "memory_planning": True,  # buffers: a hundred are made in C++, in one piece of memory
             "layout_optimization": False,  # convolutions with channels last: a gain for batches, a loss for one input
             "realize_opcount_threshold": 5, "realize_reads_threshold": 0}  # results are kept, not computed anew
 
@@ -332,9 +333,8 @@ def main(args: Args) -> dict[str, float]:
         state, overshoots = saved["state"], saved["overshoots"]
     else:
         state = observe(agent, torch.from_numpy(series.rows[0]), args)
-    learn = torch.compile(step, fullgraph=True, dynamic=False, options=COMPILED) if args.compile else step
-    if args.compile:  # now, on copies: a signal to the compiler then leaves no update half done
-        learn(tree_map(torch.clone, agent), net, state, row, args)
+    learn = step if not args.compile else compile_for(  # now: a signal to the compiler leaves no update half done
+        step, COMPILED, agent, net, state, row, args)
     if not (args.run_dir or args.resume) and Path(args.env).is_file():  # a path is no name for a folder
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         args = replace(args, run_dir=str(Path("runs", ALGO, Path(args.env).stem, name)))

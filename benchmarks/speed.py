@@ -36,7 +36,7 @@ from algos import ppo_kian as ppo
 from algos import sac_kian as sac
 from algos import stream_ac
 from benchmarks import stream_autograd
-from runtime import use_fast_matmul
+from runtime import compile_for, use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
 PEERS = {"sac": {"stable_baselines3": PEER}, "ppo": {"stable_baselines3": PEER, "torch_ac": "torch-ac==1.4.0"},
@@ -164,9 +164,10 @@ class Stream:
         self.agent, self.nets = stream_ac.make_agent(args, self.env)
         self.n, self.low, self.high = self.env.shape[0], self.env.action_space.low, self.env.action_space.high
         self.row = torch.zeros(self.n + 4, dtype=torch.float64)
-        self.learn = (torch.compile(stream_ac.step, fullgraph=True, dynamic=False, options=stream_ac.COMPILED)
-                      if impl == "compiled" else stream_ac.step)
         self.begin(self.env.reset(seed=args.seed))
+        self.learn = stream_ac.step if impl != "compiled" else compile_for(
+            stream_ac.step, stream_ac.COMPILED, self.agent, self.nets, self.state, self.action, self.row,
+            torch.zeros(len(self.low)), self.env.shape, 1, args)
 
     def begin(self, obs: np.ndarray) -> None:
         time = torch.tensor([self.env.time], dtype=torch.float64)

@@ -22,7 +22,7 @@ import envs
 from algos import stream_ac, stream_q, stream_td
 from algos.stream_ac import Args, Net, backward, count_in, deviation, forward, obgd, observe, running_stats, views
 from benchmarks import stream_autograd
-from runtime import ArgError, to_plain
+from runtime import ArgError, compile_for, to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 AUTOGRAD = {stream_ac: stream_autograd.update_ac, stream_q: stream_autograd.update_q,
@@ -282,11 +282,12 @@ def random_run(script, env, steps, compiled=False, **kwargs):
     """A script's own `step` on random transitions with random ends; returns the agent afterwards."""
     args = script.Args(**kwargs)
     torch.manual_seed(0)
-    learn = (torch.compile(script.step, fullgraph=True, dynamic=False, options=script.COMPILED)
-             if compiled else script.step)
+    learn = script.step
     if script is stream_td:
         agent, net = script.make_agent(args, 7)
         state = script.observe(agent, torch.randn(7).double(), args)
+        if compiled:
+            learn = compile_for(script.step, script.COMPILED, agent, net, state, torch.zeros(8).double(), args)
         for _ in range(steps):
             state, *_ = learn(agent, net, state, torch.randn(8).double(), args)
         return agent
@@ -294,7 +295,10 @@ def random_run(script, env, steps, compiled=False, **kwargs):
     n, actions = math.prod(env.shape), env.action_space.n if env.action_space is FOUR else 6
     time = torch.zeros(int(env.timed)).double()
     state = observe(agent["obs"], torch.randn(env.shape).double(), time, None, env.frames, args)
-    action = torch.eye(actions)[0]
+    action, row = torch.eye(actions)[0], torch.zeros(n + env.timed + 3).double()
+    if compiled:
+        learn = compile_for(script.step, script.COMPILED, agent, nets, state, action, row, torch.zeros(actions),
+                            env.shape, env.frames, args)
     for k in range(steps):
         row, noise = torch.randn(n + env.timed + 3).double(), torch.randn(actions)
         row[-2:] = torch.tensor([k % 37 == 36, k % 37 != 36])
