@@ -6,7 +6,9 @@
 Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achieved_goal`, `desired_goal` of goal tasks;
 `image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI.
 """
+import os
 import re
+import sys
 from contextlib import contextmanager
 
 import gymnasium as gym
@@ -27,7 +29,6 @@ __all__ = ["Act", "EnvError", "Normalizer", "Observation", "Series", "StreamEnv"
            "restore", "snapshot", "to_tensors", "unflatten"]
 
 
-
 @contextmanager
 def named(env_id: str):
     """What goes wrong in making `env_id`, missing packages and unknown arguments, as EnvError."""
@@ -40,8 +41,11 @@ def named(env_id: str):
 
 
 def make(env_id: str, **kwargs) -> gym.Env:
-    """One gymnasium environment, ids resolved as in `resolve`. Raises EnvError for an unknown id, an unknown argument
-    or a missing package."""
+    """One gymnasium environment, ids resolved as in `resolve`. Raises EnvError for an unknown id, an unknown argument,
+    a missing package, or a window where there is no display (MuJoCo would abort the process)."""
+    if (kwargs.get("render_mode") == "human" and sys.platform == "linux"
+            and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
+        raise EnvError(f"{env_id}: render_mode='human' opens a window, and there is no display; 'rgb_array' needs none")
     with named(env_id):
         return gym.make(resolve(env_id), **kwargs)
 

@@ -1,4 +1,6 @@
 """The fast environments are gymnasium's, to the last bit; snapshots continue exactly; evaluation is unbiased."""
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -71,6 +73,14 @@ def test_ids(capsys):
             envs.make_vec(wrong, 1)
     with pytest.raises(envs.EnvError, match="at least 1"):
         envs.make_vec("FetchPush-v2", 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a display")
+def test_no_window_without_a_display(monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(envs.EnvError, match="no display"):
+        envs.make("FetchPush-v2", render_mode="human")
 
 
 def test_time_feature_and_autoreset():
