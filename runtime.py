@@ -216,9 +216,10 @@ def pick_device(name: str) -> torch.device:
 
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has the C++ compiler it needs on a CPU; says so once on stderr where it has not."""
-    if device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"):
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
+    if device.type != "cpu" or shutil.which(compiler):
         return True
-    print("no C++ compiler (g++): the update is not compiled, training is slower but the same", file=sys.stderr)
+    print(f"no C++ compiler ({compiler}): the update is not compiled, training is slower but the same", file=sys.stderr)
     return False
 
 

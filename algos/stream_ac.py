@@ -58,9 +58,9 @@ class Args:
     # twin end
 
     # algorithm
-    hidden: str = ""  # hidden layers, width x depth; empty: the paper's, 128x2, 32x2 with discrete actions
+    hidden: str = ""  # hidden layers, width x depth; empty: the paper's, of docs/stream.md (sizes)
     bootstrap_on_truncation: Literal["auto", "on", "off"] = "auto"  # auto: on Atari only, as in the paper
-    max_episode_steps: int = 0  # time limit of training; 0: 10,000 on CartPole, Acrobot, MountainCar, else the task's
+    max_episode_steps: int = 0  # limit in training (Atari: frames); 0: 10,000 on classic control, else the task's
     time_feature: bool = True  # time since reset as an input, on vector observations
     entropy_coef: float = 0.01  # tau
     kappa_policy: float = 3.0  # margin of the policy's step bound
@@ -151,13 +151,13 @@ def backward(flat: torch.Tensor, net: Net, cache: list, head_grads: list[torch.T
     hidden, heads = layers[:len(net.strides)], layers[len(net.strides):]
     after = [part for g in head_grads for part in (torch.outer(g, h).flatten(), g)]
     g = sum(torch.mv(weight.T, g) for (weight, _), g in zip(heads, head_grads))
-    for (weight, _), stride, (x, y, rho) in reversed(list(zip(hidden, net.strides, cache))):
+    for k, ((weight, _), stride, (x, y, rho)) in reversed(list(enumerate(zip(hidden, net.strides, cache)))):
         g = g.view_as(y) * torch.where(y > 0, 1.0, 0.01)
         if layer_norm:
             g = rho * (g - g.mean() - y * (g * y).mean())
         if stride:
             g, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
-                g[None], x[None], weight, [len(g)], [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [True] * 3)
+                g[None], x[None], weight, [len(g)], [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [k > 0, True, True])
         else:
             weight_grad, bias_grad, g = torch.outer(g, x.flatten()), g, torch.mv(weight.T, g)
         after = [weight_grad.flatten(), bias_grad, *after]
@@ -228,8 +228,8 @@ def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor,
          args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
     """Overshooting-bounded descent on a flat network, in place; returns the step size and the trace's L1 norm.
 
-    The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): if
-    z is the gradient of a prediction, with entries of at most 1, the prediction then moves less than delta.
+    The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): a
+    prediction with gradient z, of entries of at most 1, then moves less than delta, to first order.
     """
     trace = args.gamma * args.lamda * part["trace"] + grad
     direction = trace

@@ -42,7 +42,7 @@ class Args:
     """A prediction that learns from every row once, as it comes (Stream TD)."""
     env: str = "series/transformer"  # the generated series, or a CSV file whose last column is to be predicted
     total_timesteps: int = 68_000  # rows
-    eval_every: int = 5_000  # rows per line of eval.csv: the error of the predictions made on the way
+    eval_every: int = 5_000  # rows per line of eval.csv, the error of predictions made on the way; 0: only one
     checkpoint_every: int = 20_000  # rows between checkpoints; 0: only at the end
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
     # twin: run arguments
@@ -144,13 +144,13 @@ def backward(flat: torch.Tensor, net: Net, cache: list, head_grads: list[torch.T
     hidden, heads = layers[:len(net.strides)], layers[len(net.strides):]
     after = [part for g in head_grads for part in (torch.outer(g, h).flatten(), g)]
     g = sum(torch.mv(weight.T, g) for (weight, _), g in zip(heads, head_grads))
-    for (weight, _), stride, (x, y, rho) in reversed(list(zip(hidden, net.strides, cache))):
+    for k, ((weight, _), stride, (x, y, rho)) in reversed(list(enumerate(zip(hidden, net.strides, cache)))):
         g = g.view_as(y) * torch.where(y > 0, 1.0, 0.01)
         if layer_norm:
             g = rho * (g - g.mean() - y * (g * y).mean())
         if stride:
             g, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
-                g[None], x[None], weight, [len(g)], [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [True] * 3)
+                g[None], x[None], weight, [len(g)], [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [k > 0, True, True])
         else:
             weight_grad, bias_grad, g = torch.outer(g, x.flatten()), g, torch.mv(weight.T, g)
         after = [weight_grad.flatten(), bias_grad, *after]
@@ -205,8 +205,8 @@ def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor,
          args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
     """Overshooting-bounded descent on a flat network, in place; returns the step size and the trace's L1 norm.
 
-    The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): if
-    z is the gradient of a prediction, with entries of at most 1, the prediction then moves less than delta.
+    The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): a
+    prediction with gradient z, of entries of at most 1, then moves less than delta, to first order.
     """
     trace = args.gamma * args.lamda * part["trace"] + grad
     direction = trace
@@ -341,8 +341,8 @@ def main(args: Args) -> dict[str, float]:
     run = Run(ALGO, args, args.env, at, saved["wall_s"] if saved else 0.0)
     if not saved:  # the untrained network, over the first rows
         fresh, first = tree_map(torch.clone, agent), min(args.eval_every or LOG_EVERY, args.total_timesteps)
-        untrained = [forward(fresh["value"]["weights"], net, observe(fresh, torch.from_numpy(x), args), args.layer_norm)
-                     [0][0].item() for x in series.rows[:first]]
+        seen = [state, *(observe(fresh, torch.from_numpy(x), args) for x in series.rows[1:first])]
+        untrained = [forward(fresh["value"]["weights"], net, x, args.layer_norm)[0][0].item() for x in seen]
         run.log_evaluation(0, score(np.array(untrained), true[:first]))
     stop, since = 0, at // args.eval_every * args.eval_every if args.eval_every else 0
     while at < args.total_timesteps and not stop:

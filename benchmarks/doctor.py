@@ -97,7 +97,7 @@ def compiler() -> str:
     """Not only found: it compiles a function."""
     import torch
 
-    if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+    if not shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):  # as torch does
         raise RuntimeError("no C++ compiler, so no compiled updates (slower, same results); apt-get install g++")
     x = torch.linspace(0, 1, 8)
     if not torch.allclose(torch.compile(lambda y: y.sin() + 1)(x), x.sin() + 1):

@@ -120,7 +120,7 @@ def areas(curves: list[Curve], budget: int) -> list[float]:
 def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, one row per variant."""
     budget = shared_budget(variants)
-    first = max(c.steps[0] for curves in variants.values() for c in curves)
+    first = max(min((s for s in c.steps if s > 0), default=0) for curves in variants.values() for c in curves)
     budgets = [*(b for b in smaller_budgets(budget) if b >= first), budget]
     compared = how.baseline in variants and len(variants) > 1
     longer = any(c.steps[-1] > 1.01 * budget for curves in variants.values() for c in curves)

@@ -84,6 +84,8 @@ class StreamEnv:
     def reset(self, seed: int | None = None) -> np.ndarray:
         """First observation of an episode, of shape `shape`."""
         obs, info = self.env.reset(seed=seed)
+        if seed is not None and self.kind == "minatar":  # it may repeat the last action, even that of another episode
+            self.env.unwrapped.game.last_action = 0
         if self.kind == "atari":
             if self.fire:  # games that wait for it would stand still
                 obs, _, terminated, truncated, info = self.env.step(1)
@@ -121,7 +123,8 @@ class StreamEnv:
             state = {k: v for k, v in vars(env.game.env).items() if k != "random"}
             return snap | {"game": state, "last_action": env.game.last_action, "rng": random_state(env.game.random)}
         if self.kind == "atari":
-            return snap | {"ale": np.frombuffer(env.clone_state(include_rng=True).__getstate__(), np.uint8),
+            frames = {f"frame{k}": frame for k, frame in enumerate(self.env.obs_buffer)}
+            return snap | frames | {"ale": np.frombuffer(env.clone_state(include_rng=True).__getstate__(), np.uint8),
                            "rng": env.np_random.bit_generator.state}
         if hasattr(env, "_env"):  # dm_control
             physics, task = env._env.physics, env._env.task
@@ -145,6 +148,8 @@ class StreamEnv:
             state.__setstate__(np.asarray(snap["ale"]).tobytes())
             env.restore_state(state)
             env.np_random.bit_generator.state = snap["rng"]
+            for k, frame in enumerate(self.env.obs_buffer):
+                frame[:] = np.asarray(snap[f"frame{k}"])
             self.env.lives, self.env.game_over = self.lives, False
         elif hasattr(env, "_env"):
             physics, task = env._env.physics, env._env.task
@@ -207,6 +212,7 @@ def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> 
             returns[k] += reward
             lengths[k] += 1
             over = over or lengths[k] == env.task_limit
+    env.serve = False
     return {"episodes": episodes, "return_mean": float(returns.mean()), "return_std": float(returns.std()),
             "success_rate": float("nan"), "length_mean": float(lengths.mean())}
 
@@ -215,7 +221,9 @@ def record_stream(act: Callable, env_id: str, episodes: int, seed: int, folder: 
     """Film `episodes` episodes into `folder/episode-<k>.mp4`; without a working renderer, say what to install."""
     if episodes < 1:
         return
-    if not find_renderer():
+    register(env_id)
+    drawn_by = env_id + str(gym.spec(resolve(env_id)).entry_point)
+    if not any(mark in drawn_by for mark in ("MinAtar/", "NoFrameskip", "classic_control")) and not find_renderer():
         print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
               "libosmesa6", file=sys.stderr)
         return

@@ -305,7 +305,6 @@ def random_run(script, env, steps, compiled=False, **kwargs):
         if script is stream_q:
             noise = torch.eye(actions)[k % actions] * (k % 3 == 0)
         state, action, *_ = learn(agent, nets, state, action, row, noise, env.shape, env.frames, args)
-        state = state.clone()
     return agent
 
 
@@ -318,9 +317,11 @@ VECTOR, DISCRETE = Shape("vector", (17,), BOX), Shape("vector", (17,), FOUR)
     (stream_ac, VECTOR, 100, dict(layer_norm=False, sparsity=0.0, hidden="32x3", optimizer="plain",
                                   learning_rate=1e-4, normalize_obs=False, scale_reward=False)),
     (stream_ac, Shape("minatar", (4, 10, 10), FOUR), 20, dict(hidden="32x1")),
+    (stream_ac, Shape("minatar", (4, 10, 10), FOUR), 40, dict(hidden="32x1", compile=True)),
     (stream_q, Shape("atari", (1, 84, 84), FOUR, 4), 3, {}), (stream_q, DISCRETE, 100, dict(sarsa=True)),
     (stream_ac, VECTOR, 1000, dict(hidden="32x2", compile=True)),
     (stream_q, DISCRETE, 300, dict(hidden="32x1", compile=True)),
+    (stream_q, DISCRETE, 100, dict(hidden="32x1", compile=True, sarsa=True, optimizer="adaptive")),
     (stream_td, None, 100, dict(hidden="32x1", obs_trace=0.9))])
 def test_closed_form_is_autograd(script, env, steps, kwargs):
     """Weights and traces after many updates on random transitions: those of autograd, within 1e-6 (traces: 1e-4)."""
@@ -336,10 +337,10 @@ def test_closed_form_is_autograd(script, env, steps, kwargs):
     near(fast["totals"] / steps, slow["totals"] / steps, 1e-2)
 
 
-def transition(agent, nets, script, env, args, reward=1.0, ended=0.0, action=None, uniform=None):
+def transition(agent, nets, script, env, args, ended=0.0, action=None):
     torch.manual_seed(1)
     state, next_state = torch.randn(2, env.shape[0] + 1)
-    inputs = (torch.tensor([reward]), torch.tensor([0.99 * (1 - ended)]), torch.tensor([ended]), args)
+    inputs = (torch.ones(1), torch.tensor([0.99 * (1 - ended)]), torch.tensor([ended]), args)
     if script is stream_q:
         return script.update(agent, nets, state, action, next_state, None, *inputs)
     return script.update(agent, nets, state, torch.randn(6), next_state, *inputs)
@@ -359,7 +360,6 @@ def test_trace_is_cut_at_ends_and_after_exploration():
             transition(fresh, net, stream_q, env, args, action=action, ended=ended)
             assert bool(fresh["value"]["trace"].any()) == kept
             assert not torch.equal(fresh["value"]["weights"], agent["value"]["weights"])
-
 
     fresh, nets = stream_ac.make_agent(Args(), VECTOR)
     transition(fresh, nets, stream_ac, VECTOR, Args())
@@ -532,10 +532,12 @@ def test_discrete_actor_critic_runs_and_evaluates(tmp_path, capsys):
     assert config["env_id"] == "CartPole-v1"
 
 
-def test_compiled_run_is_the_plain_run(tmp_path):
+@pytest.mark.parametrize("script, env", [(stream_td, "series/transformer"), (stream_ac, "MinAtar/Breakout-v1")])
+def test_compiled_run_is_the_plain_run(script, env, tmp_path):
+    """Tensors from outside the graph, at the start and at episodes' ends, have the layout that it was compiled for."""
     for name, compiled in (("compiled", True), ("plain", False)):
-        train(stream_td, tmp_path / name, compile=compiled, hidden="16x1")
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["predicted"]
+        train(script, tmp_path / name, env=env, compile=compiled, hidden="16x1", total_timesteps=400)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"]["value"]["weights"]
             for name in ("compiled", "plain"))
     near(a, b, 1e-4)
 
@@ -642,6 +644,16 @@ def test_evaluation_fires_after_a_lost_life():
     env.serve = False
     env.reset(0)
     assert not any(env.step(0)[-1] for _ in range(1000)) and env.lives == 4
+
+
+def test_seeded_episode_of_minatar_has_no_past():
+    """The game repeats the last action now and then, at the first step that of the episode before."""
+    pytest.importorskip("minatar")
+    env = envs.StreamEnv("MinAtar/Breakout-v1")
+    env.reset(1)
+    env.step(2)
+    env.reset(1)
+    assert env.env.unwrapped.game.last_action == 0
 
 
 def test_minatar_runs_in_the_same_loop(tmp_path):
