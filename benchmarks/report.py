@@ -120,8 +120,9 @@ def areas(curves: list[Curve], budget: int) -> list[float]:
 def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, one row per variant."""
     budget = shared_budget(variants)
-    first = max(min((s for s in c.steps if s > 0), default=0) for curves in variants.values() for c in curves)
-    budgets = [*(b for b in smaller_budgets(budget) if b >= first), budget]
+    first = max((next(s for s in c.steps if s > 0) for curves in variants.values() for c in curves
+                 if len(c.steps) > 2), default=0)  # two: what does not learn
+    budgets = [*(b for b in smaller_budgets(budget) if b > 0.9 * first), budget]  # none before all were evaluated
     compared = how.baseline in variants and len(variants) > 1
     longer = any(c.steps[-1] > 1.01 * budget for curves in variants.values() for c in curves)
     learned = [f"steps to {how.threshold:g}, median (range)", "minutes, median"] if how.threshold is not None else []
