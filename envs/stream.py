@@ -33,8 +33,7 @@ class StreamEnv:
     frames, how many the learner is to stack; action_space; max_episode_steps, the limit T, None without one;
     task_limit, the one the task is registered with, where evaluations stop; time, the feature that belongs to the last
     observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari episodes end for the learner when a
-    life is lost (terminated), and go on until the game is over (`over`). serve: press FIRE after a lost life, too, as
-    evaluations do: an agent that never does it itself, as it has to in training, would stand still to the time limit.
+    life is lost (terminated), and go on until the game is over (`over`).
     """
 
     def __init__(self, env_id: str, max_episode_steps: int = 0, time_feature: bool = True, **kwargs):
@@ -72,7 +71,7 @@ class StreamEnv:
         self.max_episode_steps = self.env.spec.max_episode_steps
         self.horizon, self.limit = self.max_episode_steps or TIME_LIMIT, time_limit(self.env)
         self.timed = time_feature and self.kind == "vector"
-        self.elapsed, self.time, self.lives, self.serve = 0, None, 0, False
+        self.elapsed, self.time, self.lives = 0, None, 0
         if self.kind == "atari":
             self.fire = "FIRE" in self.env.unwrapped.get_action_meanings()
 
@@ -95,15 +94,18 @@ class StreamEnv:
         self.elapsed, self.time = 0, -0.5 if self.timed else None
         return self._observed(obs)
 
-    def step(self, action: np.ndarray | int) -> tuple[np.ndarray, float, bool, bool, bool]:
-        """Observation, reward, terminated, truncated, and whether the episode is over and `reset` is due."""
+    def step(self, action: np.ndarray | int, serve: bool = False) -> tuple[np.ndarray, float, bool, bool, bool]:
+        """Observation, reward, terminated, truncated, and whether the episode is over and `reset` is due.
+
+        serve, for evaluations: FIRE is pressed after a lost life, too (Atari). Training leaves it to the agent; one
+        that never presses it would stand still up to the time limit."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         over = terminated or truncated
         if self.timed:
             self.time = -0.5 + self.elapsed / self.horizon
         elif self.kind == "atari":
             lost, self.lives = info["lives"] < self.lives, info["lives"]
-            if lost and self.serve and self.fire and not over:
+            if lost and serve and self.fire and not over:
                 obs, more, terminated, truncated, _ = self.env.step(1)
                 reward, over = reward + more, terminated or truncated
             terminated = terminated or lost
@@ -204,15 +206,13 @@ def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> 
     Returns the columns of eval.csv; no task here has a notion of success (NaN).
     """
     returns, lengths = np.zeros(episodes), np.zeros(episodes)
-    env.serve = True
     for k in range(episodes):
         obs, over = env.reset(seed + k), False
         while not over:
-            obs, reward, _, _, over = env.step(act(obs, env))
+            obs, reward, _, _, over = env.step(act(obs, env), serve=True)
             returns[k] += reward
             lengths[k] += 1
             over = over or lengths[k] == env.task_limit
-    env.serve = False
     return {"episodes": episodes, "return_mean": float(returns.mean()), "return_std": float(returns.std()),
             "success_rate": float("nan"), "length_mean": float(lengths.mean())}
 
@@ -231,12 +231,11 @@ def record_stream(act: Callable, env_id: str, episodes: int, seed: int, folder: 
 
     folder.mkdir(parents=True, exist_ok=True)
     env = StreamEnv(env_id, render_mode="rgb_array", **kwargs)
-    env.serve = True
     for k in range(episodes):
         obs, over, frames = env.reset(seed + k), False, []
         while not over:
             frames.append(np.asarray(env.env.render()))
-            obs, _, _, _, over = env.step(act(obs, env))
+            obs, _, _, _, over = env.step(act(obs, env), serve=True)
             over = over or len(frames) == env.task_limit
         if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
             frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]

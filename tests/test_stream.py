@@ -641,7 +641,6 @@ def test_evaluation_fires_after_a_lost_life():
     env = envs.StreamEnv("BreakoutNoFrameskip-v4", max_episode_steps=8000)  # frames: 2000 steps
     result = envs.evaluate_stream(lambda obs, env: 0, env, 1, 0)
     assert env.lives == 0 and result["length_mean"] < 500, result
-    env.serve = False
     env.reset(0)
     assert not any(env.step(0)[-1] for _ in range(1000)) and env.lives == 4
 
