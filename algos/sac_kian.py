@@ -56,12 +56,12 @@ class Args:
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    video: int = 0  # episodes to film after training, or with --evaluate
     # twin: run arguments
-    seed: int = 1  # of networks, environments, exploration and batches
+    seed: int = 1  # of all that is random: networks, environments, exploration
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
-    video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
     # twin end
 

@@ -47,12 +47,12 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
+    video: int = 0  # episodes to film after training, or with --evaluate
     # twin: run arguments
-    seed: int = 1  # of networks, environments, exploration and batches
+    seed: int = 1  # of all that is random: networks, environments, exploration
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
-    video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
     # twin end
 
@@ -62,7 +62,7 @@ class Args:
     exploration_fraction: float = 0.05  # share of the steps over which epsilon falls (paper: 0.2 for Q on MinAtar)
     epsilon_end: float = 0.01  # share of uniform actions from then on
     bootstrap_on_truncation: Literal["auto", "on", "off"] = "auto"  # auto: on Atari only, as in the paper
-    max_episode_steps: int = 0  # limit in training (Atari: frames); 0: 10,000 on classic control, else the task's
+    max_episode_steps: int = 0  # in training (Atari: frames); 0: the task's; CartPole, Acrobot, MountainCar: 10,000
     time_feature: bool = True  # time since reset as an input, on vector observations
     kappa_value: float = 2.0  # margin of the step bound
     # twin: stream arguments

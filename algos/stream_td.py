@@ -45,12 +45,12 @@ class Args:
     eval_every: int = 5_000  # rows per line of eval.csv, the error of predictions made on the way; 0: only one
     checkpoint_every: int = 20_000  # rows between checkpoints; 0: only at the end
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
+    video: int = 0  # above 0: draw predictions over the truth after training, or with --evaluate
     # twin: run arguments
-    seed: int = 1  # of networks, environments, exploration and batches
+    seed: int = 1  # of all that is random: networks, environments, exploration
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
-    video: int = 0  # episodes to film after training, or with --evaluate
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
     # twin end
 
@@ -266,8 +266,8 @@ def td_error(agent: dict, net: Net, state, next_state, reward, args: Args) -> fl
 def make_agent(args: Args, k: int) -> tuple[dict, Net]:
     """Fresh network, trace and statistics for rows of k numbers, and the network's shape."""
     net = make_net("vector", (k,), hidden_layers(args.hidden), [1])
-    wide = {name: torch.zeros(size, dtype=torch.float64) for name, size in (("rows", 1), ("average", k))}
-    return wide | {"value": make_part(net, args), "obs": running_stats(k), "totals": torch.zeros(len(SCALARS)),
+    averages = {name: torch.zeros(size, dtype=torch.float64) for name, size in (("rows", 1), ("average", k))}
+    return averages | {"value": make_part(net, args), "obs": running_stats(k), "totals": torch.zeros(len(SCALARS)),
                    "reward": running_stats(1) | {"return": torch.zeros(1, dtype=torch.float64)}}, net
 
 
@@ -339,7 +339,7 @@ def main(args: Args) -> dict[str, float]:
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         args = replace(args, run_dir=str(Path("runs", ALGO, Path(args.env).stem, name)))
     run = Run(ALGO, args, args.env, at, saved["wall_s"] if saved else 0.0)
-    if not saved:  # the untrained network, over the first rows
+    if not saved:  # the untrained network, over the first rows; no reward was seen that could scale it
         fresh, first = tree_map(torch.clone, agent), min(args.eval_every or LOG_EVERY, args.total_timesteps)
         seen = [state, *(observe(fresh, torch.from_numpy(x), args) for x in series.rows[1:first])]
         untrained = [forward(fresh["value"]["weights"], net, x, args.layer_norm)[0][0].item() for x in seen]
