@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -192,10 +193,10 @@ def require_positive(args: Any, *names: str) -> None:
 
 
 def require_range(args: Any, low: float, high: float, *names: str) -> None:
-    """Raise ArgError unless all these numbers of `args` are within [low, high]."""
+    """Raise ArgError unless all these numbers of `args` are finite and within [low, high]."""
     for name in names:
-        if not low <= getattr(args, name) <= high:
-            limits = f"{low:g} to {high:g}" if high < float("inf") else f"{low:g} or more"
+        if not low <= getattr(args, name) <= high or getattr(args, name) == float("inf"):
+            limits = f"{low:g} to {high:g}" if high < float("inf") else f"{low:g} or more, and finite"
             raise ArgError(f"--{name.replace('_', '-')} must be {limits}, not {getattr(args, name)}")
 
 
@@ -230,6 +231,20 @@ def compile_for(function: Callable, options: dict, *example: Any) -> Callable:
     graph = torch.compile(function, fullgraph=True, dynamic=False, options=options).aot_compile((example, {}))
     graph.disable_guard_check()
     return graph
+
+
+@contextmanager
+def finishing():
+    """Keep Ctrl-C from the processes that are started inside: it goes to all of a terminal's processes, and a compiler
+    that dies of it would take the update with it. This process gets it when the block is over."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def use_fast_matmul(device: torch.device) -> bool:

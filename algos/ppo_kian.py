@@ -36,7 +36,8 @@ from torch import nn
 
 import envs
 import knowledge
-from runtime import ArgError, Run, can_compile, continued, load_run, pick_device, require_positive, require_range
+from runtime import (ArgError, Run, can_compile, continued, finishing, load_run, pick_device, require_positive,
+                     require_range)
 
 ALGO = "ppo_kian"
 LOG_EVERY = 10_000  # environment steps
@@ -347,10 +348,11 @@ def main(args: Args) -> dict[str, float]:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
     given = "none" if args.actor == "plain" and not args.bc_coef else args.knowledge
     given += args.init_from and f",inner:{args.init_from}"
-    external = knowledge.load(given, args.env, num_actions, obs)
+    external = knowledge.load(given, args.env, num_actions, obs, lowest=0.0)
     n, names = len(external), ["inner", *external]
     if not n and (args.actor in ("rule", "mix") or args.bc_coef):
-        raise ArgError(f"--actor {args.actor} with --bc-coef {args.bc_coef} needs at least one knowledge policy")
+        flag = f"--bc-coef {args.bc_coef}" if args.bc_coef else f"--actor {args.actor}"
+        raise ArgError(f"{flag} needs at least one knowledge policy; see --knowledge")
     attends = n > 0 and args.actor == "kian"
     if args.save_keys and not attends:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
@@ -419,7 +421,8 @@ def main(args: Args) -> dict[str, float]:
     while step < args.total_timesteps and not stop:
         rollout, obs = collect(agent, vec, obs, look, tally, args)
         before, step = step, step + args.num_steps * args.num_envs
-        scalars = {} if args.actor in ("rule", "mix") else update(agent, optimizer, rollout, loss_of, args)
+        with finishing():  # the first update may start a compiler
+            scalars = {} if args.actor in ("rule", "mix") else update(agent, optimizer, rollout, loss_of, args)
 
         def due(every: int) -> bool:
             return every > 0 and step // every > before // every

@@ -10,8 +10,8 @@ Departures from the paper; flags undo each, docs/sac_kian.md has the reasons and
   in every state; the paper trains both through the action drawn, and scores every policy at its own action in the
   entropy bonus (--credit drawn);
 - an inner policy looks better to its critics than it is, for it maximises their errors. It practises alone in some
-  episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to; from then
-  on attention alone decides, ever more sharply, and the imitation fades (--practice 0);
+  episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to; then
+  attention alone decides, ever more sharply, and the imitation fades (--practice 0);
 - scores are 3 cos(query, key); small networks, few updates, normalised inputs, some uniform actions: minutes, not days.
 
 python algos/sac_kian.py --env FetchPickAndPlace-v2
@@ -35,8 +35,8 @@ from torch.utils._pytree import tree_map
 
 import envs
 import knowledge
-from runtime import (ArgError, Run, can_compile, continued, hidden_layers, load_run, pick_device, require_positive,
-                     require_range, use_fast_matmul)
+from runtime import (ArgError, Run, can_compile, continued, finishing, hidden_layers, load_run, pick_device,
+                     require_positive, require_range, use_fast_matmul)
 
 ALGO = "sac_kian"
 LOG_EVERY = 1000  # environment steps
@@ -69,7 +69,7 @@ class Args:
     bf16: bool = False  # hidden layers of the update in bfloat16: for GPUs and CPUs with avx512_bf16 or AMX
     hidden: str = "256x3"  # hidden layers of actor and critics, width x depth (paper: 512x3)
     batch_size: int = 512  # transitions per update (paper: 2048)
-    buffer_size: int = 1_000_000  # transitions that are kept, in whole episodes with HER; the oldest go first
+    buffer_size: int = 1_000_000  # transitions that are kept, the oldest go first; with HER, episodes of full length
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature (paper: 5e-4, Slide 4e-4)
     gamma: float = 0.95  # discount per step
     tau: float = 0.05  # share of the critics that enters their targets per update
@@ -206,7 +206,7 @@ def select(scores: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
 
 def surrogate_log_prob(log_weights: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     """log sum_i w_i p_i(a_i), every policy scored at its *own* action: (B, n+1), (B, n+1) -> (B,). Not the density of
-    the executed action, which is next to nothing under all policies but the one drawn, and explodes in the log."""
+    the executed action, which under all policies but the one drawn may be e^-1000; -18 bounds the log, as published."""
     return torch.logsumexp(log_weights + log_probs.clamp(min=-18.0), -1)
 
 
@@ -280,7 +280,6 @@ def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args
 
 def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice, noise: Noise, args: Args):
     decision = decide(actor, features, advice, noise, args)
-
     def q_of(actions: torch.Tensor) -> torch.Tensor:  # (B, k, d) -> (B, k)
         inputs = torch.cat([features.unsqueeze(1).expand(-1, actions.shape[1], -1), actions], -1).flatten(0, 1)
         return mlp(critic, "q", inputs, args.bf16).amin(0).view(len(features), -1)
@@ -383,14 +382,18 @@ def main(args: Args) -> dict[str, float]:
             stored, args, "evaluate", "eval_episodes", "video", "device", unless_default=["goal_range", "eval_select"])
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "buffer_size",
                      "learning_rate", "updates_per_step", "initial_temperature", "attention_temperature")
-    require_range(args, 0, 1, "gamma", "tau", "random_actions", "practice")
+    require_range(args, 0, 1, "gamma", "tau", "random_actions")
+    require_range(args, 0, 0.99, "practice")  # trust compares it with episodes of the whole agent
+    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "her_goals", "cosine_scale",
+                  "imitation")
+    if args.init_from and args.load_keys:
+        raise ArgError("--init-from gives keys already; leave --load-keys out")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
         args = replace(args, entropy_fix="off", credit="drawn")
-    args = replace(args, practice=args.practice * (args.credit != "drawn"),  # never drawn, it would learn nothing
+    args = replace(args, practice=args.practice * (args.credit != "drawn"),  # held back, it would never be drawn
                    init_from=args.init_from and str(Path(args.init_from).resolve()))
-    device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    use_fast_matmul(device)
+    use_fast_matmul(device := pick_device(args.device))
 
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
     if not isinstance(vec.action_space, gym.spaces.Box):
@@ -399,32 +402,34 @@ def main(args: Args) -> dict[str, float]:
     features = envs.flatten(obs)
     f, d, g = features.shape[1], vec.action_space.shape[0], obs["desired_goal"].shape[1] if vec.is_goal_env else 0
     given = "none" if args.actor == "plain" else args.knowledge + (args.init_from and f",inner:{args.init_from}")
-    external = knowledge.load(given, args.env, d, envs.unflatten(features.repeat(2, 1), g))
+    external = knowledge.load(given, args.env, d, envs.unflatten(features.repeat(2, 1), g))  # two at least
     n, names, attends = len(external), ["inner", *external], len(external) > 0 and args.actor in ("kian", "a2t")
     agent = make_agent(args, f, d, n)
     if args.save_keys and "keys" not in agent["actor"]:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
-    relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g and args.her_goals > 0 else 0
-    if relabelled and vec.max_episode_steps is None:
+    relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
+    limit = vec.max_episode_steps
+    if relabelled and limit is None:
         raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
-    horizon = vec.max_episode_steps if relabelled else 1
+    horizon = limit if relabelled else 1
     first = max(args.batch_size, args.num_envs * horizon)
     if args.total_timesteps <= first or max(args.buffer_size // horizon, args.num_envs) * horizon < args.batch_size:
         raise ArgError(f"the first update waits for {first} transitions: raise --total-timesteps or --buffer-size")
-    buffer = ReplayBuffer(min(args.total_timesteps, args.buffer_size), horizon, args.num_envs, 2 * f + d + 2)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps * horizon), horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     if (source := args.init_from or args.load_keys) and not saved:
         knowledge.take_over(agent["actor"], normalizer, names, source, args.warm)
     practice = args.practice if attends else 0.0
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
-    if practice and args.total_timesteps < trust.FIRST * (vec.max_episode_steps or 0):
-        print(f"rules alone act in the first {trust.FIRST} episodes: in all of this run", file=sys.stderr)
-    step, debt, updates, totals, learning = 0, 0.0, 0, {}, False  # debt: updates owed; totals: since last log
+    if practice and limit and args.total_timesteps <= math.ceil(trust.FIRST / args.num_envs) * args.num_envs * limit:
+        print(f"no trust before episode {trust.FIRST}: in all of this run rules act, practice apart", file=sys.stderr)
+    step, debt, updates, totals, learning = 0, 0.0, 0, {}, False  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
         agent, step, debt, updates, totals, features, alone = (saved[name] for name in (
             "agent", "step", "debt", "updates", "totals", "features", "alone"))
+        learning = bool(agent["count"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     agent, totals = tree_map(lambda x: x.to(device), (agent, totals))
@@ -439,7 +444,6 @@ def main(args: Args) -> dict[str, float]:
     def player(draw: bool, log: list) -> envs.Act:
         """The agent without exploration; with `draw`, who acts is drawn. Appends weights and who acts to `log`."""
         generator = torch.Generator().manual_seed(args.seed)  # training's own stream must not notice evaluations
-
         def play(obs: envs.Observation) -> np.ndarray:
             noise = draw_noise(len(features := envs.flatten(obs)), n, d, generator)
             decision = choose(features, Noise(noise.gaussian * 0, noise.gumbel * draw))
@@ -459,8 +463,8 @@ def main(args: Args) -> dict[str, float]:
     if args.evaluate:
         for draw in (not sampled, sampled) if attends else (False,):
             result = evaluate(args.eval_episodes, draw)
-            print(f"{args.env} after {step} steps, {'sampled' if draw else 'heaviest'} policy acts: "
-                  + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+            who = f", {'sampled' if draw else 'heaviest'} policy acts" if attends else ""
+            print(f"{args.env} after {step} steps{who}:", ", ".join(f"{k} {value:.3f}" for k, value in result.items()))
         film(Path(args.evaluate, "video"))
         return result
 
@@ -471,16 +475,16 @@ def main(args: Args) -> dict[str, float]:
         torch.set_rng_state(saved["rng"])
     run, stop = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0), 0
     learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile and can_compile(device) else update
-    if not saved:
-        run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent
     while step < args.total_timesteps and not stop:
-        learning = learning or int(buffer.lengths.sum()) >= args.batch_size  # until then, uniform actions
+        learning = learning or buffer.stored >= len(buffer.rows) or int(buffer.lengths.sum()) >= args.batch_size
 
         # act
         if attends:
             agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted)
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
             agent["actor"]["attention_temperature"].fill_(max(args.attention_temperature * trust.caution, 1e-4))
+        if step == 0:
+            run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent
         action = 2 * torch.rand(args.num_envs, d) - 1
         if learning:
             decision = choose(features, draw_noise(args.num_envs, n, d))
@@ -509,12 +513,8 @@ def main(args: Args) -> dict[str, float]:
                                    for x in (batch[:, :f], batch[:, f + d + 2:]))  # of the new goals
             noise, next_noise = draw_noise(args.batch_size, n, d), draw_noise(args.batch_size, n, d)
             inputs = (batch, *normalizer.stats(), advice, next_advice, noise, next_noise)
-            try:
+            with finishing():  # the first call starts a compiler
                 scalars = learn(agent, *tree_map(lambda x: x.to(device), inputs), args)
-            except Exception:  # a Ctrl-C during the first call also reaches the compiler, which fails
-                if not run.stop:
-                    raise
-                break
             totals = {name: totals.get(name, 0.0) + x for name, x in scalars.items()}
             debt, updates = debt - 1, updates + 1
 

@@ -32,18 +32,23 @@ def advise(policies: dict[str, Policy], obs: Obs, action_dim: int) -> torch.Tens
                                                                dtype=_action_dtype(obs))
 
 
-def load(spec: str, env_id: str, action_dim: int, example: Obs) -> dict[str, Policy]:
+def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0) -> dict[str, Policy]:
     """The policies that `spec` names, {name: policy}, in the order given.
 
     `spec` is `none`, `auto` (the default rules of the environment) or a comma-separated list of rules
     (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public function
     defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner policies alone
     (`inner:<RUN_DIR>`).
-    Each policy is called once, on `example`: a batch of two or more observations as it will meet them.
+    Each policy is tried on `example`: a batch of two or more observations as it will meet them. No number that it
+    returns may be below `lowest`: -1 for actions, 0 for advice.
 
     Raises KnowledgeError, a ValueError whose message is one line, for whatever cannot be used.
     """
-    return _load(spec, env_id, action_dim, example, runs=())
+    policies = _load(spec, env_id, action_dim, example, runs=())
+    for name, policy in policies.items():
+        if (value := policy(example).min().item()) < lowest:
+            raise KnowledgeError(f"knowledge {name} returns {value:.4g}; advice is 1 at actions that it is for, else 0")
+    return policies
 
 
 def _load(spec: str, env_id: str, action_dim: int, example: Obs, runs: tuple[Path, ...]) -> dict[str, Policy]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
     Raises KnowledgeError for a source that cannot be read or does not fit.
     """
     path = Path(source)
-    parts = PARTS[warm] if path.is_dir() else []
+    parts, learned_with = PARTS[warm] if path.is_dir() else [], ""
     if "keys" not in actor:
         raise KnowledgeError(f"keys {source} have nowhere to go: use --actor kian with at least one knowledge policy")
     try:
@@ -63,12 +64,17 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
             checkpoint, keys = read_run(path)
             policy = checkpoint["policy"]
         else:
-            keys = {name: torch.tensor(key) for name, key in json.loads(path.read_text())["keys"].items()}
+            saved = json.loads(path.read_text())
+            keys, learned_with = {name: torch.tensor(key) for name, key in saved["keys"].items()}, saved.get("query")
     except KnowledgeError:
         raise
     except Exception as error:  # a foreign file raises anything
         remedy = "name a KIAN run or its --save-keys file"
         raise KnowledgeError(f"keys {source} cannot be read ({type(error).__name__}); {remedy}") from error
+    query = [p for name, p in actor.items() if name.startswith("query.")]
+    if "query" not in parts and learned_with != query_hash(query):
+        print(f"the keys of {source} were learned with another query, to which they mean something; "
+              "--warm keys+query takes it along, from a run folder", file=sys.stderr)
     if (inner_key := keys.pop("inner", None)) is not None:  # absent where it is made from the state
         keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if warm == "all" else {})
     for i, name in enumerate(names):

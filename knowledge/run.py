@@ -10,7 +10,7 @@ Reads the entry `policy` of RUN_DIR/checkpoint.pt, tensors and plain types only:
     actor           plain | kian | kogun | a2t
     inner           [W, b, W, b, ...], W (in, out), ReLU between; output (B, 2 d) is mean | log std
     query           [W, b, ...] or None; for a2t its output is the n + 1 logits, inner first
-    keys            {name: (m,)}, inner first, or None; for kian
+    keys            {name: (m,)}, inner first where it has one, or None; for kian
     inner_key_head  [W, b] or absent: makes the inner key from the query network's last hidden layer
     score           cosine | dot
     handicap        what is taken from the inner policy's score, in units of the score (absent: 0)
@@ -243,6 +243,7 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, knowledge: str, sta
         weight, bias = query[-2:]
         query[-2:] = weight[:, :width].clone(), bias[:width].clone()
         policy["inner_key_head"] = [weight[:, width:].clone(), bias[width:].clone()]
+        del policy["keys"]["inner"]  # made from the state: the vector in its place is never used
     return policy
 
 

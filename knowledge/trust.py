@@ -1,4 +1,6 @@
 """How far a policy in training lags behind the agent that has knowledge to lean on."""
+import math
+
 import torch
 
 
@@ -16,13 +18,14 @@ class Trust:
     MARGIN = 0.2
     FADE = 0.002  # of the doubt that is left, per episode after trust: half of it lasts 350 episodes
     RATE = 0.02  # of the running means: about the last 50 episodes of a kind
-    FIRST = 400  # episodes of both kinds before the means are compared
+    FIRST = 400  # episodes, both kinds counted together, before the means are compared
 
     def __init__(self, num_envs: int, trusted: bool = False):
         self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
         self.doubt, self.trusted = float(not trusted), trusted
         self.helped = False  # whether the agent was ever clearly ahead
+        self.earned = not trusted  # trust given at the start has nothing to do with returns
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
 
     def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor) -> None:
@@ -34,13 +37,13 @@ class Trust:
             self.mean += deviation / self.count
             self.square += deviation * (value - self.mean)
             old = getattr(self, kind)
-            setattr(self, kind, value if old != old else old + self.RATE * (value - old))
-            if self.count >= self.FIRST and not self.agent <= self.best:
+            setattr(self, kind, value if math.isnan(old) else old + self.RATE * (value - old))
+            if self.count >= self.FIRST and not self.agent <= self.best:  # also where best is nan: none yet
                 self.best = self.agent
             if self.trusted:
                 self.doubt *= 1 - self.FADE
         self.current[ended] = 0.0
-        if not self.trusted and self.best == self.best and self.alone == self.alone:  # neither is nan
+        if not self.trusted and not math.isnan(self.best + self.alone):  # episodes of both kinds
             lag = (self.best - self.alone) / max((self.square / self.count) ** 0.5, 1e-8)
             self.doubt = min(1.0, max(0.0, lag))
             self.trusted = lag < self.MARGIN
@@ -50,8 +53,8 @@ class Trust:
 
     @property
     def caution(self) -> float:
-        """1 until trust is given, then doubt as a share of what it was at that moment."""
-        return self.doubt / self.MARGIN if self.trusted else 1.0
+        """1 until trust is earned, then doubt as a share of what it is where rules helped: at once 0 where not."""
+        return self.doubt / self.MARGIN if self.trusted and self.earned else 1.0
 
     def state_dict(self) -> dict:
         return dict(vars(self))

@@ -15,6 +15,7 @@ from gymnasium.utils.env_checker import check_env
 
 import envs
 import knowledge
+from algos import sac_kian
 from envs import franka
 
 PUSH, SLIDE = "FrankaPushSparse-v0", "FrankaSlideSparse-v0"
@@ -489,6 +490,15 @@ def rules(env_id, d):
 
 def assert_action(rule, obs, expected):
     torch.testing.assert_close(rule(obs), torch.tensor([expected], dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+def test_hindsight_keeps_episodes_that_end_early(tmp_path):
+    """More episodes than the run has room for of full length, and none is dropped."""
+    sac_kian.main(sac_kian.Args(env=PICK, num_envs=8, total_timesteps=4000, hidden="16x1", batch_size=32, compile=False,
+                                updates_per_step=0.01, eval_every=0, eval_episodes=8, run_dir=str(tmp_path / "run")))
+    buffer = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["buffer"]
+    assert len(buffer["lengths"]) == buffer["stored"] > 4000 / 50
+    assert buffer["lengths"].sum() + buffer["open_lengths"].sum() == 4000
 
 
 @pytest.mark.parametrize("env_id", [PICK, PICK.replace("Sparse", "Dense"), SKILL])

@@ -175,9 +175,10 @@ def test_a_run_goes_on_in_the_next_task(uncut, warm, parts, tmp_path, monkeypatc
 @pytest.mark.parametrize("kwargs, words", [
     (dict(env="MiniGrid-DorKey-5x5-v0"), "MiniGrid-DoorKey-5x5-v0"), (dict(env="Pendulum-v1", knowledge="none"), "sac_kian"),
     (dict(env="BabyAI-GoToLocal-v0"), "minigrid.get_key"), (dict(knowledge="minigrid.get_ky"), "minigrid.get_key"),
-    (dict(knowledge="run:missing"), "missing"), (dict(actor="rule", knowledge="none"), "at least one"),
+    (dict(knowledge="run:missing"), "missing"), (dict(actor="rule", knowledge="none"), "--actor rule needs"),
     (dict(actor="plain", save_keys="k.json"), "kian"), (dict(init_from="missing"), "missing"),
-    (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(env="FrozenLake-v1", knowledge="none"), "observes"),
+    (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(sharpness=float("inf")), "--sharpness"),
+    (dict(env="FrozenLake-v1", knowledge="none"), "observes"),
     (dict(num_steps=0), "--num-steps"), (dict(epochs=-1), "--epochs"),
     (dict(gamma=1.5), "0 to 1"), (dict(bc_coef=-0.5), "--bc-coef")])
 def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):

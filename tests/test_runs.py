@@ -187,7 +187,9 @@ def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
     (dict(hidden="256"), "--hidden"), (dict(load_keys="missing.json"), "missing.json"),
     (dict(actor="plain", load_keys="missing.json"), "kian"), (dict(knowledge="none", save_keys="k.json"), "kian"),
     (dict(batch_size=400), "first update"), (dict(env="Pendulum-v1", knowledge="none", buffer_size=16), "--buffer-size"),
-    (dict(track=True), "pip install wandb")])
+    (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(practice=1.0), "--practice"),
+    (dict(imitation=-1.0), "--imitation"), (dict(cosine_scale=float("inf")), "--cosine-scale"),
+    (dict(her_goals=-1), "--her-goals"), (dict(track=True), "pip install wandb")])
 def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError, knowledge.KnowledgeError)) as error:
         train(tmp_path / "run", total_timesteps=400, **kwargs)
@@ -225,6 +227,24 @@ def test_command_line_exits_2_with_one_line(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
     line, = done.stderr.splitlines()
     assert line.startswith("sac_kian: ") and "FetchPickAndPlace-v2" in line
+
+
+def test_ctrl_c_spares_what_is_started_while_finishing():
+    """A terminal's Ctrl-C goes to all its processes: the child lives on, this process hears of it after the block."""
+    code = """
+import os, signal, subprocess
+from runtime import finishing
+try:
+    with finishing():
+        child = subprocess.Popen(["sleep", "0.5"])
+        os.killpg(0, signal.SIGINT)
+        print(child.wait(), flush=True)
+    print("not heard")
+except KeyboardInterrupt:
+    print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    assert done.stdout.split() == ["0", "heard"], done.stdout + done.stderr
 
 
 def test_video_and_attention_figure(uncut, capsys):
