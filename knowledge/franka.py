@@ -102,4 +102,5 @@ def strike_to_goal(obs: dict[str, Tensor]) -> Tensor:
     speed = norm(obs["observation"][:, 12:15]) / 0.05  # puck's, m/s; the env gives metres per 0.05 s
     enough = (2 * 9.81 * 0.04 * norm((g - o)[:, :2])).sqrt()  # friction takes 0.39 m/s^2
     go = is_behind(obs, 0.0, 0.12, aside=0.015) & (speed < 0.9 * enough)
+    # an action of 1 moves the gripper by three quarters of 0.05 m in 0.05 s: 1.3 times the speed is about that speed
     return into_box(torch.where(go, 1.3 * enough * line, 0.0))
