@@ -268,7 +268,7 @@ def make_agent(args: Args, k: int) -> tuple[dict, Net]:
     net = make_net("vector", (k,), hidden_layers(args.hidden), [1])
     averages = {name: torch.zeros(size, dtype=torch.float64) for name, size in (("rows", 1), ("average", k))}
     return averages | {"value": make_part(net, args), "obs": running_stats(k), "totals": torch.zeros(len(SCALARS)),
-                   "reward": running_stats(1) | {"return": torch.zeros(1, dtype=torch.float64)}}, net
+                       "reward": running_stats(1) | {"return": torch.zeros(1, dtype=torch.float64)}}, net
 
 
 def score(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
