@@ -36,7 +36,7 @@ gl:  ## rendering without a display, and a browser for the report's test (Debian
 	    apt-get install -y -qq --no-install-recommends libegl1 libgl1 libosmesa6 chromium >/dev/null; } || \
 	  echo "tests that film or open a browser are skipped: apt-get install libegl1 libgl1 libosmesa6 chromium"
 
-test: $(VENV)/.tests-installed gl  ## all tests, two files at a time: about 6 minutes on two cores
+test: $(VENV)/.tests-installed gl  ## all tests, two files at a time: 6 to 10 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 twins: setup  ## rewrite every marked twin block from its first copy
