@@ -351,8 +351,7 @@ def main(args: Args) -> dict[str, float]:
     external = knowledge.load(given, args.env, num_actions, obs, lowest=0.0)
     n, names = len(external), ["inner", *external]
     if not n and (args.actor in ("rule", "mix") or args.bc_coef):
-        flag = f"--bc-coef {args.bc_coef}" if args.bc_coef else f"--actor {args.actor}"
-        raise ArgError(f"{flag} needs at least one knowledge policy; see --knowledge")
+        raise ArgError(f"{'--bc-coef' if args.bc_coef else '--actor ' + args.actor} needs a knowledge policy")
     attends = n > 0 and args.actor == "kian"
     if args.save_keys and not attends:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
@@ -402,8 +401,7 @@ def main(args: Args) -> dict[str, float]:
 
     if args.evaluate:
         result = evaluate()
-        print(f"{env_id} after {step} steps in {args.env}: "
-              + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+        print(f"{env_id} after {step} steps in {args.env}:", ", ".join(f"{k} {v:.3f}" for k, v in result.items()))
         film(Path(args.evaluate, "video", "" if env_id == args.env else env_id))
         return result
 
@@ -413,11 +411,10 @@ def main(args: Args) -> dict[str, float]:
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
         obs, tally = saved["obs"], saved["tally"]
-    run = Run(ALGO, asked, envs.resolve(env_id), step, saved["wall_s"] if saved else 0.0)
+    run, stop = Run(ALGO, asked, envs.resolve(env_id), step, saved["wall_s"] if saved else 0.0), 0
     loss_of = torch.compile(ppo_loss, dynamic=False) if args.compile and can_compile(device) else ppo_loss
     if not saved:
         run.log_evaluation(0, evaluate())  # the untrained agent
-    stop = 0
     while step < args.total_timesteps and not stop:
         rollout, obs = collect(agent, vec, obs, look, tally, args)
         before, step = step, step + args.num_steps * args.num_envs

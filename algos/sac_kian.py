@@ -479,7 +479,7 @@ def main(args: Args) -> dict[str, float]:
         learning = learning or buffer.stored >= len(buffer.rows) or int(buffer.lengths.sum()) >= args.batch_size
 
         # act
-        if attends:
+        if practice:  # without it, nothing is held back, imitated or sharpened
             agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted)
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
             agent["actor"]["attention_temperature"].fill_(max(args.attention_temperature * trust.caution, 1e-4))

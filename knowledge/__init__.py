@@ -39,26 +39,23 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public function
     defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner policies alone
     (`inner:<RUN_DIR>`).
-    Each policy is tried on `example`: a batch of two or more observations as it will meet them. No number that it
-    returns may be below `lowest`: -1 for actions, 0 for advice.
+    Each policy is called once, on `example`: a batch of two or more observations as it will meet them. What it returns
+    has to be within [lowest, 1]: -1 for actions, 0 for advice.
 
     Raises KnowledgeError, a ValueError whose message is one line, for whatever cannot be used.
     """
-    policies = _load(spec, env_id, action_dim, example, runs=())
-    for name, policy in policies.items():
-        if (value := policy(example).min().item()) < lowest:
-            raise KnowledgeError(f"knowledge {name} returns {value:.4g}; advice is 1 at actions that it is for, else 0")
-    return policies
+    return _load(spec, env_id, action_dim, example, lowest, runs=())
 
 
-def _load(spec: str, env_id: str, action_dim: int, example: Obs, runs: tuple[Path, ...]) -> dict[str, Policy]:
+def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, runs: tuple[Path, ...]
+          ) -> dict[str, Policy]:
     """As `load`; `runs` are the folders being loaded, outermost first."""
     policies: dict[str, Policy] = {}
     for item in (item.strip() for item in spec.split(",") if item.strip() != "none"):
         if item.startswith("llm:"):
             raise KnowledgeError(f"knowledge {item}: generated code is not available in this version; use a .py file")
         if item.startswith(("run:", "inner:")):
-            found = _load_run(item, action_dim, example, runs)
+            found = _load_run(item, action_dim, example, lowest, runs)
         elif item.partition(":")[0].endswith(".py"):
             found = _load_file(item)
         else:
@@ -66,7 +63,7 @@ def _load(spec: str, env_id: str, action_dim: int, example: Obs, runs: tuple[Pat
         for name, policy in found.items():
             if name in policies:
                 raise KnowledgeError(f"knowledge {name} comes twice in '{spec}'; name each policy once")
-            _check(policy, f"knowledge {name} (from '{item}')", action_dim, example)
+            _check(policy, f"knowledge {name} (from '{item}')", action_dim, example, lowest)
             policies[name] = policy
     return policies
 
@@ -114,17 +111,18 @@ def _load_file(item: str) -> dict[str, Policy]:
     return {f"{stem}.{name}": value for name, value in found.items() if wanted in ("", name)}
 
 
-def _load_run(item: str, action_dim: int, example: Obs, runs: tuple[Path, ...]) -> dict[str, Policy]:
+def _load_run(item: str, action_dim: int, example: Obs, lowest: float, runs: tuple[Path, ...]) -> dict[str, Policy]:
     """A frozen agent, together with the knowledge it was trained with, or its inner policy alone."""
     kind, _, name = item.partition(":")
     folder = Path(name)
     runs = (*runs, folder.resolve())
     if runs[-1] in runs[:-1]:
         raise KnowledgeError(f"run {folder} has itself as knowledge: {' -> '.join(path.name for path in runs)}")
-    return run.load(folder, lambda spec, env_id: _load(spec, env_id, action_dim, example, runs), kind == "inner")
+    return run.load(folder, lambda spec, env_id: _load(spec, env_id, action_dim, example, lowest, runs),
+                    kind == "inner")
 
 
-def _check(policy: Policy, what: str, action_dim: int, example: Obs) -> None:
+def _check(policy: Policy, what: str, action_dim: int, example: Obs, lowest: float) -> None:
     """Raise KnowledgeError unless `policy` returns usable actions for the example batch."""
     tensors = list(example.values()) if isinstance(example, dict) else [example]
     shape = (len(tensors[0]), action_dim)
@@ -146,9 +144,10 @@ def _check(policy: Policy, what: str, action_dim: int, example: Obs) -> None:
     if not action.isfinite().all():
         value = action[~action.isfinite()][0].item()
         raise KnowledgeError(f"{what} returns {value}; return finite numbers, look for a division by zero")
-    if action.abs().max() > 1:
-        value = action.flatten()[action.abs().argmax()].item()
-        raise KnowledgeError(f"{what} returns {value:.4g}; return numbers in [-1, 1], for example with .clamp(-1, 1)")
+    if (outside := action[(action < lowest) | (action > 1)]).numel():
+        value = outside[outside.abs().argmax()].item()
+        raise KnowledgeError(f"{what} returns {value:.4g}; return numbers in [{lowest:g}, 1], for example with "
+                             f".clamp({lowest:g}, 1)")
 
 
 def _action_dtype(obs: Obs) -> torch.dtype:

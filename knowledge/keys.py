@@ -73,8 +73,8 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         raise KnowledgeError(f"keys {source} cannot be read ({type(error).__name__}); {remedy}") from error
     query = [p for name, p in actor.items() if name.startswith("query.")]
     if "query" not in parts and learned_with != query_hash(query):
-        print(f"the keys of {source} were learned with another query, to which they mean something; "
-              "--warm keys+query takes it along, from a run folder", file=sys.stderr)
+        print(f"keys mean something only to the query that they were learned with, and that of {source} is not taken "
+              "along; --warm keys+query does, from a run folder", file=sys.stderr)
     if (inner_key := keys.pop("inner", None)) is not None:  # absent where it is made from the state
         keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if warm == "all" else {})
     for i, name in enumerate(names):

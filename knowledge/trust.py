@@ -25,7 +25,6 @@ class Trust:
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
         self.doubt, self.trusted = float(not trusted), trusted
         self.helped = False  # whether the agent was ever clearly ahead
-        self.earned = not trusted  # trust given at the start has nothing to do with returns
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
 
     def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor) -> None:
@@ -53,8 +52,8 @@ class Trust:
 
     @property
     def caution(self) -> float:
-        """1 until trust is earned, then doubt as a share of what it is where rules helped: at once 0 where not."""
-        return self.doubt / self.MARGIN if self.trusted and self.earned else 1.0
+        """1 until trust is given, then doubt as a share of what it is where rules helped: at once 0 where not."""
+        return self.doubt / self.MARGIN if self.trusted else 1.0
 
     def state_dict(self) -> dict:
         return dict(vars(self))

@@ -402,14 +402,11 @@ def test_knowledge_that_never_helped_is_not_missed():
     for i in range(trust.FIRST):
         trust.add(torch.tensor([-10.0, -10.0]) + i % 2, alone, ended)
     assert trust.trusted and trust.doubt == trust.caution == 0.0
-    given = knowledge.Trust(2, trusted=True)  # from the start: there is nothing to be cautious about
-    given.add(torch.tensor([-10.0, -10.0]), alone, ended)
-    assert given.doubt == 0.0 and given.caution == 1.0
 
 
 def test_advice_that_forbids_is_refused(tmp_path):
     path = write(tmp_path, "def never(obs): return -torch.eye(3)[:len(obs)]\n", "rules.py")
     obs = torch.zeros(2, 5)
     assert list(knowledge.load(path, "Toy-v0", 3, obs)) == ["rules.never"]
-    with pytest.raises(KnowledgeError, match="rules.never returns -1; advice is 1"):
+    with pytest.raises(KnowledgeError, match=r"rules.never.* returns -1; return numbers in \[0, 1\]"):
         knowledge.load(path, "Toy-v0", 3, obs, lowest=0.0)
