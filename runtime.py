@@ -39,6 +39,20 @@ class ArgError(ValueError):
     """Arguments that cannot work; the message is one line with the value and the remedy."""
 
 
+@contextmanager
+def exit_codes(algo: str, *errors: type[Exception]):
+    """End the program with one line on stderr: code 2 for ArgError and these errors, 130 for Ctrl-C where there is no
+    run yet that could be saved, or for a second one while it is."""
+    try:
+        yield
+    except (ArgError, *errors) as error:
+        print(f"{algo}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{algo}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
 class Run:
     """Writes a run folder. `stop` is 0 until SIGINT or SIGTERM asks the run to save and end, then that signal."""
 
@@ -251,8 +265,8 @@ def use_fast_matmul(device: torch.device) -> bool:
     """Let oneDNN do float32 matrix products where that is faster *and* as accurate; returns whether it is used.
 
     torch's "medium" precision hands products to oneDNN: on AMD's Zen 5 twice the rate of MKL, on Zen 4 a tenth more,
-    still in true float32. On CPUs with AMX the same setting may compute in bfloat16, so the accuracy is tested, not assumed. Without
-    AVX-512 it gains nothing.
+    still in true float32. On CPUs with AMX the same setting may compute in bfloat16, so the accuracy is tested, not
+    assumed. Without AVX-512 it gains nothing.
     """
     torch.set_float32_matmul_precision("highest")
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":

@@ -36,8 +36,8 @@ from torch import nn
 
 import envs
 import knowledge
-from runtime import (ArgError, Run, can_compile, continued, finishing, load_run, pick_device, require_positive,
-                     require_range)
+from runtime import (ArgError, Run, can_compile, continued, exit_codes, finishing, load_run, pick_device,
+                     require_positive, require_range)
 
 ALGO = "ppo_kian"
 LOG_EVERY = 10_000  # environment steps
@@ -443,8 +443,5 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes(ALGO, envs.EnvError, knowledge.KnowledgeError):
         main(tyro.cli(Args))
-    except (ArgError, envs.EnvError, knowledge.KnowledgeError) as error:
-        print(f"{ALGO}: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -35,8 +35,8 @@ from torch.utils._pytree import tree_map
 
 import envs
 import knowledge
-from runtime import (ArgError, Run, can_compile, continued, finishing, hidden_layers, load_run, pick_device,
-                     require_positive, require_range, use_fast_matmul)
+from runtime import (ArgError, Run, can_compile, continued, exit_codes, finishing, hidden_layers, load_run,
+                     pick_device, require_positive, require_range, use_fast_matmul)
 
 ALGO = "sac_kian"
 LOG_EVERY = 1000  # environment steps
@@ -543,8 +543,5 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes(ALGO, envs.EnvError, knowledge.KnowledgeError):
         main(tyro.cli(Args))
-    except (ArgError, envs.EnvError, knowledge.KnowledgeError) as error:
-        print(f"{ALGO}: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 import tyro
 
 import envs
-from runtime import (ArgError, Run, can_compile, compile_for, continued, hidden_layers, load_run, require_positive,
-                     require_range)
+from runtime import (ArgError, Run, can_compile, compile_for, continued, exit_codes, hidden_layers, load_run,
+                     require_positive, require_range)
 
 ALGO = "stream_q"
 LOG_EVERY = 10_000  # environment steps
@@ -432,11 +432,5 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes(ALGO, envs.EnvError):
         main(tyro.cli(Args))
-    except (ArgError, envs.EnvError) as error:
-        print(f"{ALGO}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before there is a run that could be saved, or a second one
-        print(f"{ALGO}: interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -28,8 +28,8 @@ import tyro
 from torch.utils._pytree import tree_map
 
 import envs
-from runtime import (ArgError, Run, can_compile, compile_for, continued, hidden_layers, load_run, require_positive,
-                     require_range)
+from runtime import (ArgError, Run, can_compile, compile_for, continued, exit_codes, hidden_layers, load_run,
+                     require_positive, require_range)
 
 ALGO = "stream_td"
 LOG_EVERY = 1000  # rows
@@ -382,11 +382,5 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes(ALGO, envs.EnvError):
         main(tyro.cli(Args))
-    except (ArgError, envs.EnvError) as error:
-        print(f"{ALGO}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before there is a run that could be saved, or a second one
-        print(f"{ALGO}: interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from algos import sac_kian
-from runtime import ArgError
+from runtime import ArgError, exit_codes
 import envs
 import knowledge
 
@@ -227,6 +227,14 @@ def test_command_line_exits_2_with_one_line(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
     line, = done.stderr.splitlines()
     assert line.startswith("sac_kian: ") and "FetchPickAndPlace-v2" in line
+
+
+@pytest.mark.parametrize("error, code, line", [(ArgError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
+                                               (KeyboardInterrupt(), 130, "x: interrupted")])
+def test_one_line_and_an_exit_code(error, code, line, capsys):
+    with pytest.raises(SystemExit) as end, exit_codes("x", envs.EnvError):
+        raise error
+    assert end.value.code == code and capsys.readouterr().err == line + "\n"
 
 
 def test_ctrl_c_spares_what_is_started_while_finishing():
