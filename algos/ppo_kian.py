@@ -411,10 +411,11 @@ def main(args: Args) -> dict[str, float]:
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
         obs, tally = saved["obs"], saved["tally"]
-    run, stop = Run(ALGO, asked, envs.resolve(env_id), step, saved["wall_s"] if saved else 0.0), 0
+    run = Run(ALGO, asked, envs.resolve(env_id), step, saved["wall_s"] if saved else 0.0)
     loss_of = torch.compile(ppo_loss, dynamic=False) if args.compile and can_compile(device) else ppo_loss
     if not saved:
         run.log_evaluation(0, evaluate())  # the untrained agent
+    stop = 0
     while step < args.total_timesteps and not stop:
         rollout, obs = collect(agent, vec, obs, look, tally, args)
         before, step = step, step + args.num_steps * args.num_envs

@@ -280,6 +280,7 @@ def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args
 
 def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice, noise: Noise, args: Args):
     decision = decide(actor, features, advice, noise, args)
+
     def q_of(actions: torch.Tensor) -> torch.Tensor:  # (B, k, d) -> (B, k)
         inputs = torch.cat([features.unsqueeze(1).expand(-1, actions.shape[1], -1), actions], -1).flatten(0, 1)
         return mlp(critic, "q", inputs, args.bf16).amin(0).view(len(features), -1)
@@ -392,8 +393,9 @@ def main(args: Args) -> dict[str, float]:
         args = replace(args, entropy_fix="off", credit="drawn")
     args = replace(args, practice=args.practice * (args.credit != "drawn"),  # held back, it would never be drawn
                    init_from=args.init_from and str(Path(args.init_from).resolve()))
+    device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    use_fast_matmul(device := pick_device(args.device))
+    use_fast_matmul(device)
 
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
     if not isinstance(vec.action_space, gym.spaces.Box):
@@ -444,6 +446,7 @@ def main(args: Args) -> dict[str, float]:
     def player(draw: bool, log: list) -> envs.Act:
         """The agent without exploration; with `draw`, who acts is drawn. Appends weights and who acts to `log`."""
         generator = torch.Generator().manual_seed(args.seed)  # training's own stream must not notice evaluations
+
         def play(obs: envs.Observation) -> np.ndarray:
             noise = draw_noise(len(features := envs.flatten(obs)), n, d, generator)
             decision = choose(features, Noise(noise.gaussian * 0, noise.gumbel * draw))
