@@ -400,6 +400,7 @@ def main(args: Args) -> dict[str, float]:
                     names if attends and args.fusion == "mixture" else [], log)
 
     if args.evaluate:
+        knowledge.keep(given, Path(args.evaluate))
         result = evaluate()
         print(f"{env_id} after {step} steps in {args.env}:", ", ".join(f"{k} {v:.3f}" for k, v in result.items()))
         film(Path(args.evaluate, "video", "" if env_id == args.env else env_id))
@@ -412,6 +413,7 @@ def main(args: Args) -> dict[str, float]:
         torch.set_rng_state(saved["rng"])
         obs, tally = saved["obs"], saved["tally"]
     run = Run(ALGO, asked, envs.resolve(env_id), step, saved["wall_s"] if saved else 0.0)
+    knowledge.keep(given, run.folder)
     loss_of = torch.compile(ppo_loss, dynamic=False) if args.compile and can_compile(device) else ppo_loss
     if not saved:
         run.log_evaluation(0, evaluate())  # the untrained agent

@@ -9,6 +9,7 @@ rules index it from the front. Grid tasks give `image` (B, 7, 7, 3) uint8 and `d
 import difflib
 import importlib.util
 import inspect
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,15 +22,35 @@ from knowledge.run import freeze, freeze_categorical
 from knowledge.trust import Trust
 
 __all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "freeze_categorical", "group", "groups_for",
-           "load", "rule", "rules_for", "save_keys", "take_over"]
+           "keep", "load", "rule", "rules_for", "save_keys", "take_over"]
 
 
 def advise(policies: dict[str, Policy], obs: Obs, action_dim: int) -> torch.Tensor:
-    """What each of n policies would do, (B, n, action_dim). Goals enter it: after relabelling, ask again."""
-    batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
-    actions = [policy(obs) for policy in policies.values()]
-    return torch.stack(actions, 1) if actions else torch.zeros(len(batch), 0, action_dim, device=batch.device,
-                                                               dtype=_action_dtype(obs))
+    """What each of n policies would do, (B, n, action_dim). Goals enter it: after relabelling, ask again.
+
+    Raises KnowledgeError for what is no number in [-1, 1]: a rule may fail in states that a start does not show.
+    """
+    if not policies:
+        batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
+        return torch.zeros(len(batch), 0, action_dim, device=batch.device, dtype=_action_dtype(obs))
+    actions = torch.stack([policy(obs) for policy in policies.values()], 1)
+    if not (actions.abs() <= 1).all():  # NaN is not, either
+        for name, action in zip(policies, actions.unbind(1)):
+            _check_range(action, f"knowledge {name}", -1.0)
+    return actions
+
+
+def keep(spec: str, folder: Path) -> None:
+    """Copy the Python files that `spec` names into the run folder. Raises KnowledgeError if other contents are there: a
+    run goes on, and is evaluated, with the knowledge it was trained with."""
+    for path in (Path(item.strip().partition(":")[0]) for item in spec.split(",")):
+        if path.suffix == ".py":
+            kept = folder / str(path).strip("./").replace("/", "-")
+            if not kept.exists():
+                shutil.copyfile(path, kept)
+            elif kept.read_bytes() != path.read_bytes():
+                raise KnowledgeError(f"knowledge file {path} has changed since the run began; restore it from {kept}, "
+                                     "or delete that copy to go on with the new one")
 
 
 def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0) -> dict[str, Policy]:
@@ -141,6 +162,11 @@ def _check(policy: Policy, what: str, action_dim: int, example: Obs, lowest: flo
         raise KnowledgeError(f"{what} returns shape {tuple(action.shape)}; return {shape}, one action per observation")
     if action.dtype != dtype:
         raise KnowledgeError(f"{what} returns {action.dtype}; return {dtype}")
+    _check_range(action, what, lowest)
+
+
+def _check_range(action: torch.Tensor, what: str, lowest: float) -> None:
+    """Raise KnowledgeError unless all numbers are within [lowest, 1]."""
     if not action.isfinite().all():
         value = action[~action.isfinite()][0].item()
         raise KnowledgeError(f"{what} returns {value}; return finite numbers, look for a division by zero")

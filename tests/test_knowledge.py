@@ -1,6 +1,7 @@
 """knowledge/: the Fetch rules' values, what --knowledge may name, and each way it can be wrong."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +219,30 @@ def test_bad_file(tmp_path):
     error(write(tmp_path, "def f(:"), "fails to import", "SyntaxError")
     error(write(tmp_path, "import absent_module"), "fails to import", "absent_module")
     error(write(tmp_path, "raise SystemExit(3)"), "fails to import", "SystemExit")
+
+
+def test_rule_that_fails_later():
+    """Usable at the start, but no number in a state that comes later: the rule is named."""
+    obs = batch(2)
+    policies = load("fetch.reach_object") | {"mine.unit": lambda obs: obs["desired_goal"][:, [0] * 4] * float("nan"),
+                                             "mine.long": lambda obs: torch.full((2, 4), 1.5)}
+    with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.unit returns nan"):
+        knowledge.advise(policies, obs, 4)
+    del policies["mine.unit"]
+    with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.long returns 1.5"):
+        knowledge.advise(policies, obs, 4)
+
+
+def test_run_keeps_its_files(tmp_path):
+    path, run = write(tmp_path, "def up(obs): ...\n"), tmp_path / "run"
+    run.mkdir()
+    for _ in range(2):  # the start, and a resume
+        knowledge.keep(f"fetch.official,{path}:up,run:elsewhere", run)
+    (kept,) = run.iterdir()
+    assert kept.read_text() == Path(path).read_text()
+    write(tmp_path, "def up(obs): return 1\n")
+    with pytest.raises(knowledge.KnowledgeError, match=f"{path} has changed since the run began; restore it from {kept}"):
+        knowledge.keep(path, run)
 
 
 # ---- a trained agent -----------------------------------------------------------------------------
