@@ -41,7 +41,7 @@ from runtime import (ArgError, Run, can_compile, continued, exit_codes, finishin
 ALGO = "sac_kian"
 LOG_EVERY = 1000  # environment steps
 KEY_DIM = 4  # width m of keys and query
-HELD_BACK = 100.0  # log-odds against an inner policy that is not trusted yet: rules act
+HELD_BACK = 1e9  # log-odds against an inner policy that is not trusted yet: more than any Q / temperature
 
 
 @dataclass
@@ -87,10 +87,10 @@ class Args:
     ext_action: Literal["mean", "sample"] = "mean"  # a drawn external policy executes its mean, or a sample around it
     ext_log_std: float = -1.0  # log-std of sampled external actions, and of their entropy with --credit drawn
     entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
-    credit: Literal["expected", "drawn"] = "expected"  # the actor loss has Q of all policies, or of the drawn (paper)
-    practice: float = 0.25  # share of episodes that the inner policy plays alone until trusted; 0: trusted (paper)
-    imitation: float = 1.0  # weight of imitating the attended rules, times the doubt; for --credit expected
-    attention_temperature: float = 0.1  # T of softmax(Q / T), which attention is taught, until trust; then it falls
+    credit: Literal["expected", "drawn"] = "expected"  # Q of all policies in the actor loss, or of the drawn (paper)
+    practice: float = 0.25  # share of episodes that the inner policy plays alone until trusted; 0: no trust (paper)
+    imitation: float = 1.0  # weight of imitating the attended rules beside Q, times the doubt; for --credit expected
+    attention_temperature: float = 0.1  # T of softmax(Q / T), which attention is taught; falls after trust
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws who acts (paper), or takes the heaviest
     init_from: str = ""  # run folder whose keys are taken over by name, and whose inner policy becomes knowledge
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
@@ -128,15 +128,24 @@ class ReplayBuffer:
         self.open_lengths[done] = 0
         self.stored += len(done)
 
+    def draw(self, count: int, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Episode and step of `count` transitions, the last `spare` of each episode left out, all others as likely."""
+        lengths = self.lengths[:self.stored] - spare
+        ends = lengths.cumsum(0)
+        index = torch.randint(max(int(ends[-1]), 1), (count,))
+        episode = torch.searchsorted(ends, index, right=True)
+        return episode, index - ends[episode] + lengths[episode]
+
     def sample(self, batch_size: int, relabelled: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random transitions (B, width), and for the first `relabelled` a later row of the same episode, whose
-        achieved goal is to become theirs (HER, strategy "future")."""
-        episode = torch.randint(min(self.stored, len(self.rows)), (batch_size,))
-        length, u = self.lengths[episode], torch.rand(2, batch_size)
-        t, last = (u[0] * length).long(), length[:relabelled] - 1
-        t[:relabelled] = (u[0, :relabelled] * last).long()  # the last step has no later one
-        later = t[:relabelled] + 1 + (u[1, :relabelled] * (last - t[:relabelled])).long()
-        return self.rows[episode, t], self.rows[episode[:relabelled], later.minimum(last)]
+        achieved goal is to become theirs (HER, strategy "future"). None where no episode has a second step."""
+        if self.rows.shape[1] == 1:  # every episode is one transition, and there may be a million of them
+            return self.rows[torch.randint(min(self.stored, len(self.rows)), (batch_size,)), 0], self.rows[:0, 0]
+        r = relabelled if self.lengths.max() > 1 else 0
+        episode, t = map(torch.cat, zip(self.draw(r, 1), self.draw(batch_size - r, 0)))
+        last = self.lengths[episode[:r]] - 1
+        later = t[:r] + 1 + (torch.rand(r) * (last - t[:r])).long()
+        return self.rows[episode, t], self.rows[episode[:r], later.minimum(last)]
 
     def state_dict(self) -> dict:
         n = min(self.stored, len(self.rows))  # the rest is empty
@@ -385,8 +394,7 @@ def main(args: Args) -> dict[str, float]:
                      "learning_rate", "updates_per_step", "initial_temperature", "attention_temperature")
     require_range(args, 0, 1, "gamma", "tau", "random_actions")
     require_range(args, 0, 0.99, "practice")  # trust compares it with episodes of the whole agent
-    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "her_goals", "cosine_scale",
-                  "imitation")
+    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "her_goals", "cosine_scale", "imitation")
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
@@ -464,6 +472,7 @@ def main(args: Args) -> dict[str, float]:
                     names if attends else [], log, goal_range=args.goal_range)
 
     if args.evaluate:
+        knowledge.keep(given, Path(args.evaluate))
         for draw in (not sampled, sampled) if attends else (False,):
             result = evaluate(args.eval_episodes, draw)
             who = f", {'sampled' if draw else 'heaviest'} policy acts" if attends else ""
@@ -477,6 +486,7 @@ def main(args: Args) -> dict[str, float]:
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
     run, stop = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0), 0
+    knowledge.keep(given, run.folder)
     learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile and can_compile(device) else update
     while step < args.total_timesteps and not stop:
         learning = learning or buffer.stored >= len(buffer.rows) or int(buffer.lengths.sum()) >= args.batch_size
