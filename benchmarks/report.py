@@ -184,7 +184,7 @@ def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
                          f"{how.threshold:g}"
             rows.append([algo, env, name, estimate(stats.mean, [c.scores[-1] for c in curves]), ends(curves), seeds,
                          how.paper])
-    return ["script", "environment", "variant", f"{reading(algo).label}, last evaluation", "steps", "seeds", "paper"], rows
+    return ["script", "environment", "variant", f"{reading(algo).label}, last evaluation", "steps", "seeds", "published"], rows
 
 
 def paint(environments: dict[str, Variants]) -> dict[str, tuple[str, str]]:
