@@ -69,7 +69,7 @@ class Args:
     bf16: bool = False  # hidden layers of the update in bfloat16: for GPUs and CPUs with avx512_bf16 or AMX
     hidden: str = "256x3"  # hidden layers of actor and critics, width x depth (paper: 512x3)
     batch_size: int = 512  # transitions per update (paper: 2048)
-    buffer_size: int = 1_000_000  # transitions that are kept, the oldest go first; with HER, episodes of full length
+    buffer_size: int = 1_000_000  # transitions that are kept, the oldest go first
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature (paper: 5e-4, Slide 4e-4)
     gamma: float = 0.95  # discount per step
     tau: float = 0.05  # share of the critics that enters their targets per update
@@ -105,56 +105,49 @@ TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature"
 
 # twin: replay buffer
 class ReplayBuffer:
-    """Complete episodes of at most `horizon` transitions; the oldest goes first. Open episodes wait aside, one per
-    environment, and are never sampled. With horizon 1 every transition is an episode of its own.
+    """The last `capacity` transitions of completed episodes, of at most `horizon` steps each. Open episodes wait aside,
+    one per environment, and are never sampled. With horizon 1 every transition is an episode of its own.
 
     A transition is one row: features (f) | action (d) | reward | terminated | next features (f).
     """
 
     def __init__(self, capacity: int, horizon: int, num_envs: int, width: int):
-        self.rows = torch.zeros(max(capacity // horizon, num_envs), horizon, width)
-        self.lengths = torch.zeros(len(self.rows), dtype=torch.long)
+        self.rows = torch.zeros(max(capacity, num_envs * horizon), width)  # a ring, the steps of an episode in a row
+        self.left = torch.zeros(len(self.rows), dtype=torch.long)  # how many steps of its episode follow a row
         self.open_rows = torch.zeros(num_envs, horizon, width)
         self.open_lengths = torch.zeros(num_envs, dtype=torch.long)
-        self.stored = 0  # episodes completed so far
+        self.stored = 0  # rows so far
 
     def add(self, rows: torch.Tensor, ended: torch.Tensor) -> None:
         """One step of every environment: rows (num_envs, width); ended (num_envs,) bool, the episode is over."""
+        horizon = self.open_rows.shape[1]
         self.open_rows[torch.arange(len(rows)), self.open_lengths] = rows
         self.open_lengths += 1
-        done = (ended | (self.open_lengths == self.rows.shape[1])).nonzero().squeeze(1)
-        slots = (self.stored + torch.arange(len(done))) % len(self.rows)
-        self.rows[slots], self.lengths[slots] = self.open_rows[done], self.open_lengths[done]
+        done = ended | (self.open_lengths == horizon)
+        left = self.open_lengths[done].unsqueeze(1) - 1 - torch.arange(horizon)  # (k, horizon); below 0: no row
+        slots = (self.stored + torch.arange(int((left >= 0).sum()))) % len(self.rows)
+        self.rows[slots], self.left[slots] = self.open_rows[done][left >= 0], left[left >= 0]
         self.open_lengths[done] = 0
-        self.stored += len(done)
-
-    def draw(self, count: int, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Episode and step of `count` transitions, the last `spare` of each episode left out, all others as likely."""
-        lengths = self.lengths[:self.stored] - spare
-        ends = lengths.cumsum(0)
-        index = torch.randint(max(int(ends[-1]), 1), (count,))
-        episode = torch.searchsorted(ends, index, right=True)
-        return episode, index - ends[episode] + lengths[episode]
+        self.stored += len(slots)
 
     def sample(self, batch_size: int, relabelled: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random transitions (B, width), and for the first `relabelled` a later row of the same episode, whose
-        achieved goal is to become theirs (HER, strategy "future"). None where no episode has a second step."""
-        if self.rows.shape[1] == 1:  # every episode is one transition, and there may be a million of them
-            return self.rows[torch.randint(min(self.stored, len(self.rows)), (batch_size,)), 0], self.rows[:0, 0]
-        r = relabelled if self.lengths.max() > 1 else 0
-        episode, t = map(torch.cat, zip(self.draw(r, 1), self.draw(batch_size - r, 0)))
-        last = self.lengths[episode[:r]] - 1
-        later = t[:r] + 1 + (torch.rand(r) * (last - t[:r])).long()
-        return self.rows[episode, t], self.rows[episode[:r], later.minimum(last)]
+        achieved goal is to become theirs (HER, strategy "future"): fewer where most episodes have a single step."""
+        n = min(self.stored, len(self.rows))
+        first = torch.randint(n, (2 * relabelled,))  # twice as many: the last step of an episode has no later one
+        first = first[self.left[first] > 0][:relabelled]
+        index = torch.cat([first, torch.randint(n, (batch_size - len(first),))])
+        ahead = 1 + (torch.rand(len(first)) * self.left[first]).long()
+        return self.rows[index], self.rows[(first + ahead.minimum(self.left[first])) % len(self.rows)]
 
     def state_dict(self) -> dict:
         n = min(self.stored, len(self.rows))  # the rest is empty
-        return vars(self) | {"rows": self.rows[:n].clone(), "lengths": self.lengths[:n].clone()}
+        return vars(self) | {"rows": self.rows[:n].clone(), "left": self.left[:n].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        n, rows, lengths = len(state["rows"]), self.rows, self.lengths
-        rows[:n], lengths[:n] = state["rows"], state["lengths"]
-        vars(self).update(state, rows=rows, lengths=lengths)
+        n, rows, left = len(state["rows"]), self.rows, self.left
+        rows[:n], left[:n] = state["rows"], state["left"]
+        vars(self).update(state, rows=rows, left=left)
 # twin end
 
 
@@ -289,7 +282,6 @@ def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args
 
 def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice, noise: Noise, args: Args):
     decision = decide(actor, features, advice, noise, args)
-
     def q_of(actions: torch.Tensor) -> torch.Tensor:  # (B, k, d) -> (B, k)
         inputs = torch.cat([features.unsqueeze(1).expand(-1, actions.shape[1], -1), actions], -1).flatten(0, 1)
         return mlp(critic, "q", inputs, args.bf16).amin(0).view(len(features), -1)
@@ -394,16 +386,16 @@ def main(args: Args) -> dict[str, float]:
                      "learning_rate", "updates_per_step", "initial_temperature", "attention_temperature")
     require_range(args, 0, 1, "gamma", "tau", "random_actions")
     require_range(args, 0, 0.99, "practice")  # trust compares it with episodes of the whole agent
-    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "her_goals", "cosine_scale", "imitation")
+    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "her_goals", "cosine_scale",
+                  "imitation")
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
         args = replace(args, entropy_fix="off", credit="drawn")
     args = replace(args, practice=args.practice * (args.credit != "drawn"),  # held back, it would never be drawn
                    init_from=args.init_from and str(Path(args.init_from).resolve()))
-    device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    use_fast_matmul(device)
+    use_fast_matmul(device := pick_device(args.device))
 
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
     if not isinstance(vec.action_space, gym.spaces.Box):
@@ -423,9 +415,9 @@ def main(args: Args) -> dict[str, float]:
         raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
     horizon = limit if relabelled else 1
     first = max(args.batch_size, args.num_envs * horizon)
-    if args.total_timesteps <= first or max(args.buffer_size // horizon, args.num_envs) * horizon < args.batch_size:
+    if args.total_timesteps <= first or max(args.buffer_size, args.num_envs * horizon) < args.batch_size:
         raise ArgError(f"the first update waits for {first} transitions: raise --total-timesteps or --buffer-size")
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps * horizon), horizon, args.num_envs, 2 * f + d + 2)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     if (source := args.init_from or args.load_keys) and not saved:
         knowledge.take_over(agent["actor"], normalizer, names, source, args.warm)
@@ -434,12 +426,11 @@ def main(args: Args) -> dict[str, float]:
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     if practice and limit and args.total_timesteps <= math.ceil(trust.FIRST / args.num_envs) * args.num_envs * limit:
         print(f"no trust before episode {trust.FIRST}: in all of this run rules act, practice apart", file=sys.stderr)
-    step, debt, updates, totals, learning = 0, 0.0, 0, {}, False  # debt: updates owed; totals: since the last log
+    step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
         agent, step, debt, updates, totals, features, alone = (saved[name] for name in (
             "agent", "step", "debt", "updates", "totals", "features", "alone"))
-        learning = bool(agent["count"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     agent, totals = tree_map(lambda x: x.to(device), (agent, totals))
@@ -454,7 +445,6 @@ def main(args: Args) -> dict[str, float]:
     def player(draw: bool, log: list) -> envs.Act:
         """The agent without exploration; with `draw`, who acts is drawn. Appends weights and who acts to `log`."""
         generator = torch.Generator().manual_seed(args.seed)  # training's own stream must not notice evaluations
-
         def play(obs: envs.Observation) -> np.ndarray:
             noise = draw_noise(len(features := envs.flatten(obs)), n, d, generator)
             decision = choose(features, Noise(noise.gaussian * 0, noise.gumbel * draw))
@@ -489,7 +479,7 @@ def main(args: Args) -> dict[str, float]:
     knowledge.keep(given, run.folder)
     learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile and can_compile(device) else update
     while step < args.total_timesteps and not stop:
-        learning = learning or buffer.stored >= len(buffer.rows) or int(buffer.lengths.sum()) >= args.batch_size
+        learning = buffer.stored >= args.batch_size
 
         # act
         if practice:  # without it, nothing is held back, imitated or sharpened
