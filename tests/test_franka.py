@@ -493,12 +493,12 @@ def assert_action(rule, obs, expected):
 
 
 def test_hindsight_keeps_episodes_that_end_early(tmp_path):
-    """More episodes than the run has room for of full length, and none is dropped."""
+    """More episodes than would fit at full length, and no step of them is dropped."""
     sac_kian.main(sac_kian.Args(env=PICK, num_envs=8, total_timesteps=4000, hidden="16x1", batch_size=32, compile=False,
                                 updates_per_step=0.01, eval_every=0, eval_episodes=8, run_dir=str(tmp_path / "run")))
     buffer = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["buffer"]
-    assert len(buffer["lengths"]) == buffer["stored"] > 4000 / 50
-    assert buffer["lengths"].sum() + buffer["open_lengths"].sum() == 4000
+    assert (buffer["left"] == 0).sum() > 4000 / 50
+    assert len(buffer["left"]) == buffer["stored"] == 4000 - buffer["open_lengths"].sum()
 
 
 @pytest.mark.parametrize("env_id", [PICK, PICK.replace("Sparse", "Dense"), SKILL])
