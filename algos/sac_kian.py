@@ -103,10 +103,9 @@ TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature"
         "updates_per_step": (0.05, 0.5), "batch_size": [256, 512, 1024], "random_actions": [0.0, 0.1, 0.2, 0.3]}
 
 
-# twin: replay buffer
 class ReplayBuffer:
-    """The last `capacity` transitions of completed episodes, of at most `horizon` steps each. Open episodes wait aside,
-    one per environment, and are never sampled. With horizon 1 every transition is an episode of its own.
+    """The last `capacity` transitions of completed episodes, of at most `horizon` steps each; at least one episode per
+    environment has room. Open episodes wait aside and are never sampled. With horizon 1 every transition is an episode.
 
     A transition is one row: features (f) | action (d) | reward | terminated | next features (f).
     """
@@ -125,20 +124,21 @@ class ReplayBuffer:
         self.open_lengths += 1
         done = ended | (self.open_lengths == horizon)
         left = self.open_lengths[done].unsqueeze(1) - 1 - torch.arange(horizon)  # (k, horizon); below 0: no row
-        slots = (self.stored + torch.arange(int((left >= 0).sum()))) % len(self.rows)
-        self.rows[slots], self.left[slots] = self.open_rows[done][left >= 0], left[left >= 0]
+        held = left >= 0
+        slots = (self.stored + torch.arange(int(held.sum()))) % len(self.rows)
+        self.rows[slots], self.left[slots] = self.open_rows[done][held], left[held]
         self.open_lengths[done] = 0
         self.stored += len(slots)
 
     def sample(self, batch_size: int, relabelled: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random transitions (B, width), and for the first `relabelled` a later row of the same episode, whose
-        achieved goal is to become theirs (HER, strategy "future"): fewer where most episodes have a single step."""
+        achieved goal is to become theirs (HER, strategy "future"): fewer where most rows end their episode."""
         n = min(self.stored, len(self.rows))
         first = torch.randint(n, (2 * relabelled,))  # twice as many: the last step of an episode has no later one
         first = first[self.left[first] > 0][:relabelled]
         index = torch.cat([first, torch.randint(n, (batch_size - len(first),))])
-        ahead = 1 + (torch.rand(len(first)) * self.left[first]).long()
-        return self.rows[index], self.rows[(first + ahead.minimum(self.left[first])) % len(self.rows)]
+        ahead = 1 + (torch.rand(len(first)) * self.left[first]).long()  # 1 to left
+        return self.rows[index], self.rows[(first + ahead) % len(self.rows)]
 
     def state_dict(self) -> dict:
         n = min(self.stored, len(self.rows))  # the rest is empty
@@ -148,7 +148,6 @@ class ReplayBuffer:
         n, rows, left = len(state["rows"]), self.rows, self.left
         rows[:n], left[:n] = state["rows"], state["left"]
         vars(self).update(state, rows=rows, left=left)
-# twin end
 
 
 def scaled(features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, args: Args) -> torch.Tensor:
@@ -414,9 +413,9 @@ def main(args: Args) -> dict[str, float]:
     if relabelled and limit is None:
         raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
     horizon = limit if relabelled else 1
-    first = max(args.batch_size, args.num_envs * horizon)
-    if args.total_timesteps <= first or max(args.buffer_size, args.num_envs * horizon) < args.batch_size:
-        raise ArgError(f"the first update waits for {first} transitions: raise --total-timesteps or --buffer-size")
+    first = math.ceil(args.batch_size / (args.num_envs * horizon)) * args.num_envs * horizon  # whole episodes
+    if args.total_timesteps <= first:
+        raise ArgError(f"the first update waits for {first} steps: raise --total-timesteps")
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     if (source := args.init_from or args.load_keys) and not saved:
@@ -425,14 +424,15 @@ def main(args: Args) -> dict[str, float]:
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     if practice and limit and args.total_timesteps <= math.ceil(trust.FIRST / args.num_envs) * args.num_envs * limit:
-        print(f"no trust before episode {trust.FIRST}: in all of this run rules act, practice apart", file=sys.stderr)
+        print(f"no trust before episode {trust.FIRST}: if episodes last {limit} steps, rules act in all of this run, "
+              "practice apart", file=sys.stderr)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
         agent, step, debt, updates, totals, features, alone = (saved[name] for name in (
             "agent", "step", "debt", "updates", "totals", "features", "alone"))
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        for name in parts if args.resume else ("normalizer", "trust"):
+            parts[name].load_state_dict(saved[name])
     agent, totals = tree_map(lambda x: x.to(device), (agent, totals))
     sampled = args.eval_select == "sample"
 

@@ -186,7 +186,7 @@ def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
     (dict(learning_rate=0.0), "--learning-rate"),
     (dict(hidden="256"), "--hidden"), (dict(load_keys="missing.json"), "missing.json"),
     (dict(actor="plain", load_keys="missing.json"), "kian"), (dict(knowledge="none", save_keys="k.json"), "kian"),
-    (dict(batch_size=400), "first update"), (dict(env="Pendulum-v1", knowledge="none", buffer_size=16), "--buffer-size"),
+    (dict(batch_size=400), "first update"), (dict(batch_size=310, num_envs=3), "450 steps"),
     (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(practice=1.0), "--practice"),
     (dict(imitation=-1.0), "--imitation"), (dict(cosine_scale=float("inf")), "--cosine-scale"),
     (dict(her_goals=-1), "--her-goals"), (dict(track=True), "pip install wandb")])

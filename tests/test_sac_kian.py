@@ -254,7 +254,7 @@ def test_her_relabels_with_the_future_of_the_same_episode():
     assert batch[relabelled:, 1].max() == T - 1  # the others see the last step too
 
 
-def test_buffer_keeps_episodes_whole_and_apart():
+def test_buffer_keeps_the_last_rows_and_episodes_apart():
     """Two environments with episodes of different lengths; the open one is never sampled; the oldest goes first."""
     buffer = ReplayBuffer(12, 4, 2, 1)
     for t in range(10):  # environment 0 ends every 2 steps, environment 1 every 4
@@ -289,7 +289,7 @@ def test_buffer_draws_transitions_not_episodes():
        strategies.integers(4, 30), strategies.integers(0, 64))
 def test_buffer_never_mixes_episodes(ends, capacity, relabelled):
     """Any pattern of ends, any capacity: relabelling stays inside an episode and goes forward in time."""
-    buffer, episode, t, longest = ReplayBuffer(capacity, 4, 2, 2), [0, 1], [0, 0], [False, False]
+    buffer, episode, t = ReplayBuffer(capacity, 4, 2, 2), [0, 1], [0, 0]
     for pair in ends:
         buffer.add(torch.tensor([[float(episode[i]), float(t[i])] for i in range(2)]), torch.tensor(pair))
         for i in range(2):
