@@ -11,8 +11,10 @@ class Trust:
     returns: 1 while nothing is known, never above. A learned critic cannot say that: the inner policy maximises the
     critic's errors, so it looks better to the critic than it is. Below MARGIN the inner policy is trusted, once and for
     all, and doubt fades from there: dropped at once, what doubt is there for would be missed until the critic knows the
-    states that the inner policy leads to. Where knowledge never put the agent ahead there is nothing to lose, and doubt
-    is gone at once.
+    states that the inner policy leads to.
+
+    The best of a noisy mean is high by luck alone. So trust is also given where over all episodes so far the agent is
+    not ahead by MARGIN: there knowledge earns nothing, nothing is to be missed, and doubt is gone at once.
     """
 
     MARGIN = 0.2
@@ -24,7 +26,7 @@ class Trust:
         self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
         self.doubt, self.trusted = float(not trusted), trusted
-        self.helped = False  # whether the agent was ever clearly ahead
+        self.played = {kind: [0, 0.0] for kind in ("alone", "agent")}  # episodes and sum of returns
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
 
     def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor) -> None:
@@ -37,18 +39,20 @@ class Trust:
             self.square += deviation * (value - self.mean)
             old = getattr(self, kind)
             setattr(self, kind, value if math.isnan(old) else old + self.RATE * (value - old))
+            self.played[kind] = [self.played[kind][0] + 1, self.played[kind][1] + value]
             if self.count >= self.FIRST and not self.agent <= self.best:  # also where best is nan: none yet
                 self.best = self.agent
             if self.trusted:
                 self.doubt *= 1 - self.FADE
         self.current[ended] = 0.0
         if not self.trusted and not math.isnan(self.best + self.alone):  # episodes of both kinds
-            lag = (self.best - self.alone) / max((self.square / self.count) ** 0.5, 1e-8)
+            std = max((self.square / self.count) ** 0.5, 1e-8)
+            alone, agent = (total / episodes for episodes, total in self.played.values())
+            lag, ahead = (self.best - self.alone) / std, (agent - alone) / std
             self.doubt = min(1.0, max(0.0, lag))
-            self.trusted = lag < self.MARGIN
-            self.helped |= not self.trusted
+            self.trusted = min(lag, ahead) < self.MARGIN
             if self.trusted:
-                self.doubt = self.MARGIN * self.helped
+                self.doubt = self.MARGIN * (ahead >= self.MARGIN)
 
     @property
     def caution(self) -> float:

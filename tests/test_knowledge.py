@@ -429,6 +429,18 @@ def test_knowledge_that_never_helped_is_not_missed():
     assert trust.trusted and trust.doubt == trust.caution == 0.0
 
 
+def test_luck_is_not_help():
+    """One episode in twelve starts solved, whoever plays: among thousands the best mean of 50 is far above the rest."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        trust, episodes = knowledge.Trust(32), 0
+        while not trust.trusted:
+            reward = -50.0 * (torch.rand(32, generator=draw) > 1 / 12)
+            trust.add(reward, torch.rand(32, generator=draw) < 0.25, torch.ones(32, dtype=torch.bool))
+            episodes += 32
+        assert episodes <= 1600 and trust.doubt == 0.0
+
+
 def test_advice_that_forbids_is_refused(tmp_path):
     path = write(tmp_path, "def never(obs): return -torch.eye(3)[:len(obs)]\n", "rules.py")
     obs = torch.zeros(2, 5)
