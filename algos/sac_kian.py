@@ -424,8 +424,7 @@ def main(args: Args) -> dict[str, float]:
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     if practice and limit and args.total_timesteps <= math.ceil(trust.FIRST / args.num_envs) * args.num_envs * limit:
-        print(f"no trust before episode {trust.FIRST}: if episodes last {limit} steps, rules act in all of this run, "
-              "practice apart", file=sys.stderr)
+        print(f"no trust before episode {trust.FIRST}: in {limit}-step episodes rules act throughout", file=sys.stderr)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
@@ -437,9 +436,8 @@ def main(args: Args) -> dict[str, float]:
     sampled = args.eval_select == "sample"
 
     def choose(features: torch.Tensor, noise: Noise) -> Decision:
-        mean, std = normalizer.stats()
         advice = knowledge.advise(external, envs.unflatten(features, g), d)
-        inputs = tree_map(lambda x: x.to(device), (scaled(features, mean, std, args), advice, noise))
+        inputs = tree_map(lambda x: x.to(device), (scaled(features, *normalizer.stats(), args), advice, noise))
         return tree_map(lambda x: x.cpu(), decide(agent["actor"], *inputs, args))
 
     def player(draw: bool, log: list) -> envs.Act:
@@ -483,6 +481,8 @@ def main(args: Args) -> dict[str, float]:
 
         # act
         if practice:  # without it, nothing is held back, imitated or sharpened
+            if agent["actor"]["handicap"][0] > 0 and trust.caution == 0:  # just trusted, for rules were of no help
+                agent["temperature"]["log_alpha"].fill_(math.log(args.initial_temperature))  # explore as plain SAC does
             agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted)
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
             agent["actor"]["attention_temperature"].fill_(max(args.attention_temperature * trust.caution, 1e-4))

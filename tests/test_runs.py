@@ -55,6 +55,21 @@ def uncut(tmp_path_factory):
     return folder, result
 
 
+def test_temperature_starts_again_where_rules_were_of_no_help(tmp_path, monkeypatch):
+    """Advice to stand still earns as little as practice: trust comes at the first comparison, and alpha is 1 again."""
+    rules = tmp_path / "lazy.py"
+    rules.write_text("import torch\n\n\ndef stay(obs):\n    return torch.zeros(len(obs['desired_goal']), 4)\n")
+    log_alpha = {}
+    for first in (16, 1000):
+        monkeypatch.setattr(knowledge.Trust, "FIRST", first)
+        train(tmp_path / str(first), total_timesteps=1000, knowledge=str(rules), updates_per_step=0.5, learning_rate=0.01)
+        saved = torch.load(tmp_path / str(first) / "checkpoint.pt", weights_only=True)
+        assert saved["trust"]["trusted"] == (first == 16)
+        log_alpha[first] = saved["agent"]["temperature"]["log_alpha"].item()
+    assert log_alpha[1000] < -3  # 400 updates
+    assert -1.2 < log_alpha[16] < -0.5  # 100 updates, from episode 16 on
+
+
 def test_run_folder(uncut):
     folder, result = uncut
     evals, scalars = curve(folder)
