@@ -281,23 +281,23 @@ def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor, args
 
 def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice, noise: Noise, args: Args):
     decision = decide(actor, features, advice, noise, args)
-    def q_of(actions: torch.Tensor) -> torch.Tensor:  # (B, k, d) -> (B, k)
+    def q_of(actions: torch.Tensor) -> torch.Tensor:  # (B, k, d) -> (2, B, k)
         inputs = torch.cat([features.unsqueeze(1).expand(-1, actions.shape[1], -1), actions], -1).flatten(0, 1)
-        return mlp(critic, "q", inputs, args.bf16).amin(0).view(len(features), -1)
+        return mlp(critic, "q", inputs, args.bf16).view(2, len(features), -1)
 
     if args.credit == "drawn" or decision.actions.shape[1] == 1:
-        q = q_of(decision.action.unsqueeze(1)).squeeze(1)
+        q = q_of(decision.action.unsqueeze(1)).amin(0).squeeze(1)
         return (alpha * decision.log_prob - q).mean(), (decision, q, decision.log_prob)
     # Attention is taught who is worth most here, softmax(Q / temperature), by cross-entropy: unlike the gradient of the
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
-    inner_q = q_of(decision.actions[:, :1])  # (B, 1)
-    q = torch.cat([inner_q, q_of(decision.actions[:, 1:].detach())], 1).detach()  # (B, n+1)
+    # The lower critic judges all; but where rules were of no help, the inner policy by the mean of both, so it wins ties.
+    inner_q, rules_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:].detach()).amin(0)  # (2, B, 1), (B, n)
+    q = torch.cat([inner_q.amin(0).lerp(inner_q.mean(0), actor["leniency"]), rules_q], 1).detach()  # (B, n+1)
     worth = torch.softmax(q / actor["attention_temperature"] - actor["handicap"], 1)
-    teaching = -(worth * decision.log_weights).sum(1)
-    loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) + teaching  # the inner policy: SAC in every state
+    loss = alpha * decision.inner_log_prob - inner_q.amin(0).squeeze(1)  # the inner policy: SAC in every state
     teachers = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
     distance = (decision.actions[:, :1] - decision.actions[:, 1:]).square().sum(-1)  # (B, n)
-    loss = loss + actor["imitation"] * (teachers * distance).sum(1)  # as long as the inner policy is doubted
+    loss = loss - (worth * decision.log_weights).sum(1) + actor["imitation"] * (teachers * distance).sum(1)
     return loss.mean(), (decision, (decision.log_weights.exp() * q).sum(1), decision.inner_log_prob)
 
 
@@ -368,7 +368,7 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
     moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
                for group, params in trained.items()}
     if n and args.actor in ("kian", "a2t"):
-        actor |= {"handicap": torch.zeros(n + 1), "imitation": torch.zeros(()),
+        actor |= {"handicap": torch.zeros(n + 1), "imitation": torch.zeros(()), "leniency": torch.zeros(()),
                   "attention_temperature": torch.tensor(args.attention_temperature)}  # set by `main`, not trained
     return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
 
@@ -408,8 +408,7 @@ def main(args: Args) -> dict[str, float]:
     agent = make_agent(args, f, d, n)
     if args.save_keys and "keys" not in agent["actor"]:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
-    relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
-    limit = vec.max_episode_steps
+    limit, relabelled = vec.max_episode_steps, int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     if relabelled and limit is None:
         raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
     horizon = limit if relabelled else 1
@@ -485,6 +484,7 @@ def main(args: Args) -> dict[str, float]:
                 agent["temperature"]["log_alpha"].fill_(math.log(args.initial_temperature))  # explore as plain SAC does
             agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted)
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
+            agent["actor"]["leniency"].fill_(trust.caution == 0)
             agent["actor"]["attention_temperature"].fill_(max(args.attention_temperature * trust.caution, 1e-4))
         if step == 0:
             run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent

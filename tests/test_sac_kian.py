@@ -184,6 +184,7 @@ def test_update_is_adam_on_the_stated_losses(credit):
     agent = make_agent(args, 6, 2, 2)
     agent["actor"]["handicap"][0] = 1.0
     agent["actor"]["imitation"].fill_(0.01)
+    agent["actor"]["leniency"].fill_(0.5)
     clone = lambda group: {k: v.clone().requires_grad_() for k, v in agent[group].items()}  # noqa: E731
     actor, critic, target, temperature = (clone(g) for g in ("actor", "critic", "target", "temperature"))
     batch, (advice, next_advice) = torch.randn(32, 16), torch.rand(2, 32, 2, 2)
@@ -192,7 +193,7 @@ def test_update_is_adam_on_the_stated_losses(credit):
     with torch.no_grad():
         update(agent, batch, torch.zeros(6), torch.ones(6), advice, next_advice, noise, next_noise, args)
 
-    trained = {name: p for name, p in actor.items() if name not in ("handicap", "imitation")}
+    trained = {name: p for name, p in actor.items() if name not in ("handicap", "imitation", "leniency")}
     optimisers = [torch.optim.Adam(p.values(), args.learning_rate) for p in (critic, trained, temperature)]
     features, action, reward, end, following = batch.clamp(-5, 5).split([6, 2, 1, 1, 6], 1)
     action, reward, end = batch[:, 6:8], batch[:, 8], batch[:, 9]
@@ -210,8 +211,10 @@ def test_update_is_adam_on_the_stated_losses(credit):
         gain = sac_kian.mlp(critic, "q", torch.cat([features, now.action], 1)).amin(0).squeeze(1)
     else:  # weights: all policies' worth and their own entropy; inner policy: SAC in every state
         log_prob = now.inner_log_prob
-        each = [sac_kian.mlp(critic, "q", torch.cat([features, now.actions[:, i]], 1)).amin(0).squeeze(1) for i in range(3)]
-        q = torch.stack(each, 1).detach() / args.attention_temperature - torch.tensor([1.0, 0, 0])
+        both = [sac_kian.mlp(critic, "q", torch.cat([features, now.actions[:, i]], 1)).squeeze(2) for i in range(3)]
+        each = [x.amin(0) for x in both]
+        judged = [0.5 * each[0] + 0.5 * both[0].mean(0), *each[1:]]
+        q = torch.stack(judged, 1).detach() / args.attention_temperature - torch.tensor([1.0, 0, 0])
         share = now.log_weights[:, 1:].detach().softmax(1)
         distance = [(now.actions[:, 0] - advice[:, i]).square().sum(1) for i in range(2)]
         imitation = 0.01 * sum(share[:, i] * distance[i] for i in range(2))
