@@ -290,9 +290,9 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
         return (alpha * decision.log_prob - q).mean(), (decision, q, decision.log_prob)
     # Attention is taught who is worth most here, softmax(Q / temperature), by cross-entropy: unlike the gradient of the
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
-    # The lower critic judges all; but where rules were of no help, the inner policy by the mean of both, so it wins ties.
-    inner_q, rules_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:].detach()).amin(0)  # (2, B, 1), (B, n)
-    q = torch.cat([inner_q.amin(0).lerp(inner_q.mean(0), actor["leniency"]), rules_q], 1).detach()  # (B, n+1)
+    # The lower critic judges all, but if rules were of no help, the mean of both the inner policy: then it wins ties.
+    inner_q, rule_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:]).amin(0)  # (2, B, 1), (B, n)
+    q = torch.cat([inner_q.amin(0).lerp(inner_q.mean(0), actor["leniency"]), rule_q], 1).detach()  # (B, n+1)
     worth = torch.softmax(q / actor["attention_temperature"] - actor["handicap"], 1)
     loss = alpha * decision.inner_log_prob - inner_q.amin(0).squeeze(1)  # the inner policy: SAC in every state
     teachers = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
