@@ -290,7 +290,7 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
         return (alpha * decision.log_prob - q).mean(), (decision, q, decision.log_prob)
     # Attention is taught who is worth most here, softmax(Q / temperature), by cross-entropy: unlike the gradient of the
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
-    # The lower critic judges all, but if rules were of no help, the mean of both the inner policy: then it wins ties.
+    # The lower critic judges all; where rules were of no help, the mean of both judges the inner policy: it wins ties.
     inner_q, rule_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:]).amin(0)  # (2, B, 1), (B, n)
     q = torch.cat([inner_q.amin(0).lerp(inner_q.mean(0), actor["leniency"]), rule_q], 1).detach()  # (B, n+1)
     worth = torch.softmax(q / actor["attention_temperature"] - actor["handicap"], 1)
