@@ -291,7 +291,7 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
     # Attention is taught who is worth most here, softmax(Q / temperature), by cross-entropy: unlike the gradient of the
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
     # The lower critic judges all; where rules were of no help, the mean of both judges the inner policy: it wins ties.
-    inner_q, rule_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:]).amin(0)  # (2, B, 1), (B, n)
+    inner_q, rule_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:].detach()).amin(0)
     q = torch.cat([inner_q.amin(0).lerp(inner_q.mean(0), actor["leniency"]), rule_q], 1).detach()  # (B, n+1)
     worth = torch.softmax(q / actor["attention_temperature"] - actor["handicap"], 1)
     loss = alpha * decision.inner_log_prob - inner_q.amin(0).squeeze(1)  # the inner policy: SAC in every state
@@ -480,7 +480,7 @@ def main(args: Args) -> dict[str, float]:
 
         # act
         if practice:  # without it, nothing is held back, imitated or sharpened
-            if agent["actor"]["handicap"][0] > 0 and trust.caution == 0:  # just trusted, for rules were of no help
+            if trust.caution == 0 and agent["actor"]["handicap"][0] > 0:  # just trusted, for rules were of no help
                 agent["temperature"]["log_alpha"].fill_(math.log(args.initial_temperature))  # explore as plain SAC does
             agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted)
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
