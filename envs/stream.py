@@ -19,7 +19,8 @@ import numpy as np
 
 from envs.evaluation import find_renderer
 from envs.ids import EnvError, resolve
-from envs.vector import gym_restore, gym_snapshot, mujoco_restore, mujoco_snapshot, time_limit
+from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
+                         time_limit)
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
 CLASSIC, CLASSIC_LIMIT = ("CartPole", "Acrobot", "MountainCar"), 10_000  # as published: good agents should not meet it
@@ -131,7 +132,8 @@ class StreamEnv:
         if hasattr(env, "_env"):  # dm_control
             physics, task = env._env.physics, env._env.task
             plain = {k: v for k, v in vars(task).items() if isinstance(v, (bool, int, float, np.ndarray))}
-            return snap | {"mujoco": mujoco_snapshot(physics.model.ptr, physics.data.ptr), "task": plain,
+            return snap | {"model": model_snapshot(physics.model.ptr), "task": plain,
+                           "mujoco": mujoco_snapshot(physics.model.ptr, physics.data.ptr),
                            "steps": env._env._step_count, "rng": random_state(task.random)}
         return snap | {"gym": gym_snapshot(self.env)}
 
@@ -156,6 +158,7 @@ class StreamEnv:
         elif hasattr(env, "_env"):
             physics, task = env._env.physics, env._env.task
             vars(task).update(as_arrays(snap["task"]))
+            model_restore(physics.model.ptr, snap.get("model", {}))  # older checkpoints have none
             mujoco_restore(physics.model.ptr, physics.data.ptr, snap["mujoco"])
             mujoco.mj_step1(physics.model.ptr, physics.data.ptr)  # dm_control leaves this first half of a step done
             env._env._step_count, env._env._reset_next_step = snap["steps"], False
@@ -175,9 +178,10 @@ def register(env_id: str) -> None:
         if package == "minatar":
             importlib.import_module("minatar.gym").register_envs()
         else:
-            gym.register_envs(importlib.import_module(package.split("[")[0].replace("-", "_")))
             if package.startswith("shimmy"):
+                find_renderer()  # dm_control chooses one when it is imported, a window if told of none
                 importlib.import_module("dm_control.suite")
+            gym.register_envs(importlib.import_module(package.split("[")[0].replace("-", "_")))
     except ImportError as error:
         raise EnvError(f"{env_id} needs a package that is not installed: pip install -r requirements-envs.txt "
                        f"({package})") from error

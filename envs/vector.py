@@ -20,6 +20,8 @@ STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 # mocap body at xpos, Ant takes its torso's xpos for the position before a step. These arrays make a restore exact.
 STALE = ("xpos", "xquat", "xipos", "geom_xpos", "site_xpos", "site_xmat", "cinert", "cvel", "cfrc_ext",
          "qfrc_actuator")
+# Some resets write into the model: Reacher of dm_control moves its target's geom, Adroit's door its frame.
+MODEL = ("actuator_", "body_", "dof_", "eq_", "geom_", "hfield_", "jnt_", "light_", "site_", "tendon_", "wrap_")
 
 
 def mujoco_snapshot(model: mujoco.MjModel, data: mujoco.MjData) -> dict[str, np.ndarray]:
@@ -34,6 +36,19 @@ def mujoco_restore(model: mujoco.MjModel, data: mujoco.MjData, snapshot: dict[st
     mujoco.mj_setState(model, data, np.asarray(snapshot["state"]), STATE)
     for name in STALE:
         getattr(data, name)[:] = np.asarray(snapshot[name])
+
+
+def model_snapshot(model: mujoco.MjModel) -> dict[str, np.ndarray]:
+    """Copy of what a task may write into its model, meshes and textures aside."""
+    fields = {name: getattr(model, name) for name in dir(model) if name.startswith(MODEL)}
+    return {name: value.copy() for name, value in fields.items()
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size}
+
+
+def model_restore(model: mujoco.MjModel, snapshot: dict[str, np.ndarray]) -> None:
+    """Inverse of `model_snapshot`; to be followed by `mujoco_restore`."""
+    for name, value in snapshot.items():
+        getattr(model, name)[:] = np.asarray(value)
 
 
 class Threads:
@@ -218,8 +233,9 @@ def gym_snapshot(env: gym.Env) -> dict:
              and not (isinstance(v, np.ndarray) and v.dtype == object)}
     plain |= {k: list(map(float, v)) for k, v in vars(env).items()
               if isinstance(v, tuple) and all(isinstance(x, (int, float, np.number)) for x in v)}
-    simulator = {"mujoco": mujoco_snapshot(env.model, env.data)} if hasattr(env, "model") else {}
-    return rng | simulator | {"plain": plain}
+    if hasattr(env, "model"):
+        rng |= {"model": model_snapshot(env.model), "mujoco": mujoco_snapshot(env.model, env.data)}
+    return rng | {"plain": plain}
 
 
 def gym_restore(env: gym.Env, snapshot: dict) -> None:
@@ -236,6 +252,7 @@ def gym_restore(env: gym.Env, snapshot: dict) -> None:
         setattr(env, key, value)
     env.np_random.bit_generator.state = snapshot["rng"]
     if "mujoco" in snapshot:
+        model_restore(env.model, snapshot.get("model", {}))  # older checkpoints have none
         mujoco_restore(env.model, env.data, snapshot["mujoco"])
 
 

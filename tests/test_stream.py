@@ -3,6 +3,7 @@ import csv
 import inspect
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -614,7 +615,8 @@ def test_wrong_id_on_the_command_line():
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "HalfCheetah-v4", "MinAtar/SpaceInvaders-v1", "MinAtar/Seaquest-v1",
-                                    "dm_control/cheetah-run-v0", "BreakoutNoFrameskip-v4"])
+                                    "dm_control/cheetah-run-v0", "dm_control/reacher-easy-v0", "AdroitHandDoor-v1",
+                                    "BreakoutNoFrameskip-v4"])  # Adroit and reacher write into their models
 def test_snapshots_continue_to_the_last_bit(env_id, tmp_path):
     for mark, package in (("MinAtar", "minatar"), ("dm_control", "dm_control"), ("NoFrame", "ale_py")):
         if mark in env_id:
@@ -633,6 +635,20 @@ def test_snapshots_continue_to_the_last_bit(env_id, tmp_path):
         assert np.array_equal(obs, other) and rest == others and first.time == second.time
         if rest[-1]:
             assert np.array_equal(first.reset(), second.reset())
+
+
+def test_a_frame_without_a_display():
+    """dm_control fixes its renderer when it is imported: one that works without a display must be known by then."""
+    pytest.importorskip("dm_control")
+    if not envs.find_renderer():
+        pytest.skip("no renderer")
+    code = """import envs
+env = envs.StreamEnv("dm_control/cheetah-run-v0", render_mode="rgb_array")
+env.reset(0)
+print(env.env.render().max() > 0)"""
+    free = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=free, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_evaluation_fires_after_a_lost_life():
