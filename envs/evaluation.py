@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Callable, Sequence
 
+import gymnasium as gym
 import numpy as np
 
 from envs.ids import resolve
@@ -50,12 +51,14 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
     """Play and film `episodes` episodes into `folder/episode-<k>.mp4`; episode k starts as a reset with `seed + k`.
 
     With `names`, also draw `folder/attention-<k>.png` from `log`, to which `act` appends at every step the weights of
-    these policies and the index of the one that acts. `kwargs` go to the environment. Without any working renderer, say on stderr what to install.
+    these policies and the index of the one that acts. `kwargs` go to the environment. Without any working renderer, say
+    on stderr what to install.
     """
     if episodes < 1:
         return
     grid = is_grid(env_id := resolve(env_id))
-    if not grid and not find_renderer():  # grids are painted by numpy
+    painted = grid or "classic_control" in str(gym.spec(env_id).entry_point)  # by numpy or pygame
+    if not painted and not find_renderer():
         print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
               "libosmesa6", file=sys.stderr)
         return
