@@ -28,29 +28,37 @@ __all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "free
 def advise(policies: dict[str, Policy], obs: Obs, action_dim: int) -> torch.Tensor:
     """What each of n policies would do, (B, n, action_dim). Goals enter it: after relabelling, ask again.
 
-    Raises KnowledgeError for what is no number in [-1, 1]: a rule may fail in states that a start does not show.
+    Raises KnowledgeError for what is no such batch of numbers in [-1, 1]: a rule may fail in states that a start does
+    not show.
     """
     if not policies:
         batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
         return torch.zeros(len(batch), 0, action_dim, device=batch.device, dtype=_action_dtype(obs))
-    actions = torch.stack([policy(obs) for policy in policies.values()], 1)
-    if not (actions.abs() <= 1).all():  # NaN is not, either
-        for name, action in zip(policies, actions.unbind(1)):
-            _check_range(action, f"knowledge {name}", -1.0)
-    return actions
+    return torch.stack([_ask(policy, f"knowledge {name}", action_dim, obs, -1.0)
+                        for name, policy in policies.items()], 1)
 
 
 def keep(spec: str, folder: Path) -> None:
     """Copy the Python files that `spec` names into the run folder. Raises KnowledgeError if other contents are there: a
     run goes on, and is evaluated, with the knowledge it was trained with."""
-    for path in (Path(item.strip().partition(":")[0]) for item in spec.split(",")):
-        if path.suffix == ".py":
-            kept = folder / str(path).strip("./").replace("/", "-")
-            if not kept.exists():
-                shutil.copyfile(path, kept)
-            elif kept.read_bytes() != path.read_bytes():
-                raise KnowledgeError(f"knowledge file {path} has changed since the run began; restore it from {kept}, "
-                                     "or delete that copy to go on with the new one")
+    _check_kept(spec, folder)
+    for path, kept in _files(spec, folder):
+        if not kept.exists():
+            shutil.copyfile(path, kept)
+
+
+def _files(spec: str, folder: Path) -> list[tuple[Path, Path]]:
+    """The Python files that `spec` names, and where the run in `folder` keeps its copies."""
+    paths = (Path(item.strip().partition(":")[0]) for item in spec.split(","))
+    return [(path, folder / str(path).strip("./").replace("/", "-")) for path in paths if path.suffix == ".py"]
+
+
+def _check_kept(spec: str, folder: Path) -> None:
+    """Raise KnowledgeError where a file that `spec` names is not what the run in `folder` has kept of it."""
+    for path, kept in _files(spec, folder):
+        if kept.exists() and path.is_file() and kept.read_bytes() != path.read_bytes():
+            raise KnowledgeError(f"knowledge file {path} has changed since the run began; restore it from {kept}, "
+                                 "or delete that copy to go on with the new one")
 
 
 def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0) -> dict[str, Policy]:
@@ -84,7 +92,7 @@ def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, 
         for name, policy in found.items():
             if name in policies:
                 raise KnowledgeError(f"knowledge {name} comes twice in '{spec}'; name each policy once")
-            _check(policy, f"knowledge {name} (from '{item}')", action_dim, example, lowest)
+            _ask(policy, f"knowledge {name} (from '{item}')", action_dim, example, lowest)
             policies[name] = policy
     return policies
 
@@ -139,18 +147,20 @@ def _load_run(item: str, action_dim: int, example: Obs, lowest: float, runs: tup
     runs = (*runs, folder.resolve())
     if runs[-1] in runs[:-1]:
         raise KnowledgeError(f"run {folder} has itself as knowledge: {' -> '.join(path.name for path in runs)}")
-    return run.load(folder, lambda spec, env_id: _load(spec, env_id, action_dim, example, lowest, runs),
-                    kind == "inner")
+
+    def load_its_own(spec: str, env_id: str) -> dict[str, Policy]:
+        _check_kept(spec, folder)
+        return _load(spec, env_id, action_dim, example, lowest, runs)
+
+    return run.load(folder, load_its_own, kind == "inner")
 
 
-def _check(policy: Policy, what: str, action_dim: int, example: Obs, lowest: float) -> None:
-    """Raise KnowledgeError unless `policy` returns usable actions for the example batch."""
-    tensors = list(example.values()) if isinstance(example, dict) else [example]
-    shape = (len(tensors[0]), action_dim)
-    dtype = _action_dtype(example)
+def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) -> torch.Tensor:
+    """What `policy` would do, (B, action_dim). Raises KnowledgeError unless it can be used."""
+    shape, dtype = (len(next(iter(obs.values())) if isinstance(obs, dict) else obs), action_dim), _action_dtype(obs)
     try:
         with torch.no_grad():
-            action = policy(example)
+            action = policy(obs)
     except KnowledgeError:
         raise
     except Exception as error:
@@ -162,18 +172,15 @@ def _check(policy: Policy, what: str, action_dim: int, example: Obs, lowest: flo
         raise KnowledgeError(f"{what} returns shape {tuple(action.shape)}; return {shape}, one action per observation")
     if action.dtype != dtype:
         raise KnowledgeError(f"{what} returns {action.dtype}; return {dtype}")
-    _check_range(action, what, lowest)
-
-
-def _check_range(action: torch.Tensor, what: str, lowest: float) -> None:
-    """Raise KnowledgeError unless all numbers are within [lowest, 1]."""
-    if not action.isfinite().all():
-        value = action[~action.isfinite()][0].item()
-        raise KnowledgeError(f"{what} returns {value}; return finite numbers, look for a division by zero")
-    if (outside := action[(action < lowest) | (action > 1)]).numel():
+    if not ((lowest <= action) & (action <= 1)).all():  # NaN is not, either
+        if not action.isfinite().all():
+            value = action[~action.isfinite()][0].item()
+            raise KnowledgeError(f"{what} returns {value}; return finite numbers, look for a division by zero")
+        outside = action[(action < lowest) | (action > 1)]
         value = outside[outside.abs().argmax()].item()
         raise KnowledgeError(f"{what} returns {value:.4g}; return numbers in [{lowest:g}, 1], for example with "
                              f".clamp({lowest:g}, 1)")
+    return action
 
 
 def _action_dtype(obs: Obs) -> torch.dtype:

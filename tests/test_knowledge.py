@@ -231,6 +231,11 @@ def test_rule_that_fails_later():
     del policies["mine.unit"]
     with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.long returns 1.5"):
         knowledge.advise(policies, obs, 4)
+    for written_in in (lambda obs: torch.zeros(8, 4), lambda obs: torch.zeros(8, 1, 4)):  # the batch size of the start
+        with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.eight returns shape \(8.*return \(2, 4\)"):
+            knowledge.advise({"mine.eight": written_in}, obs, 4)
+    with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.cut fails on 2 observations: IndexError"):
+        knowledge.advise({"mine.cut": lambda obs: obs["observation"][5]}, obs, 4)
 
 
 def test_run_keeps_its_files(tmp_path):
@@ -338,6 +343,18 @@ def test_run_kogun_and_a2t(tmp_path):
     # logits (inner, up, down): (1, 3, 1.5), (-1, 3, 3.5), (5, 3, -2.5)
     a2t = load_run(save_run(tmp_path, actor="a2t", query=query, knowledge=advice(tmp_path)))[1]
     torch.testing.assert_close(a2t(OBS)[:, 0], torch.tensor([1.0, -0.5, math.tanh(4.1)]))
+
+
+def test_run_plays_with_the_file_it_was_trained_with(tmp_path):
+    path = advice(tmp_path)
+    keys = {"inner": torch.zeros(2), "advice.up": torch.ones(2), "advice.down": torch.zeros(2)}
+    run = save_run(tmp_path, actor="kian", keys=keys, knowledge=path)
+    knowledge.keep(path, Path(run.removeprefix("run:")))
+    load_run(run)
+    write(tmp_path, "def up(obs): return torch.zeros(len(obs), 1)\ndef down(obs): return torch.zeros(len(obs), 1)\n",
+          "advice.py")
+    with pytest.raises(KnowledgeError, match="advice.py has changed since the run began; restore it from"):
+        load_run(run)
 
 
 def test_run_on_a_goal_task(tmp_path):
