@@ -15,6 +15,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -66,15 +67,21 @@ class Run:
                 raise ArgError("--track needs Weights & Biases: pip install wandb") from error
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, args.env, name))
+        while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
+            self.folder = self.folder.with_name(f"{self.folder.name}a")
         if not args.resume:
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise ArgError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
-            write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+            try:
+                if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                    raise ArgError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
+                write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+            except OSError as error:
+                raise ArgError(f"{self.folder} cannot be written ({error.strerror}); name another --run-dir") from error
+        print(f"run folder: {self.folder}", file=sys.stderr)
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
-        self.resumable, self.stop = f"{sys.argv[0]} --resume {self.folder}", 0
+        self.stop = 0
         self.start = time.monotonic() - wall_s
         self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
         self.scalars = self._csv("scalars.csv", ["step", "wall_s", "name", "value"], step)
@@ -115,20 +122,27 @@ class Run:
         values = ",".join(f"{result[name]:.6g}" for name in EVALUATION)
         self.evals.write(f"{step},{self.wall_s()},{values}\n")
         self.log(step, {f"eval/{name}": value for name, value in result.items()})
-        self.bar.set_postfix_str(f"return {result['return_mean']:.1f}, success {result['success_rate']:.2f}")
+        success = result["success_rate"]
+        line = f"return {result['return_mean']:.1f}" + (f", success {success:.2f}" if success == success else "")
+        self.bar.set_postfix_str(line)
+        if self.bar.disable:  # no terminal
+            print(f"step {step}: {line}", file=sys.stderr, flush=True)
 
     def save(self, checkpoint: dict) -> None:
         """Write checkpoint.pt: whole, or not at all."""
         write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
 
     def close(self, unfinished: bool) -> None:
-        """Close files, give signals back. A stopped unfinished run says how to resume and exits with 128 + signal."""
+        """Close files, give signals back, say what the run can be used for. A stopped unfinished one exits with
+        128 + signal."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         for thing in (self.bar, self.board, self.scalars, self.evals):
             thing.close()
+        what, flag = ("saved; continue", "--resume") if unfinished else ("finished; score and film it", "--evaluate")
+        command = shlex.join(["python", sys.argv[0], flag, str(self.folder), *(["--video", "2"] * (not unfinished))])
+        print(f"{what} with: {command}", file=sys.stderr)
         if self.stop and unfinished:
-            print(f"saved; continue with: python {self.resumable}", file=sys.stderr)
             sys.exit(128 + self.stop)
 
 
