@@ -1,6 +1,7 @@
 """Evaluation curves: gathered from run folders into benchmarks/results/<algo>/<env>.csv, for `make report`.
 
-    python benchmarks/curves.py gather runs/sac_kian/FetchPush-v2     # adds or replaces the rows of all runs in there
+    python benchmarks/curves.py gather runs/sac_kian/FetchPush-v2     # adds or replaces the rows of all runs in there,
+                                                                      # but never a longer run by a shorter one
     python benchmarks/curves.py gather --into stream_barrier RUN...   # several scripts side by side, under this name
 
 A variant is named by what its settings in `config.json` differ in from the script's present defaults: first the actor,
@@ -35,10 +36,11 @@ def variant(config: dict) -> str:
         return config["variant"]
     args, usual = config["args"], defaults(config["algo"])
     words = [args["actor"]] if "actor" in args else [config["algo"]]
-    if args.get("knowledge", "auto") != "auto" and words != ["plain"]:
+    plain = words == ["plain"]
+    if args.get("knowledge", "auto") != "auto" and (not plain or args.get("bc_coef")):  # cloning imitates it
         words.append(args["knowledge"])
     ignored = RUN | {"actor", "knowledge"}
-    if words == ["plain"]:  # what follows `actor` in Args is about knowledge
+    if plain:  # what follows `actor` in Args is about knowledge
         ignored |= set(list(usual)[list(usual).index("actor"):])
     changed = {k: v for k, v in args.items() if k in usual and k not in ignored and v != usual[k]}
     if "init_from" in changed:  # its folder's name tells more than its path
@@ -62,8 +64,8 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
 
 
 def gather(folders: list[str], into: str = "") -> None:
-    """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`; a run that is there
-    already is replaced."""
+    """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`. A run that is there
+    already is replaced, unless it is the longer one: a smoke run has the same name."""
     runs = [(folder, sorted(path.parent for path in Path(folder).rglob("config.json"))) for folder in folders]
     for folder in [folder for folder, found in runs if not found]:
         print(f"skipped, no run: {folder}")
@@ -77,12 +79,19 @@ def gather(folders: list[str], into: str = "") -> None:
         name, seed = variant(config), str(args["seed"])
         if into and not name.startswith(config["algo"]):
             name = f"{config['algo']} {name}"
-        rows = [row for row in load(path) if (row["variant"], row["seed"]) != (name, seed)] if path.exists() else []
+        old = load(path) if path.exists() else []
+        rows = [row for row in old if (row["variant"], row["seed"]) != (name, seed)]
+        replaced = [row for row in old if (row["variant"], row["seed"]) == (name, seed)]
         facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"],
                  "commit": config.get("commit"), "cpu": config.get("cpu")}
         curve = list(csv.DictReader((folder / "eval.csv").open()))
         if not curve:
             print(f"skipped, not evaluated yet: {folder}")
+            continue
+        last, total = int(curve[-1]["step"]), args["total_timesteps"]
+        if (there := max((int(row["step"]) for row in replaced), default=0)) > last:
+            print(f"kept, longer: {name}, seed {seed} of {path.name} has {there} steps, {folder} {last}; to replace it, "
+                  "delete its rows")
             continue
         add_online_returns(curve, folder / "scalars.csv")
         rows += [facts | row for row in curve]
@@ -92,7 +101,6 @@ def gather(folders: list[str], into: str = "") -> None:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        last, total = int(curve[-1]["step"]), args["total_timesteps"]
         print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"
               + (f"; unfinished, {last} of {total} steps" if last < total else ""))
 

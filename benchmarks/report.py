@@ -73,6 +73,8 @@ def zero_shot(algo: str) -> tuple[list[str], list[list[str]]]:
         cells, seeds = [], set()
         for test in tests:
             own = [row for row in rows if (row["variant"], row["test"]) == (name, test)]
+            if len({row["trained_in"] for row in own}) > 1:
+                raise ValueError(f"{name} is tested with {test} by agents of several environments; keep one of them")
             seeds |= {len(own)} if own else set()  # not every agent was made for every test
             theirs = f" ({given[test, name]:.2f})" if (test, name) in given else ""
             cells.append((estimate(stats.mean, [float(row[score]) for row in own]) if own else "") + theirs)
@@ -146,7 +148,7 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
                 stats.probability_of_improvement, areas(curves, budget), areas(variants[how.baseline], budget)))
         if longer:
             row.append(f"{estimate(stats.mean, last)} ({ends(curves)})")
-        rows.append([*row, number(min(last)),
+        rows.append([*row, number(np.min(last)),
                      ", ".join(sorted({c.commit for c in curves}))])
     return head, rows
 
@@ -248,7 +250,8 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
     panels = []
     for algo, environments in results.items():
         colors, (head, rows) = paint(environments), across(algo, environments)
-        if len(environments) > 1 and len(rows) > 1:
+        rows = [row for row in rows if int(row[1]) > 1]
+        if reading(algo).threshold is not None and len(rows) > 1:  # else scores have no common scale
             panels.append({"algo": algo, "env": "all environments", "series": [], "head": head, "rows": rows})
         for env, variants in environments.items():
             series, how = [], reading(algo, env)

@@ -28,7 +28,8 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
 
 
 def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys):
-    """Variants are named by actor, knowledge and changed flags; a run replaces its rows; a cut one is said to be cut."""
+    """Variants are named by actor, knowledge and changed flags; a run replaces its rows, but no longer one's; a cut one
+    is said to be cut."""
     shutil.copytree(ROOT / "algos", tmp_path / "algos")
     monkeypatch.setattr(curves, "RESULTS", tmp_path / "benchmarks" / "results")
     usual = curves.defaults("sac_kian") | {"env": "FetchPush-v2", "total_timesteps": 1000}
@@ -48,6 +49,10 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
         "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
         "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9": [(1, [0, 997], [0.1, 0.3])]}
+    (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
+    curves.gather(folders[1:2])  # a smoke run by the same name
+    assert "kept, longer: plain, seed 1 of FetchPush-v2.csv has 999 steps" in capsys.readouterr().out
+    assert curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate") == found
     curves.gather(folders[1:2], into="side")
     assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian plain"]
 
@@ -119,10 +124,14 @@ def test_what_does_not_learn_holds_for_the_budget_of_the_others(tmp_path):
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
 def test_page_in_a_browser(tmp_path):
-    """The script inside draws every curve, pointing gives values, the address filters, and nothing is fetched."""
+    """The script inside draws every curve, those of runs that diverged aside, pointing gives values, the address
+    filters, and nothing is fetched."""
     results = {"sac_kian": {p.stem: curves.load_curves(p, "success_rate")
                             for p in sorted((curves.RESULTS / "sac_kian").glob("*.csv"))},
-               "new": {env: curves.load_curves(returns(tmp_path, env, 99_000), "return_mean") for env in ("Maze", "Door")}}
+               "new": {env: curves.load_curves(returns(tmp_path, env, 99_000), "return_mean") for env in ("Maze", "Door")},
+               "stream_ac": {"HalfCheetah-v4": curves.load_curves(curves.RESULTS / "stream_ac" / "HalfCheetah-v4.csv",
+                                                                  "online_return")}}
+    assert any(c.scores[-1] != c.scores[-1] for seeds in results["stream_ac"]["HalfCheetah-v4"].values() for c in seeds)
     html = report.page(results)
     assert set(re.findall(r"https?://[^\"]*", html)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert all(source.startswith("`data:") for source in re.findall(r"\b(?:src|href)\b\W+?([`'\"].{5})", html))
@@ -139,10 +148,11 @@ def test_page_in_a_browser(tmp_path):
     everything, push = dom(), dom("#env=FetchPush-v2")
     assert 'hidden=""' not in everything.split("<main")[1].split("</main")[0]
     for algo, environments in results.items():
-        assert everything.count(f'<section data-algo="{algo}"') == len(environments) + 1  # and all of them together
+        assert everything.count(f'<section data-algo="{algo}"') == len(environments) + (algo == "sac_kian")  # together
         for env, variants in environments.items():
             section = everything.split(f'data-env="{env}"')[1].split("</section>")[0]
-            assert section.count("<circle") == sum(len(report.band(c)[0]) for c in variants.values())
+            assert section.count("<circle") == sum(
+                mean == mean for c in variants.values() for mean in report.band(c)[1])
             name, (first, *_) = next(iter(variants.items()))
             assert f"{name}\n{first.steps[0]} steps" in section  # what pointing there shows
             assert "NaN" not in section and "undefined" not in section
