@@ -3,20 +3,18 @@ incremental learning), against learning each from scratch.
 
     python benchmarks/incremental.py --seeds 5
 
-Runs go to runs/incremental/seed<k>/<env>/; finished ones are skipped, cut ones resume. `curves.py gather
-runs/incremental` adds their curves, as variants `kian --init-from <env>`, beside those of the suite.
+Runs go to runs/incremental/seed<k>/<env>/, what they print to <env>.log beside it; finished ones are skipped, cut ones
+resume. `curves.py gather runs/incremental` adds their curves, as variants `kian --init-from <env>`, beside those of the
+suite.
 """
 import argparse
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.run import Cell
+from benchmarks.run import Cell, Engine
 
 SEQUENCE = {"MiniGrid-Empty-Random-5x5-v0": 100_000, "MiniGrid-Unlock-v0": 200_000, "MiniGrid-DoorKey-5x5-v0": 200_000}
 
@@ -39,12 +37,10 @@ def main() -> int:
         for env, steps in SEQUENCE.items():
             link = Link("ppo_kian", env, seed, ("--total-timesteps", str(steps), *before), flags.root.resolve())
             if not link.finished():
-                print(link.name, flush=True)
-                if "--resume" not in link.command():  # cut before its first checkpoint
-                    shutil.rmtree(link.folder, ignore_errors=True)
-                status = subprocess.run(link.command(), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-                if status:
-                    return status
+                engine = Engine(workers=1)
+                returncode = engine.run([link])[link]
+                if engine.stop or not link.finished():  # runs already, by another engine: None
+                    return 128 + engine.stop if engine.stop else returncode or 1
             before = ["--init-from", str(link.folder)]
     return 0
 

@@ -220,14 +220,15 @@ def main(args: Args) -> int:
     else:
         engine = Engine(args.workers)
     outcomes = engine.run(todo)
-    failed = [cell for cell, returncode in outcomes.items() if returncode and not engine.stop]
+    ended_by_us = (128 + signal.SIGTERM, -signal.SIGTERM) if engine.stop else ()
+    failed = [cell for cell, returncode in outcomes.items() if returncode and returncode not in ended_by_us]
     for cell in failed:
         lines = cell.beside(".log").read_text().splitlines()[-5:]
         print("\n  ".join([f"\n{cell.name} failed ({outcomes[cell]}); {cell.beside('.log')} ends:", *lines]))
     done = sum(cell.finished() for cell in cells)
     print(f"\n{done} of {len(cells)} cells finished" + (f", {len(failed)} failed" if failed else "")
           + ("; stopped, the same command goes on" if engine.stop else ""))
-    return 128 + engine.stop if engine.stop else int(done < len(cells))
+    return 128 + engine.stop if engine.stop else int(done < len(cells) or bool(failed))
 
 
 if __name__ == "__main__":

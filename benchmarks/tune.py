@@ -57,7 +57,7 @@ def main(args: Args, flags: list[str]) -> None:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"algos/{args.algo}.py is not there, or has no TUNE ({error})") from error
     base = tyro.cli(script.Args, args=["--env", args.env, *flags])
-    folder = Path(args.root, args.algo, args.env)
+    folder = Path(args.root, args.algo, Path(args.env).stem if Path(args.env).is_file() else args.env)
     folder.mkdir(parents=True, exist_ok=True)
 
     def objective(trial) -> float:

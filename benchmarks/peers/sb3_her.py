@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ PACKAGES = ["torch", "stable-baselines3", "numpy", "gymnasium", "gymnasium-robot
 
 # rl_zoo3 2.9.2, hyperparams/tqc.yml, FetchPush-v1 with FetchSlide-v1 and FetchPickAndPlace-v1, which inherit from it.
 # They are tuned for TQC, SAC with distributional critics; for SAC the zoo has FetchReach alone. What it does not set is
-# SB3's default. Older zoos wrapped these tasks in a time feature, this one does not: --time-feature brings it back.
+# SB3's default. Older zoos wrapped these tasks in a time feature, this one does not: --time-feature True brings it back.
 ZOO = dict(num_envs=1, updates_per_step=1.0, batch_size=2048, hidden="512x3", learning_rate=1e-3, gamma=0.95, tau=0.05,
            learning_starts=100, initial_temperature=1.0, time_feature=False, normalize=None)
 # hyperparams/sac.yml, FetchReach-v1; `normalize: True` there is VecNormalize's default, rewards included
@@ -177,6 +178,9 @@ def main(args: Args) -> int:
     settings = preset | chosen
     if settings["learning_starts"] is None:
         settings["learning_starts"] = 50 * settings["num_envs"]
+    if args.eval_episodes < 1:
+        print(f"sb3_her: --eval-episodes must be at least 1, not {args.eval_episodes}", file=sys.stderr)
+        return 2
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", settings["hidden"]):
         print(f"sb3_her: --hidden is width x depth, as in 256x3, not {settings['hidden']!r}", file=sys.stderr)
         return 2
@@ -203,10 +207,11 @@ def main(args: Args) -> int:
                 buffer_size=min(args.total_timesteps, 1_000_000))  # what is never filled still slows its sampling
 
     folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    config = {"algo": "sac_kian", "variant": f"stable-baselines3 {args.preset}", "args": asdict(args),
-              "env_id": env_id, "settings": settings, "commit": git.stdout.strip() or None,
+    commit = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                                                    text=True, cwd=Path(__file__).parent).stdout.strip()
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items() if value != preset[name]]
+    config = {"algo": "sac_kian", "variant": " ".join([f"stable-baselines3 {args.preset}", *flags]),
+              "args": asdict(args), "env_id": env_id, "settings": settings, "commit": commit or None,
               "python": platform.python_version(),
               "versions": {name: version(name) for name in PACKAGES},
               "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count(),
