@@ -1,4 +1,5 @@
 """The bench engine: idempotent, honest about failures, able to go on after a stop."""
+import csv
 import json
 import os
 import signal
@@ -8,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import rules
 from benchmarks.run import Args, Cell, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,3 +100,25 @@ def test_errors_are_one_line(tmp_path):
                         (["--backend", "ray", "--gpus", "1.5"], "a share")):
         done = subprocess.run([sys.executable, "benchmarks/run.py", *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_rules_are_measured_before_any_learning(tmp_path):
+    """Turns go to the last rule that moves, fingers aside; a repeated measurement replaces its rows."""
+    who = rules.contenders(["a", "b", "c"], 4)
+    advice = torch.zeros(3, 3, 4)
+    advice[0, 1, 2] = advice[1, 0, 0] = advice[1, 2, 1] = 1.0
+    advice[:, :, 3] = torch.tensor([0.1, 0.2, 0.3])
+    assert who["the last that moves, else the first"](advice)[:, 3].tolist() == pytest.approx([0.2, 0.3, 0.1])
+    assert who["b"](advice)[:, 3].tolist() == pytest.approx([0.2] * 3)
+    torch.manual_seed(0)
+    drawn = who["one drawn per step"](advice[:1].expand(3000, -1, -1))[:, 3]
+    assert [(drawn == x).float().mean().item() for x in advice[0, :, 3]] == pytest.approx([1 / 3] * 3, abs=0.03)
+    command = [sys.executable, "benchmarks/rules.py", "--env", "FetchReach-v2", "--episodes", "4", "--csv",
+               str(tmp_path / "rules.csv")]
+    for _ in range(2):
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = list(csv.DictReader((tmp_path / "rules.csv").open()))
+    assert [(row["who"], row["episodes"]) for row in found] == [("fetch.move_to_goal", "4"), ("uniform actions", "4")]
+    assert found[0]["success_rate"] == "1" and float(found[1]["return_mean"]) < float(found[0]["return_mean"])
+    wrong = subprocess.run([*command[:3], "CartPole-v1"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "Discrete(2) actions" in wrong.stderr and len(wrong.stderr.splitlines()) == 1

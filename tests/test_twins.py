@@ -18,10 +18,10 @@ ARROWS = {"algos": {"envs", "knowledge", "llm", "runtime"}, "envs": {"envs"}, "k
           "llm": {"llm"}, "benchmarks": {"benchmarks"}, "runtime": set()}
 OURS = set(ARROWS) | {"tests"}
 # speed.py times functions of the scripts inside one process, stream_autograd.py is what it compares some with,
-# doctor.py tries the environments; all else runs commands
+# doctor.py tries the environments, rules.py plays them; all else runs commands
 EXCEPTIONS = {"benchmarks/speed.py": {"algos", "benchmarks", "envs", "knowledge", "runtime"},
               "benchmarks/stream_autograd.py": {"algos"}, "benchmarks/doctor.py": {"envs"},
-              "benchmarks/tune.py": {"benchmarks"}}
+              "benchmarks/rules.py": {"envs", "knowledge"}, "benchmarks/tune.py": {"benchmarks"}}
 
 
 def blocks(texts: dict[str, str]) -> dict[str, list[tuple[str, str]]]:

@@ -1,0 +1,89 @@
+"""What rules are worth before any learning: success and return of each alone, of chance, and of simple mixtures.
+
+    python benchmarks/rules.py --env FetchPush-v2                       # the rules that --knowledge auto takes
+    python benchmarks/rules.py --env FetchPickAndPlace-v2 --knowledge mine.py,fetch.carry_to_goal
+
+If one rule drawn at random in every step already solves the task, a learned fusion of them says little about fusion;
+if nothing below does more than uniform actions, the rules will hardly help.
+"""
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gymnasium as gym
+import torch
+
+import envs
+import knowledge
+
+COLUMNS = ["env", "knowledge", "who", "episodes", "success_rate", "return_mean", "length_mean"]
+
+
+def contenders(names: list[str], d: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Who acts: {name: advice of n rules (B, n, d) -> actions (B, d)}."""
+    def alone(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda advice: advice[:, i]
+
+    def drawn(advice: torch.Tensor) -> torch.Tensor:
+        return advice[torch.arange(len(advice)), torch.randint(len(names), (len(advice),))]
+
+    def in_turns(advice: torch.Tensor) -> torch.Tensor:
+        moves = (advice[:, :, :3] != 0).any(-1)  # (B, n); fingers, the fourth number of an arm's action, do not count
+        last = (moves * torch.arange(1, len(names) + 1)).argmax(1)  # nobody moves: the first
+        return advice[torch.arange(len(advice)), last]
+
+    mixtures = {"one drawn per step": drawn, "the last that moves, else the first": in_turns} if len(names) > 1 else {}
+    return {name: alone(i) for i, name in enumerate(names)} | {
+        "uniform actions": lambda advice: 2 * torch.rand(len(advice), d) - 1} | mixtures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--env", required=True, help="environment id with continuous actions")
+    parser.add_argument("--knowledge", default="auto", help="as in algos/sac_kian.py")
+    parser.add_argument("--episodes", type=int, default=500, help="episodes of each")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--csv", type=Path, help="file to add the rows to; one that is there already is replaced")
+    flags = parser.parse_args()
+    if flags.episodes < 1 or flags.seed < 0:
+        raise ValueError("--episodes must be at least 1, --seed 0 or more")
+    vec = envs.make_vec(flags.env, min(32, flags.episodes), threads=torch.get_num_threads())
+    if not isinstance(vec.action_space, gym.spaces.Box):
+        raise ValueError(f"{flags.env} has {vec.action_space} actions; continuous ones (Box) are needed")
+    obs, d = vec.reset(flags.seed), vec.action_space.shape[0]
+    goal_dim = obs["desired_goal"].shape[1] if vec.is_goal_env else 0
+
+    def read(obs: envs.Observation) -> torch.Tensor | dict[str, torch.Tensor]:
+        return envs.unflatten(envs.flatten(obs), goal_dim)
+
+    rules = knowledge.load(flags.knowledge, flags.env, d, read(obs))
+    print(f"{envs.resolve(flags.env)}, {flags.episodes} episodes; standard error of a success rate at most "
+          f"{0.5 / flags.episodes ** 0.5:.3f}")
+    rows = {}
+    for who, choose in contenders(list(rules), d).items():
+        torch.manual_seed(flags.seed)
+        result = envs.evaluate(lambda obs: vec.to_box(choose(knowledge.advise(rules, read(obs), d)).numpy()), vec,
+                               flags.episodes, 10_000 * flags.seed + 5_000)
+        row = [flags.env, flags.knowledge, who, str(flags.episodes), *(f"{result[name]:.4g}" for name in COLUMNS[4:])]
+        rows[tuple(row[:3])] = row
+        print(f"{who:40} success {result['success_rate']:.3f}, return {result['return_mean']:.2f}, "
+              f"length {result['length_mean']:.1f}", flush=True)
+    if flags.csv:
+        old = list(csv.reader(flags.csv.open()))[1:] if flags.csv.exists() else []
+        flags.csv.parent.mkdir(parents=True, exist_ok=True)
+        with flags.csv.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(
+                [COLUMNS, *({tuple(row[:3]): row for row in old} | rows).values()])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # of the environment, of the knowledge, of a flag
+        print(f"rules: {error}", file=sys.stderr)
+        sys.exit(2)
