@@ -86,8 +86,8 @@ class Args:
     cosine_scale: float = 3.0  # attention scores are this times cos(query, key); 0: dot products (paper)
     ext_action: Literal["mean", "sample"] = "mean"  # a drawn external policy executes its mean, or a sample around it
     ext_log_std: float = -1.0  # log-std of sampled external actions, and of their entropy with --credit drawn
-    entropy_fix: Literal["on", "off"] = "on"  # off: every policy scored at the executed action (naive mixture)
-    credit: Literal["expected", "drawn"] = "expected"  # Q of all policies in the actor loss, or of the drawn (paper)
+    entropy_fix: Literal["on", "off"] = "on"  # off: all scored at the executed action; implies --credit drawn
+    credit: Literal["expected", "drawn"] = "expected"  # Q of all in the actor loss, or of the drawn (paper; no trust)
     practice: float = 0.25  # share of episodes that the inner policy plays alone until trusted; 0: no trust (paper)
     imitation: float = 1.0  # weight of imitating the attended rules beside Q, times the doubt; for --credit expected
     attention_temperature: float = 0.1  # T of softmax(Q / T), which attention is taught; falls after trust
@@ -389,10 +389,10 @@ def main(args: Args) -> dict[str, float]:
                   "imitation")
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
+    asked = args = replace(args, init_from=args.init_from and str(Path(args.init_from).resolve()))
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
         args = replace(args, entropy_fix="off", credit="drawn")
-    args = replace(args, practice=args.practice * (args.credit != "drawn"),  # held back, it would never be drawn
-                   init_from=args.init_from and str(Path(args.init_from).resolve()))
+    args = replace(args, practice=args.practice * (args.credit != "drawn"))  # held back, it would never be drawn
     torch.manual_seed(args.seed)
     use_fast_matmul(device := pick_device(args.device))
 
@@ -423,7 +423,7 @@ def main(args: Args) -> dict[str, float]:
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     if practice and limit and args.total_timesteps <= math.ceil(trust.FIRST / args.num_envs) * args.num_envs * limit:
-        print(f"no trust before episode {trust.FIRST}: in {limit}-step episodes rules act throughout", file=sys.stderr)
+        print(f"rules alone act: the trained policy may after {trust.FIRST} episodes at the earliest", file=sys.stderr)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
@@ -472,7 +472,7 @@ def main(args: Args) -> dict[str, float]:
             raise ArgError(f"{folder} is finished at {step} steps; --evaluate {folder} plays it")
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
-    run, stop = Run(ALGO, args, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0), 0
+    run, stop = Run(ALGO, asked, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0), 0
     knowledge.keep(given, run.folder)
     learn = torch.compile(update, fullgraph=True, dynamic=False) if args.compile and can_compile(device) else update
     while step < args.total_timesteps and not stop:
