@@ -107,12 +107,13 @@ class Run:
         return round(time.monotonic() - self.start, 1)
 
     def log(self, step: int, scalars: dict[str, float | torch.Tensor], names: Sequence[str] = ()) -> None:
-        """Append scalars to scalars.csv and TensorBoard; the elements of a vector `x` as `x/<name>`."""
+        """Append scalars to scalars.csv and TensorBoard; the elements of a vector `x` as `x/<name>`, a shorter one's for
+        the last names."""
         wall_s, flat = self.wall_s(), {}
         for key, value in scalars.items():
             values = torch.as_tensor(value).reshape(-1).tolist()
             flat |= {key: values[0]} if torch.as_tensor(value).dim() == 0 else {
-                f"{key}/{name}": x for name, x in zip(names, values)}
+                f"{key}/{name}": x for name, x in zip(names[-len(values):], values)}
         for name, value in flat.items():
             self.scalars.write(f"{step},{wall_s},{name},{value:.6g}\n")
             self.board.add_scalar(name, value, step)
@@ -212,11 +213,11 @@ def describe_machine() -> dict:
 
 
 def require_positive(args: Any, *names: str) -> None:
-    """Raise ArgError unless all these numbers of `args` are finite and above zero, and the seed is not below it."""
-    if args.seed < 0:
-        raise ArgError(f"--seed must be 0 or more, not {args.seed}")
+    """Raise ArgError unless all these numbers of `args` are above zero and float32 has them, and the seed is one."""
+    if not 0 <= args.seed < 2 ** 63:
+        raise ArgError(f"--seed must be 0 or more, and below 2 to the power of 63, not {args.seed}")
     for name in names:
-        if not 0 < getattr(args, name) < float("inf"):
+        if not 0 < getattr(args, name) < torch.finfo(torch.float32).max:
             raise ArgError(f"--{name.replace('_', '-')} must be greater than 0 and finite, not {getattr(args, name)}")
 
 

@@ -10,7 +10,7 @@ in the released code. `--knowledge none` and `--actor plain` are PPO itself.
 Departures from the paper and its released code. --official undoes all, docs/ppo_kian.md has the reasons:
 - the entropy bonus is the inner policy's alone; of the fused policy it makes rules uniform before a first reward comes;
 - a rule that has no advice steps back, instead of acting at random with its weight;
-- rules start sharp, beta = 8 |query| |key|: nearly as good as their mean (--actor mix) from the first step;
+- rules start sharp, beta = 8 |query| |key|: on DoorKey as good as their mean (--actor mix) from the first step;
 - the key of the inner policy is a vector as in the paper, in the code a function of the state;
 - a time-out is bootstrapped, in the code it ends the task.
 
@@ -176,7 +176,7 @@ class Agent(nn.Module):
         scores, norms = attention_scores(query, keys)
         if args.fusion == "logit":
             fused = (scores.unsqueeze(-1) * policies).sum(1, keepdim=True)
-            return Output(torch.log_softmax(fused, -1), value, torch.log_softmax(scores, -1), norms)
+            return Output(torch.log_softmax(fused, -1), value, scores=scores)
         scores = scores / norms if args.entropy_fix == "on" else scores  # cosines
         if args.silent == "abstain":
             scores = scores.masked_fill(F.pad(advice.amax(-1) <= 0, (1, 0)), -1e4)  # never the inner one
@@ -184,15 +184,16 @@ class Agent(nn.Module):
         sharpness = args.sharpness * norms[:, 1:] if args.entropy_fix == "on" else None
         inner = torch.log_softmax(logits, -1)
         log_probs = torch.cat([inner, rule_log_probs(advice, sharpness)], 1)
-        return Output(log_weights.unsqueeze(-1) + log_probs, value, log_weights, norms, inner.squeeze(1))
+        return Output(log_weights.unsqueeze(-1) + log_probs, value, log_weights, sharpness, inner.squeeze(1))
 
 
 class Output(NamedTuple):
     joint: torch.Tensor  # (B, n+1, A), log of weight times probability, inner policy first; (B, 1, A) of a single one
     value: torch.Tensor  # (B,)
     log_weights: torch.Tensor | None = None  # (B, n+1)
-    norms: torch.Tensor | None = None  # (B, n+1), |query| |key|
+    sharpness: torch.Tensor | None = None  # (B, n), of the rules' policies
     inner: torch.Tensor | None = None  # (B, A), log-probabilities of the inner policy
+    scores: torch.Tensor | None = None  # (B, n+1), factors of the logits where these are added: below 0, advice warns
 
     @property
     def log_probs(self) -> torch.Tensor:
@@ -251,11 +252,10 @@ def ppo_loss(agent: Agent, batch: dict[str, torch.Tensor], args: Args) -> tuple[
             log_probs, torch.softmax(batch["advice"].sum(1), -1), reduction="none").mean()
     scalars = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "value": value.mean(),
                "clipped": ((ratio - 1).abs() > args.clip).float().mean(), "kl": (ratio - 1 - log_ratio).mean()}
-    if output.log_weights is not None:
-        scalars["attention"] = output.log_weights.exp().mean(0)
-    if output.norms is not None:
-        scalars |= {"sharpness": args.sharpness * output.norms.mean(0), "key_norm": agent.keys.norm(dim=1)}
-    return loss, scalars
+    attention = None if output.log_weights is None else output.log_weights.exp()
+    parts = {"attention": attention, "score": output.scores, "sharpness": output.sharpness}
+    scalars |= {name: x.mean(0) for name, x in parts.items() if x is not None}
+    return loss, scalars | ({"key_norm": agent.keys.norm(dim=1)} if hasattr(agent, "keys") else {})
 
 
 @torch.no_grad()
@@ -341,9 +341,9 @@ def main(args: Args) -> dict[str, float]:
         args = replace(args, fusion="logit" if num_actions <= 3 else "mixture")
     if saved and len(saved["agent"]["inner.bias"]) != num_actions:
         raise ArgError(f"{env_id} has {num_actions} actions; {folder}, trained in {args.env}, has others")
-    if isinstance(vec.observation_space, gym.spaces.Discrete):
-        raise ArgError(f"{env_id} observes {vec.observation_space}; {ALGO} needs numbers (Box) or a grid")
     obs = envs.to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i
+    if torch.is_tensor(obs) and obs.dim() > 2:
+        raise ArgError(f"{env_id} observes images {tuple(obs.shape[1:])}; {ALGO} needs a vector or a MiniGrid view")
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
     given = "none" if args.actor == "plain" and not args.bc_coef else args.knowledge
@@ -353,13 +353,14 @@ def main(args: Args) -> dict[str, float]:
     if not n and (args.actor in ("rule", "mix") or args.bc_coef):
         raise ArgError(f"{'--bc-coef' if args.bc_coef else '--actor ' + args.actor} needs a knowledge policy")
     attends = n > 0 and args.actor == "kian"
+    shows_attention = attends and args.fusion == "mixture"  # added logits have no weights
     if args.save_keys and not attends:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """What the agent sees of a batch, (B, 7, 7, 3) or (B, f), and the advice (B, n, A)."""
         seen = obs["image"] if isinstance(obs, dict) else obs
-        return seen.to(device), knowledge.advise(external, obs, num_actions).float().to(device)
+        return seen.to(device), knowledge.advise(external, obs, num_actions, lowest=0.0).float().to(device)
 
     agent = Agent(args, look(obs)[0].shape[1:], num_actions, n)
     if (source := args.init_from or args.load_keys) and not saved:
@@ -384,7 +385,7 @@ def main(args: Args) -> dict[str, float]:
             output = agent(*look(envs.to_tensors(obs)), args)
             log_probs = output.log_probs.cpu()
             action = (log_probs + sampled * gumbel(log_probs.shape, generator)).argmax(1)
-            if log is not None and attends:  # the policy that has most of the chosen action's probability acts
+            if log is not None and shows_attention:  # the policy that has most of the chosen action's probability acts
                 who = output.joint[0, :, action[0]].argmax()
                 log.append((output.log_weights[0].exp().tolist(), int(who)))
             return action.numpy()
@@ -397,7 +398,7 @@ def main(args: Args) -> dict[str, float]:
 
     def film(folder: Path) -> None:
         envs.record(player(log := []), env_id, args.video, 10_000 * args.seed + 7_000, folder,
-                    names if attends and args.fusion == "mixture" else [], log)
+                    names if shows_attention else [], log)
 
     if args.evaluate:
         knowledge.keep(given, Path(args.evaluate))

@@ -25,16 +25,16 @@ __all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "free
            "keep", "load", "rule", "rules_for", "save_keys", "take_over"]
 
 
-def advise(policies: dict[str, Policy], obs: Obs, action_dim: int) -> torch.Tensor:
+def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float = -1.0) -> torch.Tensor:
     """What each of n policies would do, (B, n, action_dim). Goals enter it: after relabelling, ask again.
 
-    Raises KnowledgeError for what is no such batch of numbers in [-1, 1]: a rule may fail in states that a start does
-    not show.
+    Raises KnowledgeError for what is no such batch of numbers in [lowest, 1], as `load` does: a rule may fail in states
+    that a start does not show.
     """
     if not policies:
         batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
         return torch.zeros(len(batch), 0, action_dim, device=batch.device, dtype=_action_dtype(obs))
-    return torch.stack([_ask(policy, f"knowledge {name}", action_dim, obs, -1.0)
+    return torch.stack([_ask(policy, f"knowledge {name}", action_dim, obs, lowest)
                         for name, policy in policies.items()], 1)
 
 

@@ -16,7 +16,8 @@ Reads the entry `policy` of RUN_DIR/checkpoint.pt, tensors and plain types only:
     handicap        what is taken from the inner policy's score, in units of the score (absent: 0)
     knowledge       what the run was given as --knowledge
 
-An agent with discrete actions (`kind` is "categorical") has format, env, actor, keys and knowledge as above, and
+An agent with discrete actions (`kind` is "categorical") has format, env, actor (plain or kian), keys and knowledge as
+above, and
 
     encoder, trunk, inner, query, inner_key     [W, b, ...] each, W (out, in); the last two or None. An encoder of
                                                 images has three layers, W (out, 2 x 2 x in) of 2x2 convolutions

@@ -32,7 +32,8 @@ def fused(query, keys, logits, advice, fusion="mixture"):
         layer.weight.data[:, 0], layer.bias.data[:] = torch.tensor(row).double(), 0.0
     with torch.no_grad():
         output = agent(hidden, torch.tensor(advice).double().view(1, n, len(logits)), args)
-    return output.log_weights[0].exp(), output.log_probs[0].exp()
+    weights = output.log_weights.exp() if fusion == "mixture" else torch.softmax(output.scores, 1)
+    return weights[0], output.log_probs[0].exp()
 
 
 KEYS, LOGITS, ADVICE = [[1, 0], [0, 2], [-1, 0]], [0, 0, LN2], [[1, 0, 0], [0, 0, 0]]

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -54,7 +56,12 @@ def test_scalars_name_every_policy(tmp_path, monkeypatch):
     train(tmp_path / "run", total_timesteps=512)
     scalars = curve(tmp_path / "run")[1]
     names = {row[1] for row in scalars}
-    assert names >= {f"{kind}/{p}" for kind in ("attention", "key_norm", "sharpness") for p in ("inner", *RULES)}
+    assert names >= {f"{kind}/{p}" for kind in ("attention", "key_norm") for p in ("inner", *RULES)}
+    assert {name for name in names if name.startswith("sharpness/")} == {f"sharpness/{p}" for p in RULES}
+    train(tmp_path / "logits", total_timesteps=512, fusion="logit", video=1)  # there, a weight below zero is no small one
+    names = {row[1] for row in curve(tmp_path / "logits")[1]}
+    assert "score/inner" in names and not any(name.startswith(("attention/", "sharpness/")) for name in names)
+    names = {row[1] for row in scalars}
     assert names >= {"policy_loss", "value_loss", "entropy", "kl", "clipped"}
     weights = [float(value) for step, name, value in scalars if step == "512" and name.startswith("attention/")]
     assert sum(weights) == pytest.approx(1, abs=1e-4)
@@ -172,6 +179,18 @@ def test_a_run_goes_on_in_the_next_task(uncut, warm, parts, tmp_path, monkeypatc
     assert torch.equal(started["keys"][2], old_keys["minigrid.open_door"])
 
 
+class Views(gym.Env):
+    """Images that are no views of a grid."""
+    observation_space, action_space = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8), gym.spaces.Discrete(3)
+
+    def reset(self, seed=None, options=None):
+        return np.zeros((84, 84, 3), np.uint8), {}
+
+
+if "Views-v0" not in gym.registry:
+    gym.register("Views-v0", Views)
+
+
 @pytest.mark.parametrize("kwargs, words", [
     (dict(env="MiniGrid-DorKey-5x5-v0"), "MiniGrid-DoorKey-5x5-v0"), (dict(env="Pendulum-v1", knowledge="none"), "sac_kian"),
     (dict(env="BabyAI-GoToLocal-v0"), "minigrid.get_key"), (dict(knowledge="minigrid.get_ky"), "minigrid.get_key"),
@@ -179,6 +198,7 @@ def test_a_run_goes_on_in_the_next_task(uncut, warm, parts, tmp_path, monkeypatc
     (dict(actor="plain", save_keys="k.json"), "kian"), (dict(init_from="missing"), "missing"),
     (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(sharpness=float("inf")), "--sharpness"),
     (dict(env="FrozenLake-v1", knowledge="none"), "observes"),
+    (dict(env="Views-v0", knowledge="none"), "observes images (84, 84, 3)"),
     (dict(num_steps=0), "--num-steps"), (dict(epochs=-1), "--epochs"),
     (dict(gamma=1.5), "0 to 1"), (dict(bc_coef=-0.5), "--bc-coef")])
 def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
