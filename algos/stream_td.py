@@ -8,7 +8,7 @@ measured exactly. Written from formulas, not from code.
 The paper predicts the oil temperature of the ETTm2 series (`--env ETTm2.csv`, not shipped). The default is a generated
 series of the same kind (envs/series.py says how). Inputs are slow averages of the rows, as published.
 
-python algos/stream_td.py --env series/transformer   # error 5.7 of returns up to 100 (ten seeds)
+python algos/stream_td.py --env series/transformer   # error 5.1 of returns up to 100 (mean of ten seeds)
 """
 import math
 import os

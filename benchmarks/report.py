@@ -35,6 +35,7 @@ class Reading:
     threshold: float | None = None  # score that counts as learned
     baseline: str = "plain"  # variant that others are compared with
     untrained: tuple[str, ...] = ()  # variants that learn nothing: their last evaluation holds for every step
+    skip_start: bool = False  # whether the evaluation at step 0 is left out
     paper: str = "none given"  # what the paper gives
     label: str = ""  # of the score; empty: from the column's name
 
@@ -277,6 +278,8 @@ def main(html: Path) -> None:
         if (ROOT / "algos" / f"{algo}.py").is_file() or algo in paper()["method"]:  # speed/ has no curves
             how = reading(algo, env)
             results.setdefault(algo, {})[env] = load_curves(path, how.score)
+            for curve in [c for curves in results[algo][env].values() for c in curves if how.skip_start]:
+                curve.steps, curve.minutes, curve.scores = curve.steps[1:], curve.minutes[1:], curve.scores[1:]
             hold(results[algo][env], how.untrained)
     for algo, environments in results.items():
         draw(algo, environments, ROOT / "docs" / "figures" / f"{algo}_curves.svg")

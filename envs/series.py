@@ -16,9 +16,9 @@ ROWS, DAY = 70_000, 96  # two years of a row every 15 minutes
 def transformer(seed: int) -> np.ndarray:
     """Six loads and an oil temperature (ROWS, 7), non-stationary on four time scales.
 
-    Loads have a daily course, quiet weekends, and noise that lasts for hours; about once in two months a load changes
-    its level and the size of its course for good. The oil follows the ambient temperature (seasons, days, weather of
-    several days) and the square of the loads, with a lag of three hours; its cooling ages.
+    Loads have a daily course, quiet weekends, and noise that lasts for hours; about once in two months each load
+    changes its level and the size of its course for good. The oil follows the ambient temperature (seasons, days,
+    weather of several days) and the square of the loads, with a lag of three hours; its cooling ages.
     """
     rng = np.random.default_rng(seed)
     t = np.arange(ROWS)

@@ -32,7 +32,7 @@ class StreamEnv:
 
     Attributes: kind, "vector", "minatar" or "atari"; shape of an observation, (n,) or channels first (C, h, w);
     frames, how many the learner is to stack; action_space; max_episode_steps, the limit T, None without one;
-    task_limit, the one the task is registered with, where evaluations stop; time, the feature that belongs to the last
+    evaluation_limit, the one the task is registered with, where evaluations stop (None: Atari's own); time, the feature that belongs to the last
     observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari episodes end for the learner when a
     life is lost (terminated), and go on until the game is over (`over`).
     """
@@ -44,7 +44,7 @@ class StreamEnv:
         if env_id.startswith("ALE/"):
             raise EnvError(f"{env_id} skips frames on its own; a stream takes {env_id[4:].split('-')[0]}NoFrameskip-v4")
         register(env_id)
-        self.task_limit = gym.spec(resolve(env_id)).max_episode_steps
+        self.evaluation_limit = gym.spec(resolve(env_id)).max_episode_steps
         max_episode_steps = max_episode_steps or (CLASSIC_LIMIT if env_id.split("-v")[0] in CLASSIC else 0)
         limit = {"max_episode_steps": max_episode_steps} if max_episode_steps else {}
         self.kind = "atari" if "NoFrameskip" in env_id else "minatar" if env_id.startswith("MinAtar/") else "vector"
@@ -71,6 +71,8 @@ class StreamEnv:
         self.frames = 4 if self.kind == "atari" else 1
         self.max_episode_steps = self.env.spec.max_episode_steps
         self.horizon, self.limit = self.max_episode_steps or TIME_LIMIT, time_limit(self.env)
+        if self.kind != "atari" and not self.evaluation_limit:  # Seaquest's submarine may stay up for ever
+            self.evaluation_limit = CLASSIC_LIMIT
         self.timed = time_feature and self.kind == "vector"
         self.elapsed, self.time, self.lives = 0, None, 0
         if self.kind == "atari":
@@ -83,6 +85,7 @@ class StreamEnv:
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """First observation of an episode, of shape `shape`."""
+        seed = None if seed is None else seed % 2 ** 32  # numpy's legacy generator, of MinAtar and dm_control, has no more
         obs, info = self.env.reset(seed=seed)
         if seed is not None and self.kind == "minatar":  # it may repeat the last action, even that of another episode
             self.env.unwrapped.game.last_action = 0
@@ -205,7 +208,8 @@ def as_arrays(state: dict) -> dict:
 
 def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> dict[str, float]:
     """Play `episodes` episodes of `act` (observation, environment -> action); episode k is reset with `seed + k`, and
-    stops at the task's own limit where training has a later one. On Atari FIRE is pressed after every life.
+    stops at the task's own limit where training has a later one, on MinAtar, which has none, after 10,000 steps. On
+    Atari FIRE is pressed after every life.
 
     Returns the columns of eval.csv; no task here has a notion of success (NaN).
     """
@@ -216,7 +220,7 @@ def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> 
             obs, reward, _, _, over = env.step(act(obs, env), serve=True)
             returns[k] += reward
             lengths[k] += 1
-            over = over or lengths[k] == env.task_limit
+            over = over or lengths[k] == env.evaluation_limit
     return {"episodes": episodes, "return_mean": float(returns.mean()), "return_std": float(returns.std()),
             "success_rate": float("nan"), "length_mean": float(lengths.mean())}
 
@@ -240,7 +244,7 @@ def record_stream(act: Callable, env_id: str, episodes: int, seed: int, folder: 
         while not over:
             frames.append(np.asarray(env.env.render()))
             obs, _, _, _, over = env.step(act(obs, env), serve=True)
-            over = over or len(frames) == env.task_limit
+            over = over or len(frames) == env.evaluation_limit
         if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
             frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]
         imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=env.env.metadata.get("render_fps", 25))

@@ -96,7 +96,7 @@ def test_a_method_that_is_judged_by_returns(tmp_path):
     with pytest.raises(ValueError, match="Maze.csv has no success_rate"):
         curves.load_curves(files[0], "success_rate")
     environments = {path.stem: curves.load_curves(path, "return_mean") for path in files}
-    assert report.reading("new", "Maze") == report.Reading("return_mean", None, "plain", (), "none given")
+    assert report.reading("new", "Maze") == report.Reading("return_mean", None, "plain", (), False, "none given")
     head, rows = report.summarise(environments["Maze"], report.reading("new", "Maze"))
     assert head == ["", "seeds", "return at 99k", "mean up to 99k", "P(above plain)",
                     "worst seed", "code"]

@@ -335,7 +335,23 @@ def test_closed_form_is_autograd(script, env, steps, kwargs):
         scale = max(1.0, slow[name]["trace"].abs().max().item())
         near(fast[name]["trace"] / scale, slow[name]["trace"] / scale, 1e-4)
     near(fast["obs"]["square"], slow["obs"]["square"], 1e-6)
-    near(fast["totals"] / steps, slow["totals"] / steps, 1e-2)
+    near((fast["totals"] - slow["totals"]) / slow["totals"].abs().clamp(min=1e-3), torch.zeros(len(script.SCALARS)), 1e-3)
+
+
+@pytest.mark.parametrize("script, env", [(stream_ac, VECTOR), (stream_q, DISCRETE), (stream_td, None)])
+def test_what_is_logged_has_the_right_name(script, env):
+    """After one transition: the trace's L1 norm, the step that bound gives, and whether it is below alpha."""
+    agent, args = random_run(script, env, 1), script.Args()
+    logged = dict(zip(script.SCALARS, agent["totals"].tolist(), strict=True))
+    for name in {"policy", "value"} & set(agent):
+        kappa = args.kappa_policy if name == "policy" else getattr(args, "kappa_value", getattr(args, "kappa", None))
+        trace = agent[name]["trace"].abs().sum().item()
+        bound = min(args.learning_rate, 1 / (kappa * max(logged["abs_delta"], 1.0) * trace))
+        assert logged[f"trace_{name}"] == pytest.approx(trace, rel=1e-5) and trace > 1
+        assert logged[f"step_{name}"] == pytest.approx(bound, rel=1e-5)
+        assert logged[f"capped_{name}"] == float(bound < args.learning_rate)
+    if script is stream_ac:
+        assert logged["trace_policy"] != logged["trace_value"] and logged["std"] == pytest.approx(math.log(2), rel=0.2)
 
 
 def transition(agent, nets, script, env, args, ended=0.0, action=None):
@@ -546,7 +562,7 @@ def test_compiled_run_is_the_plain_run(script, env, tmp_path):
 def test_classic_control_trains_for_10000_steps_and_is_evaluated_by_the_task():
     """As published, good agents should not meet the limit in training; scores are those of CartPole-v1, up to 500."""
     env = envs.StreamEnv("CartPole-v1")
-    assert (env.max_episode_steps, env.task_limit) == (10_000, 500)
+    assert (env.max_episode_steps, env.evaluation_limit) == (10_000, 500)
     assert envs.StreamEnv("CartPole-v1", max_episode_steps=70).max_episode_steps == 70
     assert envs.StreamEnv("HalfCheetah-v4").max_episode_steps == 1000
 
@@ -554,6 +570,15 @@ def test_classic_control_trains_for_10000_steps_and_is_evaluated_by_the_task():
         assert env.time == (-0.5 if env.elapsed < 2 else -0.5 + (env.elapsed - 1) / 10_000)
         return int(obs[2] + obs[3] + 0.1 * obs[0] + 0.2 * obs[1] > 0)
     assert envs.evaluate_stream(balance, env, 2, 0)["length_mean"] == 500
+
+
+def test_an_evaluation_ends_though_the_task_does_not(monkeypatch):
+    """A submarine of Seaquest that stays at the surface never sinks. And any seed will do."""
+    pytest.importorskip("minatar")
+    monkeypatch.setattr(envs.stream, "CLASSIC_LIMIT", 1500)
+    env = envs.StreamEnv("MinAtar/Seaquest-v1")
+    assert env.max_episode_steps is None
+    assert envs.evaluate_stream(lambda obs, env: 0, env, 1, 10_000 * 20240101)["length_mean"] == 1500
 
 
 def test_no_compiler_is_said_and_runs(tmp_path, monkeypatch, capsys):
@@ -574,7 +599,8 @@ def test_no_compiler_is_said_and_runs(tmp_path, monkeypatch, capsys):
     (stream_td, dict(video=-1), "--video"), (stream_td, dict(checkpoint_every=-1), "--checkpoint-every"),
     (stream_td, dict(lead=70_000), "--lead"), (stream_ac, dict(hidden="8x2"), "--hidden"),
     (stream_q, dict(sparsity=1.0), "--sparsity 1.0"), (stream_q, dict(env="Images-v0"), "BreakoutNoFrameskip-v4"),
-    (stream_q, dict(env="ALE/Pong-v5"), "PongNoFrameskip-v4")])
+    (stream_q, dict(env="ALE/Pong-v5"), "PongNoFrameskip-v4"), (stream_td, dict(seed=2 ** 63), "--seed"),
+    (stream_q, dict(learning_rate=1e39), "--learning-rate")])
 def test_bad_input_is_one_line_and_leaves_nothing(script, kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError)) as error:
         train(script, tmp_path / "run", **kwargs)
