@@ -127,6 +127,9 @@ def test_every_variant_trains_evaluates_and_becomes_knowledge(kwargs, tmp_path):
     result = train(tmp_path / "run", **{"total_timesteps": 600, "eval_every": 0, **kwargs})
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
     assert all(p.isfinite().all() for group in ("actor", "critic") for p in saved[group].values())
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["args"]  # as asked for, not what that implies
+    assert {name: kept[name] for name in ("credit", "entropy_fix", "practice")} == {
+        name: kwargs.get(name, getattr(sac_kian.Args(), name)) for name in ("credit", "entropy_fix", "practice")}
     result = sac_kian.main(sac_kian.Args(evaluate=str(tmp_path / "run"), eval_episodes=2))
     assert result["episodes"] == 2
     env = kwargs.get("env", SMALL["env"])
