@@ -90,8 +90,8 @@ def gather(folders: list[str], into: str = "") -> None:
             continue
         last, total = int(curve[-1]["step"]), args["total_timesteps"]
         if (there := max((int(row["step"]) for row in replaced), default=0)) > last:
-            print(f"kept, longer: {name}, seed {seed} of {path.name} has {there} steps, {folder} {last}; to replace it, "
-                  "delete its rows")
+            print(f"kept, longer: {name}, seed {seed} of {path.name} has {there} steps, {folder} {last}; to replace "
+                  "it, delete its rows")
             continue
         add_online_returns(curve, folder / "scalars.csv")
         rows += [facts | row for row in curve]

@@ -124,7 +124,8 @@ def main() -> int:
         try:
             word, said = "ok", check()
         except Exception as error:  # whatever is wrong is what we are here to say
-            word, said = ("BROKEN" if name in REQUIRED else "warning"), (str(error) or type(error).__name__).splitlines()[0]
+            word = "BROKEN" if name in REQUIRED else "warning"
+            said = (str(error) or type(error).__name__).splitlines()[0]
             broken += name in REQUIRED
         print(f"{word:8}{name:17}{said}", flush=True)
     return int(broken > 0)

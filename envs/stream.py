@@ -32,9 +32,9 @@ class StreamEnv:
 
     Attributes: kind, "vector", "minatar" or "atari"; shape of an observation, (n,) or channels first (C, h, w);
     frames, how many the learner is to stack; action_space; max_episode_steps, the limit T, None without one;
-    evaluation_limit, the one the task is registered with, where evaluations stop (None: Atari's own); time, the feature that belongs to the last
-    observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari episodes end for the learner when a
-    life is lost (terminated), and go on until the game is over (`over`).
+    evaluation_limit, the one the task is registered with, where evaluations stop (MinAtar has none: 10,000); time, the
+    feature that belongs to the last observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari
+    episodes end for the learner when a life is lost (terminated), and go on until the game is over (`over`).
     """
 
     def __init__(self, env_id: str, max_episode_steps: int = 0, time_feature: bool = True, **kwargs):
@@ -85,7 +85,7 @@ class StreamEnv:
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """First observation of an episode, of shape `shape`."""
-        seed = None if seed is None else seed % 2 ** 32  # numpy's legacy generator, of MinAtar and dm_control, has no more
+        seed = None if seed is None else seed % 2 ** 32  # MinAtar and dm_control take no more: numpy's old generator
         obs, info = self.env.reset(seed=seed)
         if seed is not None and self.kind == "minatar":  # it may repeat the last action, even that of another episode
             self.env.unwrapped.game.last_action = 0
