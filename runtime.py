@@ -107,7 +107,7 @@ class Run:
         return round(time.monotonic() - self.start, 1)
 
     def log(self, step: int, scalars: dict[str, float | torch.Tensor], names: Sequence[str] = ()) -> None:
-        """Append scalars to scalars.csv and TensorBoard; the elements of a vector `x` as `x/<name>`, of one shorter than
+        """Append scalars to scalars.csv and TensorBoard; elements of a vector `x` as `x/<name>`, of one shorter than
         `names` for the last of these."""
         wall_s, flat = self.wall_s(), {}
         for key, value in scalars.items():
