@@ -353,7 +353,6 @@ def main(args: Args) -> dict[str, float]:
     if not n and (args.actor in ("rule", "mix") or args.bc_coef):
         raise ArgError(f"{'--bc-coef' if args.bc_coef else '--actor ' + args.actor} needs a knowledge policy")
     attends = n > 0 and args.actor == "kian"
-    shows_attention = attends and args.fusion == "mixture"  # added logits have no weights
     if args.save_keys and not attends:
         raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
 
@@ -385,7 +384,7 @@ def main(args: Args) -> dict[str, float]:
             output = agent(*look(envs.to_tensors(obs)), args)
             log_probs = output.log_probs.cpu()
             action = (log_probs + sampled * gumbel(log_probs.shape, generator)).argmax(1)
-            if log is not None and shows_attention:  # the policy that has most of the chosen action's probability acts
+            if log is not None and output.log_weights is not None:  # acts: who gave the action most of its chance
                 who = output.joint[0, :, action[0]].argmax()
                 log.append((output.log_weights[0].exp().tolist(), int(who)))
             return action.numpy()
@@ -398,7 +397,7 @@ def main(args: Args) -> dict[str, float]:
 
     def film(folder: Path) -> None:
         envs.record(player(log := []), env_id, args.video, 10_000 * args.seed + 7_000, folder,
-                    names if shows_attention else [], log)
+                    names if attends and args.fusion == "mixture" else [], log)
 
     if args.evaluate:
         knowledge.keep(given, Path(args.evaluate))

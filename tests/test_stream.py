@@ -667,7 +667,8 @@ def test_a_frame_without_a_display():
     """dm_control fixes its renderer when it is imported: one that works without a display must be known by then."""
     pytest.importorskip("dm_control")
     if not envs.find_renderer():
-        pytest.skip("no renderer")
+        assert "CI" not in os.environ, "continuous integration installs a renderer (make gl)"
+        pytest.skip("neither EGL nor OSMesa works here")
     code = """import envs
 env = envs.StreamEnv("dm_control/cheetah-run-v0", render_mode="rgb_array")
 env.reset(0)
