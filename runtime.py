@@ -78,6 +78,10 @@ class Run:
                 write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
             except OSError as error:
                 raise ArgError(f"{self.folder} cannot be written ({error.strerror}); name another --run-dir") from error
+        else:  # it may have been given more steps
+            config = json.loads((self.folder / "config.json").read_text())
+            config["args"]["total_timesteps"] = args.total_timesteps
+            write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
         print(f"run folder: {self.folder}", file=sys.stderr)
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
@@ -163,8 +167,8 @@ def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
     raise ArgError(f"{folder} is a run of {saved['algo']}, not of {algo}; use algos/{saved['algo']}.py")
 
 
-def continued(stored: Any, asked: Any, *anew: str, unless_default: Sequence[str] = ()) -> Any:
-    """Arguments of a run, with the fields `anew` as asked for now, and `unless_default` where they differ from their
+def continued(stored: Any, asked: Any, *anew: str, if_named: Sequence[str] = ()) -> Any:
+    """Arguments of a run, with the fields `anew` as asked for now, and `if_named` where they differ from their
     defaults. Raises ArgError if another one does, for it would have no effect. A flag that repeats its default looks
     like one that was left out."""
     named = {field.name: getattr(asked, field.name) for field in fields(asked)
@@ -172,12 +176,12 @@ def continued(stored: Any, asked: Any, *anew: str, unless_default: Sequence[str]
     if asked.resume and asked.evaluate:
         raise ArgError("--resume goes on training, --evaluate does not: leave one of them out")
     for name, value in named.items():
-        if name not in (*anew, *unless_default) and value != getattr(stored, name):
+        if name not in (*anew, *if_named) and value != getattr(stored, name):
             no, value = ("no-" * (not value), "") if isinstance(value, bool) else ("", f" {value}")
             raise ArgError(f"--{no}{name.replace('_', '-')}{value}: a run keeps the arguments that it was started with "
                            f"(here {getattr(stored, name)}); leave it out, or start a new run")
     return replace(stored, **{name: getattr(asked, name) for name in anew},
-                   **{name: named[name] for name in unless_default if name in named})
+                   **{name: named[name] for name in if_named if name in named})
 
 
 def write_whole(path: Path, write) -> None:

@@ -50,7 +50,7 @@ MIX_SHARPNESS = 20.0  # beta of --actor mix
 class Args:
     """PPO with external knowledge policies fused by attention (KIAN)."""
     env: str = ""  # environment id; empty: MiniGrid-DoorKey-5x5-v0, or with --evaluate the one of the run
-    total_timesteps: int = 300_000  # environment steps, summed over environments (paper: up to 1e7)
+    total_timesteps: int = 300_000  # environment steps of all environments; with --resume: a new total (paper: up to 1e7)
     num_envs: int = 16  # environments stepped together
     eval_every: int = 20_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 100  # episodes per evaluation
@@ -318,9 +318,9 @@ def main(args: Args) -> dict[str, float]:
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
         env_id = args.env if args.evaluate and args.env else stored.env
-        args = continued(stored, args, "resume", "device") if args.resume else continued(
+        args = continued(stored, args, "resume", "device", if_named=["total_timesteps"]) if args.resume else continued(
             stored, replace(args, env=""), "evaluate", "eval_episodes", "video", "device",
-            unless_default=["eval_select"])
+            if_named=["eval_select"])
     else:  # a path that is right from everywhere: later runs come back to it
         args = replace(args, env=env_id, init_from=args.init_from and str(Path(args.init_from).resolve()))
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "num_steps", "epochs", "batch_size",
@@ -408,7 +408,7 @@ def main(args: Args) -> dict[str, float]:
 
     if saved:
         if step >= args.total_timesteps:
-            raise ArgError(f"{folder} is finished at {step} steps; --evaluate {folder} plays it")
+            raise ArgError(f"{folder} is finished at {step} steps; give it more --total-timesteps, or --evaluate it")
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
         obs, tally = saved["obs"], saved["tally"]

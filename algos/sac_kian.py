@@ -48,7 +48,7 @@ HELD_BACK = 1e9  # log-odds against an inner policy that is not trusted yet: mor
 class Args:
     """SAC + HER with external knowledge policies fused by attention (KIAN)."""
     env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
-    total_timesteps: int = 150_000  # environment steps, summed over environments
+    total_timesteps: int = 150_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 32  # environments stepped together
     goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all, or with --evaluate as in training
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
@@ -379,8 +379,8 @@ def main(args: Args) -> dict[str, float]:
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        args = continued(stored, args, "resume", "device") if args.resume else continued(
-            stored, args, "evaluate", "eval_episodes", "video", "device", unless_default=["goal_range", "eval_select"])
+        args = continued(stored, args, "resume", "device", if_named=["total_timesteps"]) if args.resume else continued(
+            stored, args, "evaluate", "eval_episodes", "video", "device", if_named=["goal_range", "eval_select"])
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "buffer_size",
                      "learning_rate", "updates_per_step", "initial_temperature", "attention_temperature")
     require_range(args, 0, 1, "gamma", "tau", "random_actions")
@@ -396,7 +396,8 @@ def main(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     use_fast_matmul(device := pick_device(args.device))
 
-    vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
+    vec, eval_vec = (envs.make_vec(args.env, k, threads=torch.get_num_threads(), goal_range=args.goal_range)
+                     for k in (args.num_envs, min(32, args.eval_episodes)))
     if not isinstance(vec.action_space, gym.spaces.Box):
         raise ArgError(f"{args.env} has {vec.action_space} actions; {ALGO} needs continuous ones (Box)")
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
@@ -415,7 +416,8 @@ def main(args: Args) -> dict[str, float]:
     first = math.ceil(args.batch_size / (args.num_envs * horizon)) * args.num_envs * horizon  # whole episodes
     if args.total_timesteps <= first:
         raise ArgError(f"the first update waits for {first} steps: raise --total-timesteps")
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), horizon, args.num_envs, 2 * f + d + 2)
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    buffer = ReplayBuffer(capacity, horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     if (source := args.init_from or args.load_keys) and not saved:
         knowledge.take_over(agent["actor"], normalizer, names, source, args.warm)
@@ -448,8 +450,6 @@ def main(args: Args) -> dict[str, float]:
             log.append((decision.log_weights[0].exp().tolist(), int(decision.selected[0].argmax())))
             return vec.to_box(decision.action.numpy())
         return play
-    eval_vec = envs.make_vec(args.env, min(32, args.eval_episodes), threads=torch.get_num_threads(),
-                             goal_range=args.goal_range)
 
     def evaluate(episodes: int, draw: bool = sampled) -> dict[str, float]:
         return envs.evaluate(player(draw, []), eval_vec, episodes, 10_000 * args.seed + 5_000)
@@ -469,7 +469,7 @@ def main(args: Args) -> dict[str, float]:
 
     if saved:
         if step >= args.total_timesteps:
-            raise ArgError(f"{folder} is finished at {step} steps; --evaluate {folder} plays it")
+            raise ArgError(f"{folder} is finished at {step} steps; give it more --total-timesteps, or --evaluate it")
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
     run, stop = Run(ALGO, asked, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0), 0

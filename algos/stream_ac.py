@@ -43,7 +43,7 @@ SCALARS = ("abs_delta", "value", "entropy", "std", "step_policy", "step_value", 
 class Args:
     """Actor-critic that learns from every transition once, as it comes (Stream AC)."""
     env: str = "HalfCheetah-v4"  # environment id: Gymnasium, MinAtar/..., dm_control/..., ...NoFrameskip-v4
-    total_timesteps: int = 1_000_000  # environment steps
+    total_timesteps: int = 1_000_000  # environment steps; with --resume: a new total
     eval_every: int = 50_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 5  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
@@ -329,7 +329,7 @@ def main(args: Args) -> dict[str, float]:
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        args = continued(stored, args, "resume") if args.resume else continued(
+        args = continued(stored, args, "resume", if_named=["total_timesteps"]) if args.resume else continued(
             stored, args, "evaluate", "eval_episodes", "video")
     require_positive(args, "total_timesteps", "eval_episodes", "learning_rate", "kappa_policy", "kappa_value")
     require_range(args, 0, 1, "sparsity", "gamma", "lamda")
@@ -390,7 +390,7 @@ def main(args: Args) -> dict[str, float]:
 
     if saved:
         if at >= args.total_timesteps:
-            raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} plays it")
+            raise ArgError(f"{folder} is finished at {at} steps; give it more --total-timesteps, or --evaluate it")
         state, action, episode_return, episode_length, overshoots = (saved[name] for name in (
             "state", "action", "return", "length", "overshoots"))
         env.restore(saved["env"])

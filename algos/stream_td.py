@@ -41,7 +41,7 @@ SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "r
 class Args:
     """A prediction that learns from every row once, as it comes (Stream TD)."""
     env: str = "series/transformer"  # the generated series, or a CSV file whose last column is to be predicted
-    total_timesteps: int = 68_000  # rows
+    total_timesteps: int = 68_000  # rows; with --resume: a new total
     eval_every: int = 5_000  # rows per line of eval.csv, the error of predictions made on the way; 0: only one
     checkpoint_every: int = 20_000  # rows between checkpoints; 0: only at the end
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
@@ -301,7 +301,8 @@ def main(args: Args) -> dict[str, float]:
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        args = continued(stored, args, "resume") if args.resume else continued(stored, args, "evaluate", "video")
+        args = continued(stored, args, "resume", if_named=["total_timesteps"]) if args.resume else continued(
+            stored, args, "evaluate", "video")
     require_positive(args, "total_timesteps", "learning_rate", "kappa_value", "lead")
     require_range(args, 0, 1, "sparsity", "gamma", "lamda")
     require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video")
@@ -329,7 +330,7 @@ def main(args: Args) -> dict[str, float]:
         return result
     if saved:
         if at >= args.total_timesteps:
-            raise ArgError(f"{folder} is finished at {at} steps; --evaluate {folder} shows it")
+            raise ArgError(f"{folder} is finished at {at} steps; give it more --total-timesteps, or --evaluate it")
         state, overshoots = saved["state"], saved["overshoots"]
     else:
         state = observe(agent, torch.from_numpy(series.rows[0]), args)

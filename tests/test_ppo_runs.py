@@ -78,6 +78,14 @@ def test_kill_9_and_resume_equals_uncut(uncut, tmp_path):
     assert curve(folder) == curve(uncut)
 
 
+def test_a_finished_run_can_be_given_more_steps(tmp_path):
+    train(tmp_path / "uncut", total_timesteps=768)
+    train(tmp_path / "run", total_timesteps=384)
+    ppo_kian.main(ppo_kian.Args(resume=str(tmp_path / "run"), total_timesteps=768))
+    for found, whole in zip(curve(tmp_path / "run"), curve(tmp_path / "uncut")):
+        assert [row for row in found if row[0] != "384"] == whole
+
+
 def test_ctrl_c_saves_and_loses_nothing(uncut, tmp_path):
     folder = tmp_path / "cut"
     process = subprocess.Popen([sys.executable, "algos/ppo_kian.py", *FLAGS, "--run-dir", str(folder)], cwd=ROOT,

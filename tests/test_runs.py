@@ -117,6 +117,15 @@ def test_signals_save_say_how_to_resume_and_lose_nothing(signum, code, uncut, tm
     assert (evals, scalars) == curve(uncut[0])
 
 
+def test_a_finished_run_can_be_given_more_steps(uncut, tmp_path):
+    train(tmp_path / "run", total_timesteps=1102)  # its last step is the 1104th, its last evaluation there
+    sac_kian.main(sac_kian.Args(resume=str(tmp_path / "run"), total_timesteps=2000))
+    evals, scalars = curve(tmp_path / "run")
+    assert [row for row in evals if row[0] != "1104"] == curve(uncut[0])[0]
+    assert [row for row in scalars if row[0] != "1104"] == curve(uncut[0])[1]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["total_timesteps"] == 2000
+
+
 @pytest.mark.parametrize("kwargs", [dict(actor="plain"), dict(actor="kogun"), dict(actor="a2t"), dict(knowledge="none"),
                                     dict(knowledge="fetch.official", cosine_scale=0.0, ext_log_std=-1.0, credit="drawn",
                                          initial_temperature=1.0, random_actions=0.0, normalize=False),
@@ -229,7 +238,7 @@ def test_bad_folders(uncut, tmp_path):
         for flag in ("resume", "evaluate"):
             with pytest.raises(ArgError, match=words):
                 sac_kian.main(sac_kian.Args(**{flag: str(tmp_path / name)}))
-    for flag, asked in (("resume", dict(total_timesteps=9000)), ("evaluate", dict(seed=5)),
+    for flag, asked in (("resume", dict(gamma=0.5)), ("evaluate", dict(seed=5)),
                         ("evaluate", dict(env="FetchSlide-v2"))):
         with pytest.raises(ArgError, match="keeps the arguments"):
             sac_kian.main(sac_kian.Args(**{flag: str(uncut[0])}, **asked))

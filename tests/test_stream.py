@@ -456,6 +456,20 @@ def test_cut_run_is_the_uncut_run(script, kwargs, tmp_path, monkeypatch):
         assert steps == np.cumsum(lengths).tolist()
 
 
+@pytest.mark.parametrize("script, kwargs", RUNS)
+def test_a_finished_run_can_be_given_more_steps(script, kwargs, tmp_path):
+    train(script, tmp_path / "uncut", **kwargs)
+    train(script, tmp_path / "run", **kwargs, total_timesteps=350)
+    more = script.Args(resume=str(tmp_path / "run"), total_timesteps=600)
+    if script is stream_q:  # its exploration is planned over the total
+        with pytest.raises(ArgError, match="keeps the arguments"):
+            script.main(more)
+        return
+    script.main(more)
+    for name in ("eval.csv", "scalars.csv"):
+        assert [row for row in curve(tmp_path / "run", name) if row["step"] != "350"] == curve(tmp_path / "uncut", name)
+
+
 LOOPS = [(stream_ac, {}), (stream_q, {}), (stream_q, dict(sarsa=True))]
 
 
