@@ -50,7 +50,7 @@ MIX_SHARPNESS = 20.0  # beta of --actor mix
 class Args:
     """PPO with external knowledge policies fused by attention (KIAN)."""
     env: str = ""  # environment id; empty: MiniGrid-DoorKey-5x5-v0, or with --evaluate the one of the run
-    total_timesteps: int = 300_000  # environment steps of all environments; with --resume: a new total (paper: up to 1e7)
+    total_timesteps: int = 300_000  # environment steps of all environments; with --resume: a new total (paper: 1e7)
     num_envs: int = 16  # environments stepped together
     eval_every: int = 20_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 100  # episodes per evaluation
