@@ -58,7 +58,8 @@ def rendering() -> str:
     import envs
 
     chosen = os.environ.get("MUJOCO_GL")
-    fix = (f"unset MUJOCO_GL, which is {chosen}, or " if chosen else "") + "as root: apt-get install libegl1 libgl1 libosmesa6"
+    unset = f"unset MUJOCO_GL, which is {chosen}, or " if chosen else ""
+    fix = f"{unset}as root: apt-get install libegl1 libgl1 libosmesa6"
     if not (name := envs.find_renderer()):
         raise RuntimeError(f"no {chosen or 'EGL or OSMesa'}, so no video; {fix}")
     try:

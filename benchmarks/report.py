@@ -1,8 +1,9 @@
 """Tables, figures and one self-contained page, from benchmarks/results/ alone: make report
 
 Rewrites docs/figures/<algo>_curves.svg, whatever stands between `<!-- report: <algo> <env> -->` and `<!-- end -->` in
-README.md and docs/ (for <env> also `all` environments together, `status` or `zero-shot`), and report.html (not committed): open it
-in a browser, no server or network needed. How curves are read, and the papers' numbers, are in benchmarks/paper.toml.
+README.md and docs/ (for <env> also `all` environments together, `status` or `zero-shot`), and report.html (not
+committed): open it in a browser, no server or network needed. How curves are read, and the papers' numbers, are in
+benchmarks/paper.toml.
 """
 import argparse
 import base64
@@ -93,7 +94,7 @@ def thousands(step: float) -> str:
 
 
 def estimate(statistic: stats.Statistic, *scores: list) -> str:
-    """`0.93 [0.88, 0.97]`: a statistic of (runs,) or (runs, tasks), and its 95 % bootstrap interval from three runs on."""
+    """`0.93 [0.88, 0.97]`: a statistic of (runs,) or (runs, tasks), 95 % bootstrap interval from three runs on."""
     arrays = [np.array(s, float).reshape(len(s), -1) for s in scores]
     low, high = stats.interval(statistic, *arrays)
     return number(statistic(*arrays)) + (f" [{number(low)}, {number(high)}]" if low == low else "")
@@ -183,11 +184,12 @@ def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
             seeds = str(len(curves))
             if how.threshold is not None:
                 learned = sum(max(c.scores) >= how.threshold for c in curves)
-                seeds += f", {'none' if not learned else learned if learned < len(curves) else 'all'} of them reached " \
-                         f"{how.threshold:g}"
+                share = "none" if not learned else learned if learned < len(curves) else "all"
+                seeds += f", {share} of them reached {how.threshold:g}"
             rows.append([algo, env, name, estimate(stats.mean, [c.scores[-1] for c in curves]), ends(curves), seeds,
                          how.paper])
-    return ["script", "environment", "variant", f"{reading(algo).label}, last evaluation", "steps", "seeds", "published"], rows
+    score = f"{reading(algo).label}, last evaluation"
+    return ["script", "environment", "variant", score, "steps", "seeds", "published"], rows
 
 
 def paint(environments: dict[str, Variants]) -> dict[str, tuple[str, str]]:
@@ -228,8 +230,10 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
             panel.set_ylim(-0.02, 1.02)
         panel.grid(alpha=0.3)
     width = int(12 * figure.get_figwidth()) - 6  # about twelve characters an inch
-    figure.legend([lines[name] for name in sorted(lines)], [textwrap.fill(name, width, break_on_hyphens=False) for name in sorted(lines)],
-                  loc="outside lower center", ncols=min(max(width // (6 + max(map(len, lines))), 1), 6))
+    names = sorted(lines)
+    labels = [textwrap.fill(name, width, break_on_hyphens=False) for name in names]
+    figure.legend([lines[name] for name in names], labels, loc="outside lower center",
+                  ncols=min(max(width // (6 + max(map(len, lines))), 1), 6))
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, metadata={"Date": None})
     plt.close(figure)

@@ -412,9 +412,10 @@ def time_stream(share: int, rounds: int, compiled: bool) -> list[dict]:
             if env.step(action)[-1]:
                 env.reset()
 
-    contenders = [Contender(name, learner.train) for name, learner in learners.items()]
-    rows = measure("stream", "Stream AC on HalfCheetah-v4, networks 128x2: the whole loop, with the environment", "steps",
-                   [*contenders, Contender("the environment alone", step_alone)], share, rounds)
+    contenders = [*(Contender(name, learner.train) for name, learner in learners.items()),
+                  Contender("the environment alone", step_alone)]
+    title = "Stream AC on HalfCheetah-v4, networks 128x2: the whole loop, with the environment"
+    rows = measure("stream", title, "steps", contenders, share, rounds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     agents[-1].train(10 * share)
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak

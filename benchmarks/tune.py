@@ -69,8 +69,8 @@ def main(args: Args, flags: list[str]) -> None:
     study = optuna.create_study(storage=f"sqlite:///{folder / 'study.db'}", study_name=args.algo, load_if_exists=True,
                                 direction="maximize")
     study.sampler = optuna.samplers.TPESampler(seed=args.seed + len(study.trials))  # going on is not starting again
-    study.optimize(objective, args.trials, callbacks=[
-        lambda _, trial: print(f"trial {trial.number}: mean return {trial.value}: {as_flags(trial.params)}", flush=True)])
+    study.optimize(objective, args.trials, callbacks=[lambda _, trial: print(
+        f"trial {trial.number}: mean return {trial.value}: {as_flags(trial.params)}", flush=True)])
     best = study.best_trial
     print(f"best of {len(study.trials)}: trial {best.number}, mean return {best.value:.2f}: {as_flags(best.params)}")
 

@@ -220,7 +220,8 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, knowledge: str, sta
     """The acting part of an agent in the format above, for its checkpoint.
 
     `actor` holds "inner.<i>.weight", ... and, with knowledge, "query.<i>..." and "keys" (n+1, m), in the order of
-    `names`, that `knowledge` gave; with `args.inner_key == "head"` the query network ends in query | inner key, (B, 2 m).
+    `names`, that `knowledge` gave; with `args.inner_key == "head"` the query network ends in query | inner key,
+    (B, 2 m).
     """
     inner, query = ([p.cpu().clone() for k, p in actor.items() if k.startswith(part)] for part in ("inner.", "query."))
     scale = args.cosine_scale if "keys" in actor and args.cosine_scale > 0 else 1.0  # of cosines in the run's scores

@@ -286,8 +286,8 @@ def test_options_stay_until_changed():
 
 
 @pytest.mark.parametrize("options", [
-    {"mass": 0}, {"mass": -1.0}, {"mass": 1e-320}, {"mass": 1e300}, {"mass": math.nan}, {"mass": "heavy"}, {"mass": True},
-    {"friction": -0.1}, {"friction": math.inf}, {"friction": None}, {"weight": 1.0}])
+    {"mass": 0}, {"mass": -1.0}, {"mass": 1e-320}, {"mass": 1e300}, {"mass": math.nan}, {"mass": "heavy"},
+    {"mass": True}, {"friction": -0.1}, {"friction": math.inf}, {"friction": None}, {"weight": 1.0}])
 def test_nonsense_is_named_in_one_line(options):
     env = envs.make(PUSH)
     env.reset(seed=0)

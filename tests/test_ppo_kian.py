@@ -154,7 +154,7 @@ def test_advantages():
 
 
 def test_losses_clip_by_hand():
-    """One state, p = (.5, .5), taken with probability .25 then: ratio 2 is cut to 1.2 for a gain and kept for a loss."""
+    """One state, p = (.5, .5), taken with .25 then: the ratio, 2, is cut to 1.2 for a gain and kept for a loss."""
     agent = Agent(args := Args(entropy_coef=0.0), (1,), 2, 0)
     for p in agent.parameters():
         p.data.zero_()

@@ -58,7 +58,7 @@ def test_scalars_name_every_policy(tmp_path, monkeypatch):
     names = {row[1] for row in scalars}
     assert names >= {f"{kind}/{p}" for kind in ("attention", "key_norm") for p in ("inner", *RULES)}
     assert {name for name in names if name.startswith("sharpness/")} == {f"sharpness/{p}" for p in RULES}
-    train(tmp_path / "logits", total_timesteps=512, fusion="logit", video=1)  # there, a weight below zero is no small one
+    train(tmp_path / "logits", total_timesteps=512, fusion="logit", video=1)  # there, below zero is no small weight
     names = {row[1] for row in curve(tmp_path / "logits")[1]}
     assert "score/inner" in names and not any(name.startswith(("attention/", "sharpness/")) for name in names)
     names = {row[1] for row in scalars}
@@ -112,7 +112,8 @@ def test_every_variant_trains_and_evaluates(kwargs, tmp_path):
     if kwargs.get("actor", "kian") in ("kian", "plain") and kwargs.get("env", "MiniGrid").startswith("MiniGrid"):
         env = kwargs.get("env", DOORKEY)
         for kind in ("run", "inner"):
-            train(tmp_path / f"next-{kind}", env=env, total_timesteps=256, eval_every=0, knowledge=f"{kind}:{tmp_path / 'run'}")
+            train(tmp_path / f"next-{kind}", env=env, total_timesteps=256, eval_every=0,
+                  knowledge=f"{kind}:{tmp_path / 'run'}")
 
 
 def test_untrained_actors_stay_what_they_are(tmp_path):
@@ -145,7 +146,8 @@ def test_a_frozen_agent_has_the_probabilities_of_the_agent(kwargs, tmp_path):
 def test_zero_shot_elsewhere(uncut, capsys):
     ppo_kian.main(ppo_kian.Args(evaluate=str(uncut), env="MiniGrid-DoorKey-8x8-v0", eval_episodes=2))
     line = capsys.readouterr().out
-    assert line.startswith("MiniGrid-DoorKey-8x8-v0 after 1280 steps in MiniGrid-DoorKey-5x5-v0: ") and "return_mean" in line
+    assert line.startswith("MiniGrid-DoorKey-8x8-v0 after 1280 steps in MiniGrid-DoorKey-5x5-v0: ")
+    assert "return_mean" in line
     with pytest.raises(ArgError, match="actions"):
         ppo_kian.main(ppo_kian.Args(evaluate=str(uncut), env="MiniGrid-Dynamic-Obstacles-5x5-v0", eval_episodes=2))
 
@@ -182,8 +184,8 @@ def test_a_run_goes_on_in_the_next_task(uncut, warm, parts, tmp_path, monkeypatc
         same = all(torch.equal(p, old["agent"][k]) for k, p in started.items() if k.startswith(f"{part}."))
         assert same == (part in parts), part
     # what a run did without is remembered by the one that comes after it
-    train(tmp_path / "third", knowledge="minigrid.get_ball,minigrid.open_door", init_from=str(tmp_path / "next"), warm="keys",
-          total_timesteps=128)
+    train(tmp_path / "third", knowledge="minigrid.get_ball,minigrid.open_door", init_from=str(tmp_path / "next"),
+          warm="keys", total_timesteps=128)
     assert torch.equal(started["keys"][2], old_keys["minigrid.open_door"])
 
 
@@ -200,8 +202,9 @@ if "Views-v0" not in gym.registry:
 
 
 @pytest.mark.parametrize("kwargs, words", [
-    (dict(env="MiniGrid-DorKey-5x5-v0"), "MiniGrid-DoorKey-5x5-v0"), (dict(env="Pendulum-v1", knowledge="none"), "sac_kian"),
-    (dict(env="BabyAI-GoToLocal-v0"), "minigrid.get_key"), (dict(knowledge="minigrid.get_ky"), "minigrid.get_key"),
+    (dict(env="MiniGrid-DorKey-5x5-v0"), "MiniGrid-DoorKey-5x5-v0"),
+    (dict(env="Pendulum-v1", knowledge="none"), "sac_kian"), (dict(env="BabyAI-GoToLocal-v0"), "minigrid.get_key"),
+    (dict(knowledge="minigrid.get_ky"), "minigrid.get_key"),
     (dict(knowledge="run:missing"), "missing"), (dict(actor="rule", knowledge="none"), "--actor rule needs"),
     (dict(actor="plain", save_keys="k.json"), "kian"), (dict(init_from="missing"), "missing"),
     (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(sharpness=float("inf")), "--sharpness"),

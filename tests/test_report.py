@@ -37,7 +37,8 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
                                  {"gamma": 0.9, "eval_every": 7}]):
         run = tmp_path / f"run{k}" / "MinAtar"  # runs may lie deeper
         run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps({"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}))
+        config = {"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}
+        (run / "config.json").write_text(json.dumps(config))
         (run / "eval.csv").write_text("step,wall_s,episodes,return_mean,return_std,success_rate,length_mean\n"
                                       f"0,1,8,-50,0,0.1,50\n{1000 - k},2,8,-5,0,0.{k},50\n")
     folders = [str(tmp_path / f"run{k}") for k in (0, 1, 2, 3, 0, 4)]
@@ -128,7 +129,8 @@ def test_page_in_a_browser(tmp_path):
     filters, and nothing is fetched."""
     results = {"sac_kian": {p.stem: curves.load_curves(p, "success_rate")
                             for p in sorted((curves.RESULTS / "sac_kian").glob("*.csv"))},
-               "new": {env: curves.load_curves(returns(tmp_path, env, 99_000), "return_mean") for env in ("Maze", "Door")},
+               "new": {env: curves.load_curves(returns(tmp_path, env, 99_000), "return_mean")
+                       for env in ("Maze", "Door")},
                "stream_ac": {"HalfCheetah-v4": curves.load_curves(curves.RESULTS / "stream_ac" / "HalfCheetah-v4.csv",
                                                                   "online_return")}}
     assert any(c.scores[-1] != c.scores[-1] for seeds in results["stream_ac"]["HalfCheetah-v4"].values() for c in seeds)

@@ -62,7 +62,8 @@ def test_temperature_starts_again_where_rules_were_of_no_help(tmp_path, monkeypa
     log_alpha = {}
     for first in (16, 1000):
         monkeypatch.setattr(knowledge.Trust, "FIRST", first)
-        train(tmp_path / str(first), total_timesteps=1000, knowledge=str(rules), updates_per_step=0.5, learning_rate=0.01)
+        train(tmp_path / str(first), total_timesteps=1000, knowledge=str(rules), updates_per_step=0.5,
+              learning_rate=0.01)
         saved = torch.load(tmp_path / str(first) / "checkpoint.pt", weights_only=True)
         assert saved["trust"]["trusted"] == (first == 16)
         log_alpha[first] = saved["agent"]["temperature"]["log_alpha"].item()
@@ -130,8 +131,8 @@ def test_a_finished_run_can_be_given_more_steps(uncut, tmp_path):
                                     dict(knowledge="fetch.official", cosine_scale=0.0, ext_log_std=-1.0, credit="drawn",
                                          initial_temperature=1.0, random_actions=0.0, normalize=False),
                                     dict(inner_key="head", ext_action="sample"), dict(entropy_fix="off"),
-                                    dict(her_goals=0), dict(env="FetchReachDense-v2"), dict(env="Pendulum-v1", knowledge="none"),
-                                    dict(bf16=True)])
+                                    dict(her_goals=0), dict(env="FetchReachDense-v2"),
+                                    dict(env="Pendulum-v1", knowledge="none"), dict(bf16=True)])
 def test_every_variant_trains_evaluates_and_becomes_knowledge(kwargs, tmp_path):
     result = train(tmp_path / "run", **{"total_timesteps": 600, "eval_every": 0, **kwargs})
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
@@ -234,7 +235,8 @@ def test_bad_folders(uncut, tmp_path):
     (tmp_path / "corrupt" / "checkpoint.pt").write_bytes((uncut[0] / "checkpoint.pt").read_bytes()[:1000])
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.json").write_text((uncut[0] / "config.json").read_text())
-    for name, words in (("missing", "not a run folder"), ("foreign", "ppo_kian"), ("corrupt", "damaged"), ("cut", "cut before")):
+    for name, words in (("missing", "not a run folder"), ("foreign", "ppo_kian"), ("corrupt", "damaged"),
+                        ("cut", "cut before")):
         for flag in ("resume", "evaluate"):
             with pytest.raises(ArgError, match=words):
                 sac_kian.main(sac_kian.Args(**{flag: str(tmp_path / name)}))
@@ -279,7 +281,8 @@ try:
 except KeyboardInterrupt:
     print("heard")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          start_new_session=True)
     assert done.stdout.split() == ["0", "heard"], done.stdout + done.stderr
 
 

@@ -45,13 +45,14 @@ def test_surrogate_log_prob():
     log_probs = torch.cat([external, inner_log_prob().unsqueeze(1)], 1)
     assert surrogate_log_prob(W.log_softmax(-1), log_probs).item() == pytest.approx(SURROGATE, abs=1e-5)
     order = torch.tensor([2, 1, 0])  # whoever stands first
-    assert surrogate_log_prob(W.log_softmax(-1)[:, order], log_probs[:, order]).item() == pytest.approx(SURROGATE, abs=1e-5)
+    turned = surrogate_log_prob(W.log_softmax(-1)[:, order], log_probs[:, order])
+    assert turned.item() == pytest.approx(SURROGATE, abs=1e-5)
 
 
 def test_surrogate_is_stable_in_float32():
-    log_weights = torch.full((1, 2), math.log(0.5))
-    assert surrogate_log_prob(log_weights, torch.tensor([[-200.0, -150.0]])).item() == pytest.approx(-18.0, abs=1e-4)
-    assert torch.logsumexp(log_weights + torch.tensor([[-200.0, -150.0]]), -1).item() == pytest.approx(-150.6931, abs=1e-3)
+    log_weights, log_probs = torch.full((1, 2), math.log(0.5)), torch.tensor([[-200.0, -150.0]])
+    assert surrogate_log_prob(log_weights, log_probs).item() == pytest.approx(-18.0, abs=1e-4)
+    assert torch.logsumexp(log_weights + log_probs, -1).item() == pytest.approx(-150.6931, abs=1e-3)
 
 
 @pytest.mark.parametrize("drawn", [0, 1, 2])
@@ -91,7 +92,8 @@ def test_naive_mixture_is_a_density_and_the_surrogate_is_not_its_log(actor):
 
 def mixture(a: torch.Tensor) -> torch.Tensor:
     normal = lambda x, m, s: torch.exp(-0.5 * ((x - m) / s) ** 2) / (s * math.sqrt(2 * math.pi))  # noqa: E731
-    inner = torch.where(a.abs() < 1, normal(torch.atanh(a.clamp(-1 + 1e-12, 1 - 1e-12)), 0.1, math.exp(-0.5)) / (1 - a ** 2).clamp(min=1e-12), 0.0)
+    u = torch.atanh(a.clamp(-1 + 1e-12, 1 - 1e-12))
+    inner = torch.where(a.abs() < 1, normal(u, 0.1, math.exp(-0.5)) / (1 - a ** 2).clamp(min=1e-12), 0.0)
     return 0.3 * normal(a, 0.5, math.exp(-1)) + 0.2 * normal(a, -0.4, math.exp(-1)) + 0.5 * inner
 
 
@@ -145,7 +147,8 @@ def test_no_knowledge_is_sac():
         results.append((agent, scalars))
     (kian, a), (plain, b) = results
     assert all(torch.equal(kian["actor"][k], plain["actor"][k]) for k in plain["actor"])
-    assert all(torch.equal(kian["critic"][k], plain["critic"][k]) for k in plain["critic"]) and a["entropy"] == b["entropy"]
+    assert all(torch.equal(kian["critic"][k], plain["critic"][k]) for k in plain["critic"])
+    assert a["entropy"] == b["entropy"]
     features, noise = torch.randn(8, 6), draw_noise(8, 0, 2)
     decision = decide(plain["actor"], features, torch.zeros(8, 0, 2), noise, Args(actor="plain"))
     mean, log_std = sac_kian.mlp(plain["actor"], "inner", features).chunk(2, -1)
@@ -273,7 +276,7 @@ def test_buffer_keeps_the_last_rows_and_episodes_apart():
 
 
 def test_buffer_draws_transitions_not_episodes():
-    """An episode of 50 steps and one of a single step: each of the 51 as likely; what has no later row keeps its goal."""
+    """An episode of 50 steps and one of a single step: all 51 are as likely; what has no later row keeps its goal."""
     buffer = ReplayBuffer(200, 50, 1, 1)
     buffer.add(torch.tensor([[-1.0]]), torch.tensor([True]))
     assert buffer.sample(8, 6)[1].shape == (0, 1)
@@ -342,7 +345,7 @@ def test_hindsight_learns_where_plain_replay_does_not(tmp_path):
     for goals in (4, 0):
         result = sac_kian.main(Args(env="BitFlip-v0", actor="plain", her_goals=goals, total_timesteps=7_000, num_envs=8,
                                     hidden="64x2", batch_size=128, updates_per_step=0.25, gamma=0.9, compile=False,
-                                    initial_temperature=0.02,
-                                    eval_every=0, checkpoint_every=0, eval_episodes=32, run_dir=str(tmp_path / str(goals))))
+                                    initial_temperature=0.02, eval_every=0, checkpoint_every=0, eval_episodes=32,
+                                    run_dir=str(tmp_path / str(goals))))
         success[goals] = result["success_rate"]
     assert success[4] >= 0.8 and success[0] <= 0.3, success

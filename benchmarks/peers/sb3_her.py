@@ -4,8 +4,8 @@ Two presets. `zoo` has the settings that rl-baselines3-zoo publishes for these t
 of environments and updates, and the input normalisation of sac_kian.py, so that what differs is the method and the
 code. What SB3 does not offer is left out: a share of uniform actions while learning.
 
-eval.csv has the same columns as that of sac_kian.py, and evaluations are as many episodes as often, from start states of
-their own: the two curves can be laid over each other.
+eval.csv has the same columns as that of sac_kian.py, and evaluations are as many episodes as often, from start states
+of their own: the two curves can be laid over each other.
 
 pip install stable-baselines3==2.9.2
 python benchmarks/peers/sb3_her.py --env FetchPush-v2 --preset ours
@@ -45,8 +45,9 @@ COLUMNS = ["episodes", "return_mean", "return_std", "success_rate", "length_mean
 PACKAGES = ["torch", "stable-baselines3", "numpy", "gymnasium", "gymnasium-robotics", "mujoco"]
 
 # rl_zoo3 2.9.2, hyperparams/tqc.yml, FetchPush-v1 with FetchSlide-v1 and FetchPickAndPlace-v1, which inherit from it.
-# They are tuned for TQC, SAC with distributional critics; for SAC the zoo has FetchReach alone. What it does not set is
-# SB3's default. Older zoos wrapped these tasks in a time feature, this one does not: --time-feature True brings it back.
+# They are tuned for TQC, SAC with distributional critics; for SAC the zoo has FetchReach alone. What it does not set
+# is SB3's default. Older zoos wrapped these tasks in a time feature, this one does not: --time-feature True brings it
+# back.
 ZOO = dict(num_envs=1, updates_per_step=1.0, batch_size=2048, hidden="512x3", learning_rate=1e-3, gamma=0.95, tau=0.05,
            learning_starts=100, initial_temperature=1.0, time_feature=False, normalize=None)
 # hyperparams/sac.yml, FetchReach-v1; `normalize: True` there is VecNormalize's default, rewards included
