@@ -2,7 +2,7 @@
 
 A run folder holds
 
-    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware
+    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware; these again per resume
     scalars.csv     step, wall_s, name, value
     eval.csv        step, wall_s, episodes, return_mean, return_std, success_rate, length_mean
     checkpoint.pt   everything `--resume` needs, tensors and plain types only
@@ -78,9 +78,10 @@ class Run:
                 write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
             except OSError as error:
                 raise ArgError(f"{self.folder} cannot be written ({error.strerror}); name another --run-dir") from error
-        else:  # it may have been given more steps
+        else:  # perhaps with more steps, by other code, elsewhere
             config = json.loads((self.folder / "config.json").read_text())
             config["args"]["total_timesteps"] = args.total_timesteps
+            config["resumed"] = [*config.get("resumed", []), {"step": step, **describe_machine()}]
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
         print(f"run folder: {self.folder}", file=sys.stderr)
         if args.track:
@@ -168,11 +169,11 @@ def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
 
 
 def continued(stored: Any, asked: Any, *anew: str, if_named: Sequence[str] = ()) -> Any:
-    """Arguments of a run, with the fields `anew` as asked for now, and `if_named` where they differ from their
-    defaults. Raises ArgError if another one does, for it would have no effect. A flag that repeats its default looks
-    like one that was left out."""
+    """Arguments of a run, with the fields `anew` as asked for now, and `if_named` where they are named: unlike their
+    defaults, or on the command line. Raises ArgError if others are named, for they would have no effect."""
+    flags = {word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv}
     named = {field.name: getattr(asked, field.name) for field in fields(asked)
-             if getattr(asked, field.name) != field.default}
+             if getattr(asked, field.name) != field.default or f"--{field.name.replace('_', '-')}" in flags}
     if asked.resume and asked.evaluate:
         raise ArgError("--resume goes on training, --evaluate does not: leave one of them out")
     for name, value in named.items():

@@ -348,7 +348,7 @@ def main(args: Args) -> dict[str, float]:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
     given = "none" if args.actor == "plain" and not args.bc_coef else args.knowledge
     given += args.init_from and f",inner:{args.init_from}"
-    external = knowledge.load(given, args.env, num_actions, obs, lowest=0.0)
+    external = knowledge.load(given, args.env, num_actions, obs, lowest=0.0, kept_in=folder)
     n, names = len(external), ["inner", *external]
     if not n and (args.actor in ("rule", "mix") or args.bc_coef):
         raise ArgError(f"{'--bc-coef' if args.bc_coef else '--actor ' + args.actor} needs a knowledge policy")
@@ -400,7 +400,6 @@ def main(args: Args) -> dict[str, float]:
                     names if attends and args.fusion == "mixture" else [], log)
 
     if args.evaluate:
-        knowledge.keep(given, Path(args.evaluate))
         result = evaluate()
         print(f"{env_id} after {step} steps in {args.env}:", ", ".join(f"{k} {v:.3f}" for k, v in result.items()))
         film(Path(args.evaluate, "video", "" if env_id == args.env else env_id))
@@ -408,7 +407,7 @@ def main(args: Args) -> dict[str, float]:
 
     if saved:
         if step >= args.total_timesteps:
-            raise ArgError(f"{folder} is finished at {step} steps; give it more --total-timesteps, or --evaluate it")
+            raise ArgError(f"{folder} is at {step} steps; give it more --total-timesteps, or --evaluate it")
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
         obs, tally = saved["obs"], saved["tally"]

@@ -381,12 +381,15 @@ def main(args: Args) -> dict[str, float]:
         stored, saved = load_run(folder, ALGO, Args)
         args = continued(stored, args, "resume", "device", if_named=["total_timesteps"]) if args.resume else continued(
             stored, args, "evaluate", "eval_episodes", "video", "device", if_named=["goal_range", "eval_select"])
+        if args.resume and saved["step"] >= args.total_timesteps:
+            raise ArgError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "buffer_size",
                      "learning_rate", "updates_per_step", "initial_temperature", "attention_temperature")
     require_range(args, 0, 1, "gamma", "tau", "random_actions")
     require_range(args, 0, 0.99, "practice")  # trust compares it with episodes of the whole agent
-    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "her_goals", "cosine_scale",
-                  "imitation")
+    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "her_goals")
+    require_range(args, 0, math.inf, "cosine_scale", "imitation")
+    require_range(args, -20, 2, "ext_log_std")
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
     asked = args = replace(args, init_from=args.init_from and str(Path(args.init_from).resolve()))
@@ -404,7 +407,7 @@ def main(args: Args) -> dict[str, float]:
     features = envs.flatten(obs)
     f, d, g = features.shape[1], vec.action_space.shape[0], obs["desired_goal"].shape[1] if vec.is_goal_env else 0
     given = "none" if args.actor == "plain" else args.knowledge + (args.init_from and f",inner:{args.init_from}")
-    external = knowledge.load(given, args.env, d, envs.unflatten(features.repeat(2, 1), g))  # two at least
+    external = knowledge.load(given, args.env, d, envs.unflatten(features.repeat(2, 1), g), kept_in=folder)
     n, names, attends = len(external), ["inner", *external], len(external) > 0 and args.actor in ("kian", "a2t")
     agent = make_agent(args, f, d, n)
     if args.save_keys and "keys" not in agent["actor"]:
@@ -424,7 +427,7 @@ def main(args: Args) -> dict[str, float]:
     practice = args.practice if attends else 0.0
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
-    if practice and limit and args.total_timesteps <= math.ceil(trust.FIRST / args.num_envs) * args.num_envs * limit:
+    if practice and limit and args.total_timesteps <= first + limit * (trust.FIRST + args.num_envs):
         print(f"rules alone act: the trained policy may after {trust.FIRST} episodes at the earliest", file=sys.stderr)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
@@ -459,7 +462,6 @@ def main(args: Args) -> dict[str, float]:
                     names if attends else [], log, goal_range=args.goal_range)
 
     if args.evaluate:
-        knowledge.keep(given, Path(args.evaluate))
         for draw in (not sampled, sampled) if attends else (False,):
             result = evaluate(args.eval_episodes, draw)
             who = f", {'sampled' if draw else 'heaviest'} policy acts" if attends else ""
@@ -468,8 +470,6 @@ def main(args: Args) -> dict[str, float]:
         return result
 
     if saved:
-        if step >= args.total_timesteps:
-            raise ArgError(f"{folder} is finished at {step} steps; give it more --total-timesteps, or --evaluate it")
         envs.restore(vec, saved["envs"])
         torch.set_rng_state(saved["rng"])
     run, stop = Run(ALGO, asked, envs.resolve(args.env), step, saved["wall_s"] if saved else 0.0), 0
@@ -500,7 +500,7 @@ def main(args: Args) -> dict[str, float]:
         flags = torch.from_numpy(np.stack([reward, terminated], 1).astype(np.float32))  # (num_envs, 2)
         ended = torch.from_numpy(terminated | truncated)
         buffer.add(torch.cat([features, action, flags, envs.flatten(info["final_obs"])], 1), ended)
-        trust.add(flags[:, 0], alone, ended)
+        trust.add(flags[:, 0], alone, ended, buffer.stored >= args.batch_size)
         alone = torch.where(ended, torch.rand(args.num_envs) < practice * (not trust.trusted), alone)
         normalizer.add(features)
         features = envs.flatten(obs)

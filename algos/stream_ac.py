@@ -390,7 +390,7 @@ def main(args: Args) -> dict[str, float]:
 
     if saved:
         if at >= args.total_timesteps:
-            raise ArgError(f"{folder} is finished at {at} steps; give it more --total-timesteps, or --evaluate it")
+            raise ArgError(f"{folder} is at {at} steps; give it more --total-timesteps, or --evaluate it")
         state, action, episode_return, episode_length, overshoots = (saved[name] for name in (
             "state", "action", "return", "length", "overshoots"))
         env.restore(saved["env"])

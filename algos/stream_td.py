@@ -321,6 +321,9 @@ def main(args: Args) -> dict[str, float]:
     predicted, at, overshoots = np.zeros(len(true)), 0, 0
     if saved:
         agent, at, predicted = saved["agent"], saved["step"], saved["predicted"].numpy()
+        if len(predicted) != len(true):
+            raise ArgError(f"{args.env} had {len(predicted)} rows to predict when the run began, now {len(true)}; "
+                           "start a new run")
     if args.evaluate:  # predictions are made once; what is shown is how good they were
         result = score(predicted[:at], true[:at])
         print(f"{args.env} after {at} rows: rmse {-result['return_mean']:.3f}, deviation of the true return "
@@ -330,7 +333,7 @@ def main(args: Args) -> dict[str, float]:
         return result
     if saved:
         if at >= args.total_timesteps:
-            raise ArgError(f"{folder} is finished at {at} steps; give it more --total-timesteps, or --evaluate it")
+            raise ArgError(f"{folder} is at {at} steps; give it more --total-timesteps, or --evaluate it")
         state, overshoots = saved["state"], saved["overshoots"]
     else:
         state = observe(agent, torch.from_numpy(series.rows[0]), args)

@@ -82,8 +82,7 @@ def gather(folders: list[str], into: str = "") -> None:
         old = load(path) if path.exists() else []
         rows = [row for row in old if (row["variant"], row["seed"]) != (name, seed)]
         replaced = [row for row in old if (row["variant"], row["seed"]) == (name, seed)]
-        facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"],
-                 "commit": config.get("commit"), "cpu": config.get("cpu")}
+        facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"]}
         curve = list(csv.DictReader((folder / "eval.csv").open()))
         if not curve:
             print(f"skipped, not evaluated yet: {folder}")
@@ -94,7 +93,9 @@ def gather(folders: list[str], into: str = "") -> None:
                   "it, delete its rows")
             continue
         add_online_returns(curve, folder / "scalars.csv")
-        rows += [facts | row for row in curve]
+        for row in curve:  # by the code and on the machine of the last start before it
+            start = next((r for r in reversed(config.get("resumed", [])) if r["step"] < int(row["step"])), config)
+            rows.append(facts | row | {"commit": start.get("commit"), "cpu": start.get("cpu")})
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -118,7 +119,7 @@ class Curve:
     steps: list[int] = field(default_factory=list)  # environment steps
     minutes: list[float] = field(default_factory=list)  # wall time of training
     scores: list[float] = field(default_factory=list)  # of each evaluation
-    commit: str = ""  # of the code that made it
+    commits: set[str] = field(default_factory=set)  # of the code that made it
 
 
 def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
@@ -134,7 +135,7 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
         curve.steps.append(int(row["step"]))
         curve.minutes.append(float(row["wall_s"]) / 60)
         curve.scores.append(float(row[score]))
-        curve.commit = row.get("commit", "")
+        curve.commits.add(row.get("commit", ""))
     if all(x != x for curve in found.values() for x in curve.scores):  # some are NaN: a run that diverged
         raise ValueError(f"{path.parent.name}/{path.name} has no {score}; name another score in benchmarks/paper.toml")
     return {name: [found[key] for key in sorted(found) if key[0] == name] for name in sorted({n for n, _ in found})}

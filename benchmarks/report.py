@@ -151,7 +151,7 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
         if longer:
             row.append(f"{estimate(stats.mean, last)} ({ends(curves)})")
         rows.append([*row, number(np.min(last)),
-                     ", ".join(sorted({c.commit for c in curves}))])
+                     ", ".join(sorted(set().union(*(c.commits for c in curves))))])
     return head, rows
 
 

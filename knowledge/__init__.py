@@ -7,9 +7,9 @@ rules index it from the front. Grid tasks give `image` (B, 7, 7, 3) uint8 and `d
 """
 
 import difflib
+import hashlib
 import importlib.util
 import inspect
-import shutil
 import sys
 from pathlib import Path
 
@@ -39,29 +39,38 @@ def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float
 
 
 def keep(spec: str, folder: Path) -> None:
-    """Copy the Python files that `spec` names into the run folder. Raises KnowledgeError if other contents are there: a
-    run goes on, and is evaluated, with the knowledge it was trained with."""
-    _check_kept(spec, folder)
-    for path, kept in _files(spec, folder):
+    """Write what is behind `spec` into the run folder, unless it is there: copies of Python files, and of other runs
+    the hash of their checkpoints."""
+    for _, content, kept in _sources(spec, folder):
         if not kept.exists():
-            shutil.copyfile(path, kept)
+            kept.write_bytes(content)
 
 
-def _files(spec: str, folder: Path) -> list[tuple[Path, Path]]:
-    """The Python files that `spec` names, and where the run in `folder` keeps its copies."""
-    paths = (Path(item.strip().partition(":")[0]) for item in spec.split(","))
-    return [(path, folder / str(path).strip("./").replace("/", "-")) for path in paths if path.suffix == ".py"]
+def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
+    """The files behind `spec`, what is kept of each, and where the run in `folder` keeps it."""
+    sources = []
+    for kind, _, name in (item.strip().partition(":") for item in spec.split(",")):
+        path = Path(name, "checkpoint.pt") if kind in ("run", "inner") else Path(kind)
+        if path.suffix in (".py", ".pt") and path.is_file():
+            content, kept = path.read_bytes(), folder / str(path).strip("./").replace("/", "-")
+            if path.suffix == ".pt":
+                content, kept = hashlib.sha256(content).hexdigest().encode(), kept.with_suffix(".sha256")
+            sources.append((path, content, kept))
+    return sources
 
 
 def _check_kept(spec: str, folder: Path) -> None:
-    """Raise KnowledgeError where a file that `spec` names is not what the run in `folder` has kept of it."""
-    for path, kept in _files(spec, folder):
-        if kept.exists() and path.is_file() and kept.read_bytes() != path.read_bytes():
-            raise KnowledgeError(f"knowledge file {path} has changed since the run began; restore it from {kept}, "
-                                 "or delete that copy to go on with the new one")
+    """Raise KnowledgeError where a file behind `spec` is not what the run in `folder` has kept of it: a run goes on,
+    and is evaluated, with the knowledge it was trained with."""
+    for path, content, kept in _sources(spec, folder):
+        if kept.exists() and kept.read_bytes() != content:
+            restore = f"restore it from {kept}, or " if path.suffix == ".py" else ""
+            raise KnowledgeError(f"knowledge {path} has changed since the run began; {restore}delete {kept} to go on "
+                                 "with the new one")
 
 
-def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0) -> dict[str, Policy]:
+def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0, kept_in: str | None = None
+         ) -> dict[str, Policy]:
     """The policies that `spec` names, {name: policy}, in the order given.
 
     `spec` is `none`, `auto` (the default rules of the environment) or a comma-separated list of rules
@@ -69,10 +78,13 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner policies alone
     (`inner:<RUN_DIR>`).
     Each policy is called once, on `example`: a batch of two or more observations as it will meet them. What it returns
-    has to be within [lowest, 1]: -1 for actions, 0 for advice.
+    has to be within [lowest, 1]: -1 for actions, 0 for advice. `kept_in` is the folder of a run that goes on or is
+    evaluated: files and other runs have to be what they were when it began.
 
     Raises KnowledgeError, a ValueError whose message is one line, for whatever cannot be used.
     """
+    if kept_in:
+        _check_kept(spec, Path(kept_in))
     return _load(spec, env_id, action_dim, example, lowest, runs=())
 
 

@@ -21,19 +21,23 @@ class Trust:
     FADE = 0.002  # of the doubt that is left, per episode after trust: half of it lasts 350 episodes
     RATE = 0.02  # of the running means: about the last 50 episodes of a kind
     FIRST = 400  # episodes, both kinds counted together, before the means are compared
+    FEWEST = 20  # of each kind
 
     def __init__(self, num_envs: int, trusted: bool = False):
-        self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
+        self.current = torch.full((num_envs,), math.nan, dtype=torch.float64)  # return so far; nan: does not count
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
         self.doubt, self.trusted = float(not trusted), trusted
         self.played = {kind: [0, 0.0] for kind in ("alone", "agent")}  # episodes and sum of returns
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
 
-    def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor) -> None:
-        """One step of every environment: rewards, who plays alone, whose episode is over, (num_envs,) each."""
+    def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor, learning: bool = True) -> None:
+        """One step of every environment: rewards, who plays alone, whose episode is over, (num_envs,) each. Episodes
+        that begin before `learning` do not count: their actions are uniform, of neither kind."""
         self.current += reward
         for i in ended.nonzero().squeeze(1).tolist():
             value, kind = self.current[i].item(), "alone" if alone[i] else "agent"
+            if math.isnan(value):
+                continue
             deviation, self.count = value - self.mean, self.count + 1
             self.mean += deviation / self.count
             self.square += deviation * (value - self.mean)
@@ -44,8 +48,9 @@ class Trust:
                 self.best = self.agent
             if self.trusted:
                 self.doubt *= 1 - self.FADE
-        self.current[ended] = 0.0
-        if not self.trusted and not math.isnan(self.best + self.alone):  # episodes of both kinds
+        self.current[ended] = 0.0 if learning else math.nan
+        fewest = min(episodes for episodes, _ in self.played.values())
+        if not self.trusted and self.count >= self.FIRST and fewest >= self.FEWEST:
             std = max((self.square / self.count) ** 0.5, 1e-8)
             alone, agent = (total / episodes for episodes, total in self.played.values())
             lag, ahead = (self.best - self.alone) / std, (agent - alone) / std

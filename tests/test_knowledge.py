@@ -247,7 +247,17 @@ def test_run_keeps_its_files(tmp_path):
     assert kept.read_text() == Path(path).read_text()
     write(tmp_path, "def up(obs): return 1\n")
     with pytest.raises(knowledge.KnowledgeError, match=f"{path} has changed since .*; restore it from {kept}"):
-        knowledge.keep(path, run)
+        knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
+
+
+def test_run_remembers_other_runs_as_they_were(tmp_path):
+    teacher, run = save_run(tmp_path, "teacher"), tmp_path / "run"
+    run.mkdir()
+    knowledge.keep(f"none,{teacher}", run)
+    knowledge.load(teacher, "Toy-v0", 1, example(), kept_in=run)
+    save_run(tmp_path, "teacher", clip=4.0)  # it was trained on
+    with pytest.raises(knowledge.KnowledgeError, match="teacher/checkpoint.pt has changed since the run began"):
+        knowledge.load(teacher, "Toy-v0", 1, example(), kept_in=run)
 
 
 # ---- a trained agent -----------------------------------------------------------------------------
@@ -420,6 +430,9 @@ def test_trust_compares_returns_and_is_given_once():
     trust = knowledge.Trust(2)
     alone, ended = torch.tensor([True, False]), torch.tensor([True, True])
     assert trust.doubt == trust.caution == 1.0
+    for k in range(500):  # uniform actions: of neither
+        trust.add(torch.tensor([-5.0, -5.0]), alone, ended, learning=k == 499)
+    assert trust.count == 0 and trust.doubt == 1.0
     for _ in range(300):
         trust.add(torch.tensor([-10.0, 0.0]), alone, ended)
     assert trust.alone == -10.0 and trust.best == 0.0
@@ -444,6 +457,10 @@ def test_knowledge_that_never_helped_is_not_missed():
     for i in range(trust.FIRST):
         trust.add(torch.tensor([-10.0, -10.0]) + i % 2, alone, ended)
     assert trust.trusted and trust.doubt == trust.caution == 0.0
+    trust = knowledge.Trust(2)
+    for i in range(trust.FIRST):  # nobody has practised yet
+        trust.add(torch.tensor([-10.0, -10.0]) + i % 2, ~ended, ended)
+    assert trust.count > trust.FIRST and not trust.trusted
 
 
 def test_luck_is_not_help():
@@ -451,6 +468,7 @@ def test_luck_is_not_help():
     draw = torch.Generator().manual_seed(0)
     for _ in range(20):
         trust, episodes = knowledge.Trust(32), 0
+        trust.add(torch.zeros(32), torch.ones(32), torch.ones(32, dtype=torch.bool))  # the uniform ones
         while not trust.trusted:
             reward = -50.0 * (torch.rand(32, generator=draw) > 1 / 12)
             trust.add(reward, torch.rand(32, generator=draw) < 0.25, torch.ones(32, dtype=torch.bool))

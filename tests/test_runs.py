@@ -60,15 +60,16 @@ def test_temperature_starts_again_where_rules_were_of_no_help(tmp_path, monkeypa
     rules = tmp_path / "lazy.py"
     rules.write_text("import torch\n\n\ndef stay(obs):\n    return torch.zeros(len(obs['desired_goal']), 4)\n")
     log_alpha = {}
-    for first in (16, 1000):
+    for first in (12, 1000):
         monkeypatch.setattr(knowledge.Trust, "FIRST", first)
+        monkeypatch.setattr(knowledge.Trust, "FEWEST", 1)
         train(tmp_path / str(first), total_timesteps=1000, knowledge=str(rules), updates_per_step=0.5,
               learning_rate=0.01)
         saved = torch.load(tmp_path / str(first) / "checkpoint.pt", weights_only=True)
-        assert saved["trust"]["trusted"] == (first == 16)
+        assert saved["trust"]["trusted"] == (first == 12)
         log_alpha[first] = saved["agent"]["temperature"]["log_alpha"].item()
     assert log_alpha[1000] < -3  # 400 updates
-    assert -1.2 < log_alpha[16] < -0.5  # 100 updates, from episode 16 on
+    assert -1.2 < log_alpha[12] < -0.5  # 100 updates: 4 episodes are uniform, 12 are compared
 
 
 def test_run_folder(uncut):
@@ -124,7 +125,8 @@ def test_a_finished_run_can_be_given_more_steps(uncut, tmp_path):
     evals, scalars = curve(tmp_path / "run")
     assert [row for row in evals if row[0] != "1104"] == curve(uncut[0])[0]
     assert [row for row in scalars if row[0] != "1104"] == curve(uncut[0])[1]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["total_timesteps"] == 2000
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["args"]["total_timesteps"] == 2000 and [r["step"] for r in config["resumed"]] == [1104]
 
 
 @pytest.mark.parametrize("kwargs", [dict(actor="plain"), dict(actor="kogun"), dict(actor="a2t"), dict(knowledge="none"),
@@ -246,7 +248,19 @@ def test_bad_folders(uncut, tmp_path):
             sac_kian.main(sac_kian.Args(**{flag: str(uncut[0])}, **asked))
     with pytest.raises(ArgError, match="not empty"):
         train(uncut[0])
-    with pytest.raises(ArgError, match="finished"):
+    for asked in ({}, dict(total_timesteps=1000)):
+        with pytest.raises(ArgError, match="at 2000 steps; give it more"):
+            sac_kian.main(sac_kian.Args(resume=str(uncut[0]), **asked))
+
+
+def test_a_flag_that_repeats_its_default_is_a_named_one(uncut, monkeypatch):
+    with pytest.raises(ArgError, match="at 2000 steps"):  # left out
+        sac_kian.main(sac_kian.Args(resume=str(uncut[0])))
+    monkeypatch.setattr(sys, "argv", ["x", "--resume", str(uncut[0]), "--gamma=0.95", "--hidden", "256x3"])
+    with pytest.raises(ArgError, match="--hidden 256x3: a run keeps"):
+        sac_kian.main(sac_kian.Args(resume=str(uncut[0])))
+    monkeypatch.setattr(sys, "argv", ["x", "--resume", str(uncut[0]), "--total-timesteps", "150000", "--compile"])
+    with pytest.raises(ArgError, match="--compile: a run keeps"):  # the total is no mistake
         sac_kian.main(sac_kian.Args(resume=str(uncut[0])))
 
 
