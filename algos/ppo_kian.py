@@ -319,7 +319,7 @@ def main(args: Args) -> dict[str, float]:
         stored, saved = load_run(folder, ALGO, Args)
         env_id = args.env if args.evaluate and args.env else stored.env
         args = continued(stored, args, "resume", "device", if_named=["total_timesteps"]) if args.resume else continued(
-            stored, replace(args, env=""), "evaluate", "eval_episodes", "video", "device",
+            stored, replace(args, env=stored.env), "evaluate", "eval_episodes", "video", "device",
             if_named=["eval_select"])
     else:  # a path that is right from everywhere: later runs come back to it
         args = replace(args, env=env_id, init_from=args.init_from and str(Path(args.init_from).resolve()))
