@@ -41,7 +41,7 @@ from runtime import (ArgError, Run, can_compile, continued, exit_codes, finishin
 ALGO = "sac_kian"
 LOG_EVERY = 1000  # environment steps
 KEY_DIM = 4  # width m of keys and query
-HELD_BACK = 1e9  # log-odds against an inner policy that is not trusted yet: more than any Q / temperature
+HELD_BACK = 1e9  # log-odds against an inner policy that is not trusted yet, or against rules that were of no help
 
 
 @dataclass
@@ -290,11 +290,10 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, features, advice,
         return (alpha * decision.log_prob - q).mean(), (decision, q, decision.log_prob)
     # Attention is taught who is worth most here, softmax(Q / temperature), by cross-entropy: unlike the gradient of the
     # drawn action's Q, it compares all policies in every state and does not fade where attention is nearly decided.
-    # The lower critic judges all; where rules were of no help, the mean of both judges the inner policy: it wins ties.
-    inner_q, rule_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:].detach()).amin(0)
-    q = torch.cat([inner_q.amin(0).lerp(inner_q.mean(0), actor["leniency"]), rule_q], 1).detach()  # (B, n+1)
+    inner_q, rule_q = q_of(decision.actions[:, :1]).amin(0), q_of(decision.actions[:, 1:].detach()).amin(0)
+    q = torch.cat([inner_q, rule_q], 1).detach()  # (B, n+1)
     worth = torch.softmax(q / actor["attention_temperature"] - actor["handicap"], 1)
-    loss = alpha * decision.inner_log_prob - inner_q.amin(0).squeeze(1)  # the inner policy: SAC in every state
+    loss = alpha * decision.inner_log_prob - inner_q.squeeze(1)  # the inner policy: SAC in every state
     teachers = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
     distance = (decision.actions[:, :1] - decision.actions[:, 1:]).square().sum(-1)  # (B, n)
     loss = loss - (worth * decision.log_weights).sum(1) + actor["imitation"] * (teachers * distance).sum(1)
@@ -368,7 +367,7 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
     moments = {group: {kind: {k: torch.zeros_like(p) for k, p in params.items()} for kind in ("mean", "square")}
                for group, params in trained.items()}
     if n and args.actor in ("kian", "a2t"):
-        actor |= {"handicap": torch.zeros(n + 1), "imitation": torch.zeros(()), "leniency": torch.zeros(()),
+        actor |= {"handicap": torch.zeros(n + 1), "imitation": torch.zeros(()),
                   "attention_temperature": torch.tensor(args.attention_temperature)}  # set by `main`, not trained
     return trained | {"target": {k: p.clone() for k, p in critic.items()}, "moments": moments, "count": torch.zeros(())}
 
@@ -480,11 +479,10 @@ def main(args: Args) -> dict[str, float]:
 
         # act
         if practice:  # without it, nothing is held back, imitated or sharpened
-            if trust.caution == 0 and agent["actor"]["handicap"][0] > 0:  # just trusted, for rules were of no help
-                agent["temperature"]["log_alpha"].fill_(math.log(args.initial_temperature))  # explore as plain SAC does
-            agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted)
+            if not trust.helped and agent["actor"]["handicap"][0] > 0:  # just found out: from here on it is plain SAC
+                agent["temperature"]["log_alpha"].fill_(math.log(args.initial_temperature))
+            agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted) if trust.helped else -HELD_BACK
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
-            agent["actor"]["leniency"].fill_(trust.caution == 0)
             agent["actor"]["attention_temperature"].fill_(max(args.attention_temperature * trust.caution, 1e-4))
         if step == 0:
             run.log_evaluation(0, evaluate(args.eval_episodes))  # the untrained agent

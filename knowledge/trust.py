@@ -14,7 +14,7 @@ class Trust:
     states that the inner policy leads to.
 
     The best of a noisy mean is high by luck alone. So trust is also given where over all episodes so far the agent is
-    not ahead by MARGIN: there knowledge earns nothing, nothing is to be missed, and doubt is gone at once.
+    not ahead by MARGIN: there knowledge has not `helped`, nothing is to be missed, and doubt is gone at once.
     """
 
     MARGIN = 0.2
@@ -26,7 +26,7 @@ class Trust:
     def __init__(self, num_envs: int, trusted: bool = False):
         self.current = torch.full((num_envs,), math.nan, dtype=torch.float64)  # return so far; nan: does not count
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
-        self.doubt, self.trusted = float(not trusted), trusted
+        self.doubt, self.trusted, self.helped = float(not trusted), trusted, True
         self.played = {kind: [0, 0.0] for kind in ("alone", "agent")}  # episodes and sum of returns
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
 
@@ -57,7 +57,8 @@ class Trust:
             self.doubt = min(1.0, max(0.0, lag))
             self.trusted = min(lag, ahead) < self.MARGIN
             if self.trusted:
-                self.doubt = self.MARGIN * (ahead >= self.MARGIN)
+                self.helped = ahead >= self.MARGIN
+                self.doubt = self.MARGIN * self.helped
 
     @property
     def caution(self) -> float:

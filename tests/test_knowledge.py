@@ -440,7 +440,7 @@ def test_trust_compares_returns_and_is_given_once():
     while not trust.trusted:
         before = trust.doubt
         trust.add(torch.tensor([0.0, 0.0]), alone, ended)
-    assert trust.doubt == trust.MARGIN <= before
+    assert trust.doubt == trust.MARGIN <= before and trust.helped
     start = trust.doubt
     for _ in range(100):  # worse again: trust stays, and doubt fades per episode
         trust.add(torch.tensor([-10.0, 0.0]), alone, ended)
@@ -456,7 +456,7 @@ def test_knowledge_that_never_helped_is_not_missed():
     alone, ended = torch.tensor([True, False]), torch.tensor([True, True])
     for i in range(trust.FIRST):
         trust.add(torch.tensor([-10.0, -10.0]) + i % 2, alone, ended)
-    assert trust.trusted and trust.doubt == trust.caution == 0.0
+    assert trust.trusted and not trust.helped and trust.doubt == trust.caution == 0.0
     trust = knowledge.Trust(2)
     for i in range(trust.FIRST):  # nobody has practised yet
         trust.add(torch.tensor([-10.0, -10.0]) + i % 2, ~ended, ended)

@@ -179,6 +179,29 @@ def test_attention_learns_among_rules_alone_until_trust():
     assert loss.isfinite() and (grads["keys"][0] == 0).all() and (grads["keys"][1:] != 0).any(1).all()
 
 
+def test_rules_that_were_of_no_help_leave_plain_sac():
+    """With the handicap on their side, KIAN's inner policy, critics and temperature are updated as those of SAC."""
+    agents = []
+    for actor in ("kian", "plain"):
+        torch.manual_seed(1)
+        args = Args(hidden="16x2", batch_size=32, actor=actor)
+        agent = make_agent(args, 6, 2, 2 * (actor == "kian"))
+        if actor == "kian":
+            agent["actor"]["handicap"][0] = -sac_kian.HELD_BACK
+        torch.manual_seed(2)
+        batch, advice = torch.randn(32, 16), torch.rand(32, 2, 2)[:, :2 * (actor == "kian")]
+        noise = draw_noise(32, 2, 2)
+        if actor == "plain":
+            noise = Noise(noise.gaussian[:, :1], noise.gumbel[:, :1])
+        with torch.no_grad():
+            update(agent, batch, torch.zeros(6), torch.ones(6), advice, advice, noise, noise, args)
+        agents.append(agent)
+    kian, plain = agents
+    for group in ("actor", "critic", "target", "temperature"):
+        for name, p in plain[group].items():
+            assert torch.allclose(kian[group][name], p, atol=1e-6), name
+
+
 @pytest.mark.parametrize("credit", ["expected", "drawn"])
 def test_update_is_adam_on_the_stated_losses(credit):
     """One update against torch.optim.Adam and autograd, written out: order of steps, alpha, targets."""
@@ -187,7 +210,6 @@ def test_update_is_adam_on_the_stated_losses(credit):
     agent = make_agent(args, 6, 2, 2)
     agent["actor"]["handicap"][0] = 1.0
     agent["actor"]["imitation"].fill_(0.01)
-    agent["actor"]["leniency"].fill_(0.5)
     clone = lambda group: {k: v.clone().requires_grad_() for k, v in agent[group].items()}  # noqa: E731
     actor, critic, target, temperature = (clone(g) for g in ("actor", "critic", "target", "temperature"))
     batch, (advice, next_advice) = torch.randn(32, 16), torch.rand(2, 32, 2, 2)
@@ -196,7 +218,7 @@ def test_update_is_adam_on_the_stated_losses(credit):
     with torch.no_grad():
         update(agent, batch, torch.zeros(6), torch.ones(6), advice, next_advice, noise, next_noise, args)
 
-    trained = {name: p for name, p in actor.items() if name not in ("handicap", "imitation", "leniency")}
+    trained = {name: p for name, p in actor.items() if name not in ("handicap", "imitation")}
     optimisers = [torch.optim.Adam(p.values(), args.learning_rate) for p in (critic, trained, temperature)]
     features, action, reward, end, following = batch.clamp(-5, 5).split([6, 2, 1, 1, 6], 1)
     action, reward, end = batch[:, 6:8], batch[:, 8], batch[:, 9]
@@ -214,10 +236,9 @@ def test_update_is_adam_on_the_stated_losses(credit):
         gain = sac_kian.mlp(critic, "q", torch.cat([features, now.action], 1)).amin(0).squeeze(1)
     else:  # weights: all policies' worth and their own entropy; inner policy: SAC in every state
         log_prob = now.inner_log_prob
-        both = [sac_kian.mlp(critic, "q", torch.cat([features, now.actions[:, i]], 1)).squeeze(2) for i in range(3)]
-        each = [x.amin(0) for x in both]
-        judged = [0.5 * each[0] + 0.5 * both[0].mean(0), *each[1:]]
-        q = torch.stack(judged, 1).detach() / args.attention_temperature - torch.tensor([1.0, 0, 0])
+        each = [sac_kian.mlp(critic, "q", torch.cat([features, now.actions[:, i]], 1)).squeeze(2).amin(0)
+                for i in range(3)]
+        q = torch.stack(each, 1).detach() / args.attention_temperature - torch.tensor([1.0, 0, 0])
         share = now.log_weights[:, 1:].detach().softmax(1)
         distance = [(now.actions[:, 0] - advice[:, i]).square().sum(1) for i in range(2)]
         imitation = 0.01 * sum(share[:, i] * distance[i] for i in range(2))
