@@ -479,8 +479,8 @@ def main(args: Args) -> dict[str, float]:
 
         # act
         if practice:  # without it, nothing is held back, imitated or sharpened
-            if not trust.helped and agent["actor"]["handicap"][0] > 0:  # just found out: from here on it is plain SAC
-                agent["temperature"]["log_alpha"].fill_(math.log(args.initial_temperature))
+            if not (trust.helped or trust.learned) and agent["actor"]["handicap"][0] > 0:  # just found out: anew, as
+                agent = tree_map(lambda x: x.to(device), make_agent(args, f, d, n))  # plain SAC; the buffer stays
             agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted) if trust.helped else -HELD_BACK
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
             agent["actor"]["attention_temperature"].fill_(max(args.attention_temperature * trust.caution, 1e-4))

@@ -14,7 +14,9 @@ class Trust:
     states that the inner policy leads to.
 
     The best of a noisy mean is high by luck alone. So trust is also given where over all episodes so far the agent is
-    not ahead by MARGIN: there knowledge has not `helped`, nothing is to be missed, and doubt is gone at once.
+    not ahead by MARGIN: there knowledge has not `helped`, nothing is to be missed, and doubt is gone at once. Then
+    `learned` says whether practice was better than the uniform actions of the start, or knowledge kept the inner policy
+    from all that it could have learned from.
     """
 
     MARGIN = 0.2
@@ -22,42 +24,44 @@ class Trust:
     RATE = 0.02  # of the running means: about the last 50 episodes of a kind
     FIRST = 400  # episodes, both kinds counted together, before the means are compared
     FEWEST = 20  # of each kind
+    LEARNED = 0.5  # standard deviations that practice has to be above the start: few episodes make its mean a rough one
 
     def __init__(self, num_envs: int, trusted: bool = False):
-        self.current = torch.full((num_envs,), math.nan, dtype=torch.float64)  # return so far; nan: does not count
+        self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
+        self.uniform = torch.ones(num_envs, dtype=torch.bool)  # whether it began before the first update
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
-        self.doubt, self.trusted, self.helped = float(not trusted), trusted, True
-        self.played = {kind: [0, 0.0] for kind in ("alone", "agent")}  # episodes and sum of returns
-        self.count, self.mean, self.square = 0, 0.0, 0.0  # of all returns; square: summed squared deviations
+        self.doubt, self.trusted, self.helped, self.learned = float(not trusted), trusted, True, True
+        self.played = {kind: [0, 0.0] for kind in ("start", "alone", "agent")}  # episodes and sum of returns
+        self.count, self.mean, self.square = 0, 0.0, 0.0  # of both kinds' returns; square: summed squared deviations
 
     def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor, learning: bool = True) -> None:
         """One step of every environment: rewards, who plays alone, whose episode is over, (num_envs,) each. Episodes
-        that begin before `learning` do not count: their actions are uniform, of neither kind."""
+        that begin before `learning` are of neither kind: their actions are uniform."""
         self.current += reward
         for i in ended.nonzero().squeeze(1).tolist():
-            value, kind = self.current[i].item(), "alone" if alone[i] else "agent"
-            if math.isnan(value):
+            value, kind = self.current[i].item(), "start" if self.uniform[i] else "alone" if alone[i] else "agent"
+            self.played[kind] = [self.played[kind][0] + 1, self.played[kind][1] + value]
+            if kind == "start":
                 continue
             deviation, self.count = value - self.mean, self.count + 1
             self.mean += deviation / self.count
             self.square += deviation * (value - self.mean)
             old = getattr(self, kind)
             setattr(self, kind, value if math.isnan(old) else old + self.RATE * (value - old))
-            self.played[kind] = [self.played[kind][0] + 1, self.played[kind][1] + value]
             if self.count >= self.FIRST and not self.agent <= self.best:  # also where best is nan: none yet
                 self.best = self.agent
             if self.trusted:
                 self.doubt *= 1 - self.FADE
-        self.current[ended] = 0.0 if learning else math.nan
-        fewest = min(episodes for episodes, _ in self.played.values())
-        if not self.trusted and self.count >= self.FIRST and fewest >= self.FEWEST:
+        self.current[ended], self.uniform[ended] = 0.0, not learning
+        enough = self.count >= self.FIRST and min(self.played["alone"][0], self.played["agent"][0]) >= self.FEWEST
+        if enough and not self.trusted:
             std = max((self.square / self.count) ** 0.5, 1e-8)
-            alone, agent = (total / episodes for episodes, total in self.played.values())
+            start, alone, agent = (total / max(episodes, 1) for episodes, total in self.played.values())
             lag, ahead = (self.best - self.alone) / std, (agent - alone) / std
             self.doubt = min(1.0, max(0.0, lag))
             self.trusted = min(lag, ahead) < self.MARGIN
             if self.trusted:
-                self.helped = ahead >= self.MARGIN
+                self.helped, self.learned = ahead >= self.MARGIN, (alone - start) / std >= self.LEARNED
                 self.doubt = self.MARGIN * self.helped
 
     @property

@@ -452,11 +452,14 @@ def test_trust_compares_returns_and_is_given_once():
 
 
 def test_knowledge_that_never_helped_is_not_missed():
-    trust = knowledge.Trust(2)
     alone, ended = torch.tensor([True, False]), torch.tensor([True, True])
-    for i in range(trust.FIRST):
-        trust.add(torch.tensor([-10.0, -10.0]) + i % 2, alone, ended)
-    assert trust.trusted and not trust.helped and trust.doubt == trust.caution == 0.0
+    for start, learned in ((-9.5, False), (-30.0, True)):  # of uniform actions
+        trust = knowledge.Trust(2)
+        trust.add(torch.tensor([start, start]), alone, ended)
+        for i in range(trust.FIRST):
+            trust.add(torch.tensor([-10.0, -10.0]) + i % 2, alone, ended)
+        assert trust.trusted and not trust.helped and trust.doubt == trust.caution == 0.0
+        assert trust.learned == learned
     trust = knowledge.Trust(2)
     for i in range(trust.FIRST):  # nobody has practised yet
         trust.add(torch.tensor([-10.0, -10.0]) + i % 2, ~ended, ended)

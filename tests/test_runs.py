@@ -55,21 +55,21 @@ def uncut(tmp_path_factory):
     return folder, result
 
 
-def test_temperature_starts_again_where_rules_were_of_no_help(tmp_path, monkeypatch):
-    """Advice to stand still earns as little as practice: trust comes at the first comparison, and alpha is 1 again."""
+def test_useless_rules_cost_their_time_alone(tmp_path, monkeypatch):
+    """Advice to stand still earns as little as practice and uniform actions do: the agent begins anew, and the rule
+    never acts again."""
     rules = tmp_path / "lazy.py"
     rules.write_text("import torch\n\n\ndef stay(obs):\n    return torch.zeros(len(obs['desired_goal']), 4)\n")
-    log_alpha = {}
-    for first in (12, 1000):
+    monkeypatch.setattr(knowledge.Trust, "FEWEST", 1)
+    for first, updates in ((12, 100), (1000, 400)):  # 4 episodes are uniform; 12 are compared, or all that there are
         monkeypatch.setattr(knowledge.Trust, "FIRST", first)
-        monkeypatch.setattr(knowledge.Trust, "FEWEST", 1)
-        train(tmp_path / str(first), total_timesteps=1000, knowledge=str(rules), updates_per_step=0.5,
-              learning_rate=0.01)
+        train(tmp_path / str(first), env="FetchSlide-v2", total_timesteps=1000, knowledge=str(rules),
+              updates_per_step=0.5)
         saved = torch.load(tmp_path / str(first) / "checkpoint.pt", weights_only=True)
-        assert saved["trust"]["trusted"] == (first == 12)
-        log_alpha[first] = saved["agent"]["temperature"]["log_alpha"].item()
-    assert log_alpha[1000] < -3  # 400 updates
-    assert -1.2 < log_alpha[12] < -0.5  # 100 updates: 4 episodes are uniform, 12 are compared
+        assert saved["agent"]["count"] == updates and saved["trust"]["trusted"] == (first == 12)
+        weight = [float(r["value"]) for r in csv.DictReader((tmp_path / str(first) / "scalars.csv").open())
+                  if r["name"] == "attention/inner"]
+        assert weight[-1] < 1e-6 if first == 1000 else 0 < weight[-1] < 1  # the mean over the updates since the last
 
 
 def test_run_folder(uncut):
