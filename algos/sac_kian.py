@@ -11,7 +11,8 @@ Departures from the paper; flags undo each, docs/sac_kian.md has the reasons and
   entropy bonus (--credit drawn);
 - an inner policy looks better to its critics than it is, for it maximises their errors. It practises alone in some
   episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to; then
-  attention alone decides, ever more sharply, and the imitation fades (--practice 0);
+  attention alone decides, ever more sharply, and the imitation fades. Rules that were of no help are dropped; if nothing
+  was learned either, the agent begins anew, as SAC (--practice 0);
 - scores are 3 cos(query, key); small networks, few updates, normalised inputs, some uniform actions: minutes, not days.
 
 python algos/sac_kian.py --env FetchPickAndPlace-v2   # success 0.9 after 20,000 steps, 0.99 after 150,000
@@ -479,8 +480,8 @@ def main(args: Args) -> dict[str, float]:
 
         # act
         if practice:  # without it, nothing is held back, imitated or sharpened
-            if not (trust.helped or trust.learned) and agent["actor"]["handicap"][0] > 0:  # just found out: anew, as
-                agent = tree_map(lambda x: x.to(device), make_agent(args, f, d, n))  # plain SAC; the buffer stays
+            if not (trust.helped or trust.learned) and agent["actor"]["handicap"][0] > 0:  # just found out
+                agent = tree_map(lambda x: x.to(device), make_agent(args, f, d, n))  # what it learned is in the way
             agent["actor"]["handicap"][0] = HELD_BACK * (not trust.trusted) if trust.helped else -HELD_BACK
             agent["actor"]["imitation"].fill_(args.imitation * trust.doubt)
             agent["actor"]["attention_temperature"].fill_(max(args.attention_temperature * trust.caution, 1e-4))
