@@ -38,6 +38,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
         run = tmp_path / f"run{k}" / "MinAtar"  # runs may lie deeper
         run.mkdir(parents=True)
         config = {"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}
+        config |= {"resumed": [{"step": 0, "commit": "b"}, {"step": 400, "commit": "d"}]} if k == 1 else {}
         (run / "config.json").write_text(json.dumps(config))
         (run / "eval.csv").write_text("step,wall_s,episodes,return_mean,return_std,success_rate,length_mean\n"
                                       f"0,1,8,-50,0,0.1,50\n{1000 - k},2,8,-5,0,0.{k},50\n")
@@ -50,6 +51,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
         "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
         "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9": [(1, [0, 997], [0.1, 0.3])]}
+    assert found["kian"][0].commits == {"c"} and found["plain"][0].commits == {"c", "d"}  # nothing is left of b's
     (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
     curves.gather(folders[1:2])  # a smoke run by the same name
     assert "kept, longer: plain, seed 1 of FetchPush-v2.csv has 999 steps" in capsys.readouterr().out
