@@ -314,6 +314,7 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> 
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
+    args = replace(args, init_from=args.init_from and str(Path(args.init_from).resolve()))  # later runs come back to it
     saved, env_id = None, args.env or "MiniGrid-DoorKey-5x5-v0"
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
@@ -321,8 +322,8 @@ def main(args: Args) -> dict[str, float]:
         args = continued(stored, args, "resume", "device", if_named=["total_timesteps"]) if args.resume else continued(
             stored, replace(args, env=stored.env), "evaluate", "eval_episodes", "video", "device",
             if_named=["eval_select"])
-    else:  # a path that is right from everywhere: later runs come back to it
-        args = replace(args, env=env_id, init_from=args.init_from and str(Path(args.init_from).resolve()))
+    else:
+        args = replace(args, env=env_id)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "num_steps", "epochs", "batch_size",
                      "learning_rate", "clip", "max_grad_norm")
     require_range(args, 0, 1, "gamma", "gae_lambda")

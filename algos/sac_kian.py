@@ -11,8 +11,8 @@ Departures from the paper; flags undo each, docs/sac_kian.md has the reasons and
   entropy bonus (--credit drawn);
 - an inner policy looks better to its critics than it is, for it maximises their errors. It practises alone in some
   episodes; until its returns there are nearly the agent's best, rules act and it imitates those attended to; then
-  attention alone decides, ever more sharply, and the imitation fades. Rules that were of no help are dropped; if nothing
-  was learned either, the agent begins anew, as SAC (--practice 0);
+  attention alone decides, ever more sharply, and the imitation fades. Rules that were of no help are dropped; if
+  nothing was learned either, the agent begins anew, as plain SAC. --practice 0 switches all this off;
 - scores are 3 cos(query, key); small networks, few updates, normalised inputs, some uniform actions: minutes, not days.
 
 python algos/sac_kian.py --env FetchPickAndPlace-v2   # success 0.9 after 20,000 steps, 0.99 after 150,000
@@ -51,7 +51,7 @@ class Args:
     env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
     total_timesteps: int = 150_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 32  # environments stepped together
-    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all, or with --evaluate as in training
+    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all. With --evaluate, left out: as it was
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
@@ -254,7 +254,7 @@ def decide(actor: dict, features: torch.Tensor, advice: torch.Tensor, noise: Noi
             query, inner_key = query.chunk(2, -1)
             keys = torch.cat([inner_key.unsqueeze(1), keys[1:].expand(len(query), -1, -1)], 1)  # (B, n+1, m)
         scores = attention_scores(query, keys, args.cosine_scale)
-    scores = scores - actor["handicap"]  # (n+1,), of the inner policy while it is not trusted
+    scores = scores - actor["handicap"]  # (n+1,), of the inner policy, held back; below 0: rules are dropped
     log_weights = torch.log_softmax(scores, -1)
     selected = select(scores, noise.gumbel)
 
@@ -376,7 +376,7 @@ def make_agent(args: Args, f: int, d: int, n: int) -> dict:
 @torch.no_grad()  # gradients are taken by torch.func, inside `update`
 def main(args: Args) -> dict[str, float]:
     """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
-    saved = None
+    saved, args = None, replace(args, init_from=args.init_from and str(Path(args.init_from).resolve()))
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
         args = continued(stored, args, "resume", "device", if_named=["total_timesteps"]) if args.resume else continued(
@@ -392,7 +392,7 @@ def main(args: Args) -> dict[str, float]:
     require_range(args, -20, 2, "ext_log_std")
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
-    asked = args = replace(args, init_from=args.init_from and str(Path(args.init_from).resolve()))
+    asked = args
     if args.actor == "a2t" or args.entropy_fix == "off":  # the naive mixture has no policy-wise terms
         args = replace(args, entropy_fix="off", credit="drawn")
     args = replace(args, practice=args.practice * (args.credit != "drawn"))  # held back, it would never be drawn
@@ -434,7 +434,7 @@ def main(args: Args) -> dict[str, float]:
     if saved:
         agent, step, debt, updates, totals, features, alone = (saved[name] for name in (
             "agent", "step", "debt", "updates", "totals", "features", "alone"))
-        for name in parts if args.resume else ("normalizer", "trust"):
+        for name in parts if args.resume else ("normalizer",):
             parts[name].load_state_dict(saved[name])
     agent, totals = tree_map(lambda x: x.to(device), (agent, totals))
     sampled = args.eval_select == "sample"
@@ -499,7 +499,7 @@ def main(args: Args) -> dict[str, float]:
         flags = torch.from_numpy(np.stack([reward, terminated], 1).astype(np.float32))  # (num_envs, 2)
         ended = torch.from_numpy(terminated | truncated)
         buffer.add(torch.cat([features, action, flags, envs.flatten(info["final_obs"])], 1), ended)
-        trust.add(flags[:, 0], alone, ended, buffer.stored >= args.batch_size)
+        trust.add(flags[:, 0], alone, ended, uniform=not learning)
         alone = torch.where(ended, torch.rand(args.num_envs) < practice * (not trust.trusted), alone)
         normalizer.add(features)
         features = envs.flatten(obs)

@@ -58,7 +58,7 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
     logged = [(int(row["step"]), float(row["value"])) for row in rows if row["name"] == "return"]
     before = 0
     for row in curve:
-        found = [value for step, value in logged if before < step <= int(row["step"])]
+        found = [value for step, value in logged if before < step <= int(row["step"]) and value == value]
         row["online_return"] = f"{sum(found) / len(found):.6g}" if found else ""
         before = int(row["step"])
 

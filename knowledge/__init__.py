@@ -52,10 +52,13 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
     for kind, _, name in (item.strip().partition(":") for item in spec.split(",")):
         path = Path(name, "checkpoint.pt") if kind in ("run", "inner") else Path(kind)
         if path.suffix in (".py", ".pt") and path.is_file():
-            content, kept = path.read_bytes(), folder / str(path).strip("./").replace("/", "-")
-            if path.suffix == ".pt":
-                content, kept = hashlib.sha256(content).hexdigest().encode(), kept.with_suffix(".sha256")
-            sources.append((path, content, kept))
+            kept = folder / str(path).replace("..", "up").strip("./").replace("/", "-")
+            if path.suffix == ".py":
+                sources.append((path, path.read_bytes(), kept))
+                continue
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
+            sources.append((path, digest, kept.with_suffix(".sha256")))
     return sources
 
 

@@ -3,9 +3,12 @@ import math
 
 import torch
 
+from knowledge.registry import KnowledgeError
+
 
 class Trust:
     """Returns of two kinds of training episodes: those the inner policy plays alone, and those of the whole agent.
+    Beside them, the uniform ones of the start, before there is anything to choose with.
 
     `doubt` says how much worse the inner policy does alone than the agent did at its best, in standard deviations of
     returns: 1 while nothing is known, never above. A learned critic cannot say that: the inner policy maximises the
@@ -15,8 +18,8 @@ class Trust:
 
     The best of a noisy mean is high by luck alone. So trust is also given where over all episodes so far the agent is
     not ahead by MARGIN: there knowledge has not `helped`, nothing is to be missed, and doubt is gone at once. Then
-    `learned` says whether practice was better than the uniform actions of the start, or knowledge kept the inner policy
-    from all that it could have learned from.
+    `learned` is False if practice was no better than the uniform episodes: the inner policy has seen nothing that is
+    worth learning from, and had better start afresh.
     """
 
     MARGIN = 0.2
@@ -28,17 +31,21 @@ class Trust:
 
     def __init__(self, num_envs: int, trusted: bool = False):
         self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
-        self.uniform = torch.ones(num_envs, dtype=torch.bool)  # whether it began before the first update
+        self.length, self.uniform = torch.zeros(2, num_envs, dtype=torch.long)  # its steps, those with uniform actions
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
         self.doubt, self.trusted, self.helped, self.learned = float(not trusted), trusted, True, True
         self.played = {kind: [0, 0.0] for kind in ("start", "alone", "agent")}  # episodes and sum of returns
         self.count, self.mean, self.square = 0, 0.0, 0.0  # of both kinds' returns; square: summed squared deviations
 
-    def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor, learning: bool = True) -> None:
-        """One step of every environment: rewards, who plays alone, whose episode is over, (num_envs,) each. Episodes
-        that begin before `learning` are of neither kind: their actions are uniform."""
+    def add(self, reward: torch.Tensor, alone: torch.Tensor, ended: torch.Tensor, uniform: bool = False) -> None:
+        """One step of every environment: rewards, who plays alone, whose episode is over, (num_envs,) each, and whether
+        all actions were uniform. An episode that changes from these to others counts for nothing."""
         self.current += reward
+        self.length += 1
+        self.uniform += uniform
         for i in ended.nonzero().squeeze(1).tolist():
+            if 0 < self.uniform[i] < self.length[i]:
+                continue
             value, kind = self.current[i].item(), "start" if self.uniform[i] else "alone" if alone[i] else "agent"
             self.played[kind] = [self.played[kind][0] + 1, self.played[kind][1] + value]
             if kind == "start":
@@ -52,11 +59,11 @@ class Trust:
                 self.best = self.agent
             if self.trusted:
                 self.doubt *= 1 - self.FADE
-        self.current[ended], self.uniform[ended] = 0.0, not learning
+        self.current[ended], self.length[ended], self.uniform[ended] = 0.0, 0, 0
         enough = self.count >= self.FIRST and min(self.played["alone"][0], self.played["agent"][0]) >= self.FEWEST
         if enough and not self.trusted:
             std = max((self.square / self.count) ** 0.5, 1e-8)
-            start, alone, agent = (total / max(episodes, 1) for episodes, total in self.played.values())
+            start, alone, agent = (total / n if n else -math.inf for n, total in self.played.values())
             lag, ahead = (self.best - self.alone) / std, (agent - alone) / std
             self.doubt = min(1.0, max(0.0, lag))
             self.trusted = min(lag, ahead) < self.MARGIN
@@ -66,11 +73,14 @@ class Trust:
 
     @property
     def caution(self) -> float:
-        """1 until trust is given, then doubt as a share of what it is where rules helped: at once 0 where not."""
+        """1 until trust; from then on doubt / MARGIN, which falls from 1 where rules helped, and is 0 where not."""
         return self.doubt / self.MARGIN if self.trusted else 1.0
 
     def state_dict(self) -> dict:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises KnowledgeError for what another version has saved."""
+        if state.keys() != vars(self).keys() or state["played"].keys() != self.played.keys():
+            raise KnowledgeError("the run was saved by another version of knowledge/trust.py; go on with that commit")
         vars(self).update(state)

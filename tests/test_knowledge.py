@@ -430,9 +430,11 @@ def test_trust_compares_returns_and_is_given_once():
     trust = knowledge.Trust(2)
     alone, ended = torch.tensor([True, False]), torch.tensor([True, True])
     assert trust.doubt == trust.caution == 1.0
-    for k in range(500):  # uniform actions: of neither
-        trust.add(torch.tensor([-5.0, -5.0]), alone, ended, learning=k == 499)
-    assert trust.count == 0 and trust.doubt == 1.0
+    for _ in range(500):  # uniform actions: of neither
+        trust.add(torch.tensor([-5.0, -5.0]), alone, ended, uniform=True)
+    trust.add(torch.tensor([-5.0, -5.0]), alone, ~ended, uniform=True)
+    trust.add(torch.tensor([-5.0, -5.0]), alone, ended)  # one that changes, of nothing
+    assert trust.count == 0 and trust.doubt == 1.0 and trust.played["start"] == [1000, -5000.0]
     for _ in range(300):
         trust.add(torch.tensor([-10.0, 0.0]), alone, ended)
     assert trust.alone == -10.0 and trust.best == 0.0
@@ -449,13 +451,15 @@ def test_trust_compares_returns_and_is_given_once():
     again = knowledge.Trust(2)
     again.load_state_dict(trust.state_dict())
     assert again.doubt == trust.doubt
+    with pytest.raises(KnowledgeError, match="another version"):
+        again.load_state_dict({k: v for k, v in trust.state_dict().items() if k != "learned"})
 
 
 def test_knowledge_that_never_helped_is_not_missed():
     alone, ended = torch.tensor([True, False]), torch.tensor([True, True])
     for start, learned in ((-9.5, False), (-30.0, True)):  # of uniform actions
         trust = knowledge.Trust(2)
-        trust.add(torch.tensor([start, start]), alone, ended)
+        trust.add(torch.tensor([start, start]), alone, ended, uniform=True)
         for i in range(trust.FIRST):
             trust.add(torch.tensor([-10.0, -10.0]) + i % 2, alone, ended)
         assert trust.trusted and not trust.helped and trust.doubt == trust.caution == 0.0
@@ -471,7 +475,6 @@ def test_luck_is_not_help():
     draw = torch.Generator().manual_seed(0)
     for _ in range(20):
         trust, episodes = knowledge.Trust(32), 0
-        trust.add(torch.zeros(32), torch.ones(32), torch.ones(32, dtype=torch.bool))  # the uniform ones
         while not trust.trusted:
             reward = -50.0 * (torch.rand(32, generator=draw) > 1 / 12)
             trust.add(reward, torch.rand(32, generator=draw) < 0.25, torch.ones(32, dtype=torch.bool))

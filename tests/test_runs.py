@@ -70,6 +70,14 @@ def test_useless_rules_cost_their_time_alone(tmp_path, monkeypatch):
         weight = [float(r["value"]) for r in csv.DictReader((tmp_path / str(first) / "scalars.csv").open())
                   if r["name"] == "attention/inner"]
         assert weight[-1] < 1e-6 if first == 1000 else 0 < weight[-1] < 1  # the mean over the updates since the last
+    monkeypatch.setattr(knowledge.Trust, "FIRST", 12)
+    for cut in (800, 900):  # trust has been given, the agent is anew from the next step on; and later
+        folder = tmp_path / f"cut{cut}"
+        train(folder, env="FetchSlide-v2", total_timesteps=cut, knowledge=str(rules), updates_per_step=0.5)
+        assert torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["count"] == (300 if cut == 800 else 50)
+        sac_kian.main(sac_kian.Args(resume=str(folder), total_timesteps=1000))
+        for found, whole in zip(curve(folder), curve(tmp_path / "12")):
+            assert [row for row in found if row[0] != str(cut)] == [row for row in whole if row[0] != str(cut)]
 
 
 def test_run_folder(uncut):
