@@ -69,20 +69,19 @@ class Run:
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, args.env, name))
         while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
             self.folder = self.folder.with_name(f"{self.folder.name}a")
-        if not args.resume:
-            try:
+        try:
+            if args.resume:  # perhaps with more steps, by other code, elsewhere
+                config = json.loads((self.folder / "config.json").read_text())
+                config["args"]["total_timesteps"] = args.total_timesteps
+                config["resumed"] = [*config.get("resumed", []), {"step": step, **describe_machine()}]
+            else:
                 if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                     raise ArgError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
                 self.folder.mkdir(parents=True, exist_ok=True)
                 config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
-                write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
-            except OSError as error:
-                raise ArgError(f"{self.folder} cannot be written ({error.strerror}); name another --run-dir") from error
-        else:  # perhaps with more steps, by other code, elsewhere
-            config = json.loads((self.folder / "config.json").read_text())
-            config["args"]["total_timesteps"] = args.total_timesteps
-            config["resumed"] = [*config.get("resumed", []), {"step": step, **describe_machine()}]
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+        except OSError as error:
+            raise ArgError(f"{self.folder} cannot be written ({error.strerror}); name another --run-dir") from error
         print(f"run folder: {self.folder}", file=sys.stderr)
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)

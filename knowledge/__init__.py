@@ -54,11 +54,12 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
         if path.suffix in (".py", ".pt") and path.is_file():
             kept = folder / str(path).replace("..", "up").strip("./").replace("/", "-")
             if path.suffix == ".py":
-                sources.append((path, path.read_bytes(), kept))
-                continue
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
-            sources.append((path, digest, kept.with_suffix(".sha256")))
+                content = path.read_bytes()
+            else:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest().encode()
+                kept = kept.with_suffix(".sha256")
+            sources.append((path, content, kept))
     return sources
 
 

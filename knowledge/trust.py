@@ -31,7 +31,7 @@ class Trust:
 
     def __init__(self, num_envs: int, trusted: bool = False):
         self.current = torch.zeros(num_envs, dtype=torch.float64)  # return so far of each open episode
-        self.length, self.uniform = torch.zeros(2, num_envs, dtype=torch.long)  # its steps, those with uniform actions
+        self.uniform = torch.zeros(num_envs, dtype=torch.bool)  # whether it began with uniform actions
         self.alone = self.agent = self.best = float("nan")  # running means; best: the highest that `agent` has been
         self.doubt, self.trusted, self.helped, self.learned = float(not trusted), trusted, True, True
         self.played = {kind: [0, 0.0] for kind in ("start", "alone", "agent")}  # episodes and sum of returns
@@ -41,12 +41,11 @@ class Trust:
         """One step of every environment: rewards, who plays alone, whose episode is over, (num_envs,) each, and whether
         all actions were uniform. An episode that changes from these to others counts for nothing."""
         self.current += reward
-        self.length += 1
-        self.uniform += uniform
+        self.uniform |= uniform
         for i in ended.nonzero().squeeze(1).tolist():
-            if 0 < self.uniform[i] < self.length[i]:
+            if self.uniform[i] and not uniform:
                 continue
-            value, kind = self.current[i].item(), "start" if self.uniform[i] else "alone" if alone[i] else "agent"
+            value, kind = self.current[i].item(), "start" if uniform else "alone" if alone[i] else "agent"
             self.played[kind] = [self.played[kind][0] + 1, self.played[kind][1] + value]
             if kind == "start":
                 continue
@@ -59,7 +58,7 @@ class Trust:
                 self.best = self.agent
             if self.trusted:
                 self.doubt *= 1 - self.FADE
-        self.current[ended], self.length[ended], self.uniform[ended] = 0.0, 0, 0
+        self.current[ended], self.uniform[ended] = 0.0, False
         enough = self.count >= self.FIRST and min(self.played["alone"][0], self.played["agent"][0]) >= self.FEWEST
         if enough and not self.trusted:
             std = max((self.square / self.count) ** 0.5, 1e-8)
