@@ -81,7 +81,8 @@ class Run:
                 config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
         except OSError as error:
-            raise ArgError(f"{self.folder} cannot be written ({error.strerror}); name another --run-dir") from error
+            remedy = "make it writable" if args.resume else "name another --run-dir"
+            raise ArgError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
         print(f"run folder: {self.folder}", file=sys.stderr)
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)

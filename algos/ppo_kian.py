@@ -80,8 +80,10 @@ class Args:
     value_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
     bc_coef: float = 0.0  # weight of KL(softmax of all advice || policy); PPO+BC of the paper: 0.001, --actor plain
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions (paper), or the likeliest
 
     # method: KIAN and what it is compared with
+    official: bool = False  # as released: overrides inner-key, fusion, sharpness, silent, entropy-of, bootstrapping
     actor: Literal["kian", "plain", "kogun", "a2t", "rule", "mix"] = "kian"  # see docs/ppo_kian.md
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>, inner:<RUN_DIR>; comma-separated
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
@@ -90,8 +92,6 @@ class Args:
     silent: Literal["abstain", "uniform"] = "abstain"  # a rule without advice steps back, or acts at random (paper)
     entropy_of: Literal["inner", "fused"] = "inner"  # whose entropy is rewarded: the inner policy's, or all's (paper)
     entropy_fix: Literal["on", "off"] = "on"  # off: dot products, advice as it stands; paper's ablation: + --official
-    official: bool = False  # as released: overrides inner-key, fusion, sharpness, silent, entropy-of, bootstrapping
-    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions (paper), or the likeliest
     init_from: str = ""  # run folder whose keys are taken over by name, and whose inner policy becomes knowledge
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
@@ -319,9 +319,9 @@ def main(args: Args) -> dict[str, float]:
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
         env_id = args.env if args.evaluate and args.env else stored.env
-        args = continued(stored, args, "resume", "device", if_named=["total_timesteps"]) if args.resume else continued(
-            stored, replace(args, env=stored.env), "evaluate", "eval_episodes", "video", "device",
-            if_named=["eval_select"])
+        args = continued(stored, args, "resume", if_named=["total_timesteps", "device"]) if args.resume else continued(
+            stored, replace(args, env=stored.env), "evaluate", "eval_episodes", "video",
+            if_named=["eval_select", "device"])
     else:
         args = replace(args, env=env_id)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "num_steps", "epochs", "batch_size",
@@ -439,9 +439,9 @@ def main(args: Args) -> dict[str, float]:
                       "tally": tally, "envs": envs.snapshot(vec), "rng": torch.get_rng_state(),
                       "wall_s": run.wall_s(), "policy": policy})
     run.close(step < args.total_timesteps)  # a stopped run ends here
+    film(run.folder / "video")
     if args.save_keys:
         knowledge.save_keys(args.save_keys, policy)
-    film(run.folder / "video")
     return result
 
 

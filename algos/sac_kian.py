@@ -379,8 +379,8 @@ def main(args: Args) -> dict[str, float]:
     saved, args = None, replace(args, init_from=args.init_from and str(Path(args.init_from).resolve()))
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        args = continued(stored, args, "resume", "device", if_named=["total_timesteps"]) if args.resume else continued(
-            stored, args, "evaluate", "eval_episodes", "video", "device", if_named=["goal_range", "eval_select"])
+        args = continued(stored, args, "resume", if_named=["total_timesteps", "device"]) if args.resume else continued(
+            stored, args, "evaluate", "eval_episodes", "video", if_named=["goal_range", "eval_select", "device"])
         if args.resume and saved["step"] >= args.total_timesteps:
             raise ArgError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "buffer_size",
@@ -428,7 +428,7 @@ def main(args: Args) -> dict[str, float]:
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     if practice and limit and args.total_timesteps <= first + limit * (trust.FIRST + args.num_envs):
-        print(f"rules alone act: the trained policy may after {trust.FIRST} episodes at the earliest", file=sys.stderr)
+        print(f"rules alone act for {trust.FIRST} episodes, perhaps to the end of this run", file=sys.stderr)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:
@@ -526,8 +526,8 @@ def main(args: Args) -> dict[str, float]:
         over = step >= args.total_timesteps
         run.bar.update(args.num_envs)
         if updates and due(LOG_EVERY):
-            run.log(step, {name: total / updates for name, total in totals.items()} | {
-                "return": trust.agent, "return_alone": trust.alone, "doubt": trust.doubt}, names)
+            run.log(step, {name: total / updates for name, total in totals.items()} | {"return": trust.agent,
+                "return_alone": trust.alone, "doubt": trust.doubt}, names if attends else names[:1])
             updates, totals = 0, {}
         if over or due(args.eval_every):
             run.log_evaluation(step, result := evaluate(args.eval_episodes * (2 if over else 1)))
@@ -538,9 +538,9 @@ def main(args: Args) -> dict[str, float]:
                       "wall_s": run.wall_s(), **{name: part.state_dict() for name, part in parts.items()},
                       "policy": policy})
     run.close(step < args.total_timesteps)  # a stopped run ends here
+    film(run.folder / "video")
     if args.save_keys:
         knowledge.save_keys(args.save_keys, policy)
-    film(run.folder / "video")
     return result
 
 

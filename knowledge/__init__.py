@@ -17,7 +17,7 @@ import torch
 
 from knowledge import fetch, franka, minigrid, run  # noqa: F401  (importing a family registers its rules)
 from knowledge.keys import save_keys, take_over
-from knowledge.registry import KnowledgeError, Obs, Policy, group, groups_for, rule, rules_for
+from knowledge.registry import KnowledgeError, Obs, Policy, copy_of, group, groups_for, rule, rules_for
 from knowledge.run import freeze, freeze_categorical
 from knowledge.trust import Trust
 
@@ -51,15 +51,13 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
     sources = []
     for kind, _, name in (item.strip().partition(":") for item in spec.split(",")):
         path = Path(name, "checkpoint.pt") if kind in ("run", "inner") else Path(kind)
-        if path.suffix in (".py", ".pt") and path.is_file():
-            kept = folder / str(path).replace("..", "up").strip("./").replace("/", "-")
-            if path.suffix == ".py":
-                content = path.read_bytes()
-            else:
-                with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest().encode()
-                kept = kept.with_suffix(".sha256")
-            sources.append((path, content, kept))
+        kept = folder / str(path).replace("..", "up").strip("./").replace("/", "-")
+        if path.suffix == ".py":
+            sources.append((path, path.read_bytes() if path.is_file() else b"", kept))
+        elif path.suffix == ".pt" and path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
+            sources.append((path, digest, kept.with_suffix(".sha256")))
     return sources
 
 
@@ -68,9 +66,9 @@ def _check_kept(spec: str, folder: Path) -> None:
     and is evaluated, with the knowledge it was trained with."""
     for path, content, kept in _sources(spec, folder):
         if kept.exists() and kept.read_bytes() != content:
+            what = "has changed since the run began" if path.is_file() else "is not there any more"
             restore = f"restore it from {kept}, or " if path.suffix == ".py" else ""
-            raise KnowledgeError(f"knowledge {path} has changed since the run began; {restore}delete {kept} to go on "
-                                 "with the new one")
+            raise KnowledgeError(f"knowledge {path} {what}; {restore}delete {kept} to go on with a new one")
 
 
 def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0, kept_in: str | None = None
@@ -176,7 +174,7 @@ def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) ->
     shape, dtype = (len(next(iter(obs.values())) if isinstance(obs, dict) else obs), action_dim), _action_dtype(obs)
     try:
         with torch.no_grad():
-            action = policy(obs)
+            action = policy(copy_of(obs))
     except KnowledgeError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         print(f"keys mean something only to the query that they were learned with, and that of {source} is not taken "
               "along; --warm keys+query does, from a run folder", file=sys.stderr)
     if (inner_key := keys.pop("inner", None)) is not None:  # absent where it is made from the state
-        keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if warm == "all" else {})
+        keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if "inner" in parts else {})
     for i, name in enumerate(names):
         if name not in keys:
             continue
@@ -93,4 +94,7 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         for p, theirs in zip(ours, layers):
             p.copy_(theirs)
     if parts and normalizer:
+        if normalizer.on == math.isinf(policy["clip"]):
+            raise KnowledgeError(f"keys {source}: its networks were trained with --{'no-' * normalizer.on}normalize; "
+                                 "start this run with it, too")
         normalizer.load_state_dict(checkpoint["normalizer"])

@@ -8,6 +8,11 @@ Obs = torch.Tensor | dict[str, torch.Tensor]
 Policy = Callable[[Obs], torch.Tensor]
 
 
+def copy_of(obs: Obs) -> Obs:
+    """What a policy is handed: it may write into its observations, which are views of what is stored."""
+    return {name: x.clone() for name, x in obs.items()} if isinstance(obs, dict) else obs.clone()
+
+
 class KnowledgeError(ValueError):
     """Knowledge that cannot be used; the message is one line: what was found and what to do."""
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from knowledge.registry import KnowledgeError, Obs, Policy
+from knowledge.registry import KnowledgeError, Obs, Policy, copy_of
 
 ENTRIES = {"env", "inputs", "mean", "std", "clip", "actor", "inner", "query", "keys", "score", "knowledge"}
 FUSION = ("fusion", "entropy_fix", "sharpness", "silent")
@@ -87,7 +87,7 @@ class FrozenAgent:
     def __call__(self, obs: Obs) -> Tensor:
         """Actions (B, d). Raises KnowledgeError for observations unlike those of the run."""
         x, actor, inner = self.normalised(obs), self.policy["actor"], self.policy["inner"]
-        external = [policy(obs) for policy in self.knowledge.values()]
+        external = [policy(copy_of(obs)) for policy in self.knowledge.values()]
         output, _ = mlp(inner, torch.cat([x, *external], -1) if actor == "kogun" else x)
         action = output.chunk(2, -1)[0].tanh()  # of mean | log std
         if actor in ("plain", "kogun"):
@@ -112,7 +112,7 @@ class FrozenAgent:
         """Attention before its scale and softmax, neither of which moves the largest, (B, n+1), inner first."""
         query, hidden = mlp(self.policy["query"], x)
         if self.policy["actor"] == "a2t":
-            return torch.cat([query[:, :1] - self.policy.get("handicap", 0.0), query[:, 1:]], 1)
+            return query
         named = self.policy["keys"]
         head = self.policy.get("inner_key_head")
         keys = [mlp(head, hidden)[0] if head else named["inner"], *(named[name] for name in self.knowledge)]
@@ -156,7 +156,7 @@ class FrozenCategorical:
         logits = layer(p["inner"], hidden)
         if p["actor"] == "plain":
             return torch.softmax(logits, -1)
-        advice = torch.stack([policy(obs) for policy in self.knowledge.values()], 1)  # (B, n, A)
+        advice = torch.stack([policy(copy_of(obs)) for policy in self.knowledge.values()], 1)  # (B, n, A)
         query = layer(p["query"], hidden)
         inner_key = layer(p["inner_key"], hidden) if p["inner_key"] else p["keys"]["inner"].to(query)
         keys = [inner_key, *(p["keys"][name].to(query) for name in self.knowledge)]

@@ -1,7 +1,9 @@
 """How far a policy in training lags behind the agent that has knowledge to lean on."""
 import math
+import sys
 
 import torch
+from tqdm import tqdm
 
 from knowledge.registry import KnowledgeError
 
@@ -19,7 +21,8 @@ class Trust:
     The best of a noisy mean is high by luck alone. So trust is also given where over all episodes so far the agent is
     not ahead by MARGIN: there knowledge has not `helped`, nothing is to be missed, and doubt is gone at once. Then
     `learned` is False if practice was no better than the uniform episodes: the inner policy has seen nothing that is
-    worth learning from, and had better start afresh.
+    worth learning from, and had better start afresh. Where no episode is uniform to its end, as without hindsight, it is
+    taken to have learned.
     """
 
     MARGIN = 0.2
@@ -69,6 +72,9 @@ class Trust:
             if self.trusted:
                 self.helped, self.learned = ahead >= self.MARGIN, (alone - start) / std >= self.LEARNED
                 self.doubt = self.MARGIN * self.helped
+                verdict = "the trained policy begins to act" if self.helped else "rules were of no help and are dropped"
+                anew = "" if self.helped or self.learned else ", the agent begins anew"
+                tqdm.write(f"after {self.count} episodes: {verdict}{anew}", file=sys.stderr)
 
     @property
     def caution(self) -> float:

@@ -238,6 +238,16 @@ def test_rule_that_fails_later():
         knowledge.advise({"mine.cut": lambda obs: obs["observation"][5]}, obs, 4)
 
 
+def test_a_rule_may_write_into_what_it_is_given():
+    def shift(obs):
+        obs["observation"][:, :3] -= obs["desired_goal"]
+        return obs["observation"].clamp_(-1, 1)[:, :4]
+
+    obs, untouched = batch(2), batch(2)
+    first, second = knowledge.advise({"a": shift, "b": shift}, obs, 4).unbind(1)
+    assert torch.equal(first, second) and all(torch.equal(obs[name], untouched[name]) for name in obs)
+
+
 def test_run_keeps_its_files(tmp_path):
     path, run = write(tmp_path, "def up(obs): ...\n"), tmp_path / "run"
     run.mkdir()
@@ -247,6 +257,9 @@ def test_run_keeps_its_files(tmp_path):
     assert kept.read_text() == Path(path).read_text()
     write(tmp_path, "def up(obs): return 1\n")
     with pytest.raises(knowledge.KnowledgeError, match=f"{path} has changed since .*; restore it from {kept}"):
+        knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
+    Path(path).unlink()
+    with pytest.raises(knowledge.KnowledgeError, match=f"{path} is not there any more; restore it from {kept}"):
         knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
 
 
@@ -455,7 +468,7 @@ def test_trust_compares_returns_and_is_given_once():
         again.load_state_dict({k: v for k, v in trust.state_dict().items() if k != "learned"})
 
 
-def test_knowledge_that_never_helped_is_not_missed():
+def test_knowledge_that_never_helped_is_not_missed(capsys):
     alone, ended = torch.tensor([True, False]), torch.tensor([True, True])
     for start, learned in ((-9.5, False), (-30.0, True)):  # of uniform actions
         trust = knowledge.Trust(2)
@@ -464,6 +477,8 @@ def test_knowledge_that_never_helped_is_not_missed():
             trust.add(torch.tensor([-10.0, -10.0]) + i % 2, alone, ended)
         assert trust.trusted and not trust.helped and trust.doubt == trust.caution == 0.0
         assert trust.learned == learned
+        verdict, = capsys.readouterr().err.splitlines()  # once
+        assert "rules were of no help" in verdict and ("begins anew" in verdict) != learned
     trust = knowledge.Trust(2)
     for i in range(trust.FIRST):  # nobody has practised yet
         trust.add(torch.tensor([-10.0, -10.0]) + i % 2, ~ended, ended)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from algos import sac_kian
-from runtime import ArgError, exit_codes
+from runtime import ArgError, continued, exit_codes
 import envs
 import knowledge
 
@@ -143,7 +143,8 @@ def test_a_finished_run_can_be_given_more_steps(uncut, tmp_path):
                                     dict(inner_key="head", ext_action="sample"), dict(entropy_fix="off"),
                                     dict(her_goals=0), dict(env="FetchReachDense-v2"),
                                     dict(env="Pendulum-v1", knowledge="none"), dict(bf16=True)])
-def test_every_variant_trains_evaluates_and_becomes_knowledge(kwargs, tmp_path):
+def test_every_variant_trains_evaluates_and_becomes_knowledge(kwargs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sac_kian, "LOG_EVERY", 300)
     result = train(tmp_path / "run", **{"total_timesteps": 600, "eval_every": 0, **kwargs})
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
     assert all(p.isfinite().all() for group in ("actor", "critic") for p in saved[group].values())
@@ -152,6 +153,9 @@ def test_every_variant_trains_evaluates_and_becomes_knowledge(kwargs, tmp_path):
         name: kwargs.get(name, getattr(sac_kian.Args(), name)) for name in ("credit", "entropy_fix", "practice")}
     result = sac_kian.main(sac_kian.Args(evaluate=str(tmp_path / "run"), eval_episodes=2))
     assert result["episodes"] == 2
+    rows = csv.DictReader((tmp_path / "run" / "scalars.csv").open())
+    weights = {row["name"]: float(row["value"]) for row in rows if row["name"].startswith("attention/")}
+    assert sum(weights.values()) == pytest.approx(1.0, abs=0.01) and "attention/inner" in weights
     env = kwargs.get("env", SMALL["env"])
     if kwargs.get("ext_action") != "sample":
         train(tmp_path / "next", env=env, total_timesteps=400, eval_every=0, knowledge=f"run:{tmp_path / 'run'}")
@@ -188,6 +192,11 @@ def test_keys_are_taken_over_by_name(uncut, tmp_path):
     assert normalizer.count > 0 and torch.equal(normalizer.mean, checkpoint["normalizer"]["mean"])
     assert torch.equal(actor["inner.0.weight"], trained["inner.0.weight"])
     assert torch.equal(actor["query.2.weight"], trained["query.2.weight"])
+    actor["keys"][0] = 7.0
+    knowledge.take_over(actor, normalizer, names, str(uncut[0].parent / "keys.json"), "all")
+    assert (actor["keys"][0] == 7.0).all()  # a file has no inner policy, whose key it would be
+    with pytest.raises(knowledge.KnowledgeError, match="trained with --normalize"):
+        knowledge.take_over(actor, envs.Normalizer(32, on=False), names, str(uncut[0]), "all")
     train(tmp_path / "warm", total_timesteps=400, load_keys=str(uncut[0].parent / "keys.json"))
 
 
@@ -270,6 +279,8 @@ def test_a_flag_that_repeats_its_default_is_a_named_one(uncut, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--resume", str(uncut[0]), "--total-timesteps", "150000", "--compile"])
     with pytest.raises(ArgError, match="--compile: a run keeps"):  # the total is no mistake
         sac_kian.main(sac_kian.Args(resume=str(uncut[0])))
+    stored = sac_kian.Args(device="cpu")  # left out, it stays
+    assert continued(stored, sac_kian.Args(resume="RUN"), "resume", if_named=["device"]).device == "cpu"
 
 
 def test_command_line_exits_2_with_one_line(tmp_path):
