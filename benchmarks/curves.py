@@ -42,7 +42,7 @@ def variant(config: dict) -> str:
     ignored = RUN | {"actor", "knowledge"}
     if plain:  # what follows `actor` in Args is about knowledge
         ignored |= set(list(usual)[list(usual).index("actor"):])
-    changed = {k: v for k, v in args.items() if k in usual and k not in ignored and v != usual[k]}
+    changed = {k: v for k, v in args.items() if k not in ignored and v != usual.get(k)}
     if "init_from" in changed:  # its folder's name tells more than its path
         changed["init_from"] = Path(changed["init_from"]).name
     return " ".join([*words, *(flag(k.replace("_", "-"), v) for k, v in sorted(changed.items()))])
@@ -103,7 +103,16 @@ def gather(folders: list[str], into: str = "") -> None:
             writer.writeheader()
             writer.writerows(rows)
         print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"
-              + (f"; unfinished, {last} of {total} steps" if last < total else ""))
+              + (f"; unfinished, {last} of {total} steps" if last < total else "")
+              + (f"; replaces a run of {said(replaced, 'commit')}" if replaced else ""))
+        for column in ("commit", "total_timesteps"):  # perhaps another method, or epsilon planned over another total
+            if "," in (found := said([row for row in rows if row["variant"] == name], column)):
+                print(f"note: seeds of {name} differ in {column}: {found}")
+
+
+def said(rows: list[dict], column: str) -> str:
+    """What a column holds, each value once."""
+    return ", ".join(sorted({str(row[column]) for row in rows}))
 
 
 def load(path: Path) -> list[dict[str, str]]:
@@ -120,6 +129,7 @@ class Curve:
     minutes: list[float] = field(default_factory=list)  # wall time of training
     scores: list[float] = field(default_factory=list)  # of each evaluation
     commits: set[str] = field(default_factory=set)  # of the code that made it
+    total: int = 0  # environment steps that it was to get
 
 
 def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
@@ -136,6 +146,7 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
         curve.minutes.append(float(row["wall_s"]) / 60)
         curve.scores.append(float(row[score]))
         curve.commits.add(row.get("commit", ""))
+        curve.total = int(row.get("total_timesteps") or 0)
     if all(x != x for curve in found.values() for x in curve.scores):  # some are NaN: a run that diverged
         raise ValueError(f"{path.parent.name}/{path.name} has no {score}; name another score in benchmarks/paper.toml")
     return {name: [found[key] for key in sorted(found) if key[0] == name] for name in sorted({n for n, _ in found})}

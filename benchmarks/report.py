@@ -24,7 +24,7 @@ from benchmarks import stats
 from benchmarks.curves import RESULTS, Curve, load, load_curves
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"]  # Okabe and Ito: for all eyes
-STYLES = ["-", ":", "-."]  # the next one where colours start again
+STYLES = {"-": "none", ":": "2 3", "-.": "7 3 2 3"}  # the next one where colours start again; as dashes in the page
 MARK = re.compile(r"(<!-- report: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 Variants = dict[str, list[Curve]]  # {variant: its seeds}, of one environment
 
@@ -105,6 +105,12 @@ def ends(curves: list[Curve]) -> str:
     return ", ".join(thousands(step) for step in sorted({c.steps[-1] // 1000 * 1000 for c in curves}))
 
 
+def how_many(curves: list[Curve]) -> str:
+    """How many, and how many of them have not come to their end."""
+    cut = sum(c.steps[-1] < c.total for c in curves)
+    return f"{len(curves)} ({cut} unfinished)" if cut else str(len(curves))
+
+
 def shared_budget(variants: Variants) -> int:
     """The step that every curve gets to."""
     return min(c.steps[-1] for curves in variants.values() for c in curves)
@@ -135,7 +141,7 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
             *(["last (at step)"] if longer else []), "worst seed", "code"]
     rows = []
     for name, curves in variants.items():
-        row = [name, str(len(curves))]
+        row = [name, how_many(curves)]
         if learned:
             first = sorted(stats.first_reach(c.steps, c.scores, how.threshold) for c in curves)
             minutes = np.median([stats.first_reach(c.minutes, c.scores, how.threshold) for c in curves])
@@ -181,7 +187,7 @@ def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
     for env, variants in environments.items():
         how = reading(algo, env)
         for name, curves in variants.items():
-            seeds = str(len(curves))
+            seeds = how_many(curves)
             if how.threshold is not None:
                 learned = sum(max(c.scores) >= how.threshold for c in curves)
                 share = "none" if not learned else learned if learned < len(curves) else "all"
@@ -195,7 +201,8 @@ def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
 def paint(environments: dict[str, Variants]) -> dict[str, tuple[str, str]]:
     """Colour and line style per variant, the same in all environments."""
     names = sorted({name for variants in environments.values() for name in variants})
-    return {name: (COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]) for i, name in enumerate(names)}
+    styles = list(STYLES)
+    return {name: (COLORS[i % len(COLORS)], styles[i // len(COLORS) % len(styles)]) for i, name in enumerate(names)}
 
 
 def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
@@ -262,8 +269,10 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
             series, how = [], reading(algo, env)
             for name, curves in variants.items():
                 steps, middle, low, high = band(curves)
-                series.append({"name": name, "color": colors[name][0], "steps": steps, "mean": clean(middle),
-                               "low": clean(low), "high": clean(high), "baseline": name == how.baseline,
+                color, style = colors[name]
+                series.append({"name": name, "color": color, "steps": steps, "mean": clean(middle),
+                               "low": clean(low), "high": clean(high),
+                               "dashes": "7 4" if name == how.baseline else STYLES[style],
                                "seeds": {c.seed: [c.steps, clean(c.scores)] for c in curves}})
             head, rows = summarise(variants, how)
             panels.append({"algo": algo, "env": env, "series": series, "head": head, "rows": rows, "paper": how.paper,

@@ -61,11 +61,11 @@ class Cell:
 
     def finished(self) -> bool:
         """Its command ended well; or its curve is complete, though the engine was killed, or a film failed."""
+        config, curve = self.folder / "config.json", self.folder / "eval.csv"
+        if not (config.is_file() and curve.is_file()):  # deleted by hand, to be made again
+            return False
         if self.beside(".json").is_file() and json.loads(self.beside(".json").read_text())["returncode"] == 0:
             return True
-        config, curve = self.folder / "config.json", self.folder / "eval.csv"
-        if not (config.is_file() and curve.is_file()):
-            return False
         steps = [int(row["step"]) for row in csv.DictReader(curve.open())]
         return bool(steps) and steps[-1] >= json.loads(config.read_text())["args"]["total_timesteps"]
 

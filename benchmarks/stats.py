@@ -25,12 +25,14 @@ def iqm(scores: np.ndarray) -> np.ndarray:
 
 
 def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How likely a run of X scores more than one of Y, ties counting half, mean over tasks.
+    """How likely a run of X scores more than one of Y, ties counting half, mean over tasks. NaN, of a
+    run that diverged, is below everything.
 
     (..., runs_x, tasks), (..., runs_y, tasks) -> (...); Mann-Whitney's U over the number of pairs.
     """
-    pairs = np.asarray(x)[..., :, None, :] - np.asarray(y)[..., None, :, :]  # (..., runs_x, runs_y, tasks)
-    return ((pairs > 0) + 0.5 * (pairs == 0)).mean((-3, -2, -1))
+    x, y = (np.where(np.isnan(scores), -np.inf, scores) for scores in (x, y))
+    x, y = x[..., :, None, :], y[..., None, :, :]  # (..., runs_x, runs_y, tasks) when compared
+    return ((x > y) + 0.5 * (x == y)).mean((-3, -2, -1))
 
 
 def resample(scores: np.ndarray, repetitions: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Search hyper-parameters of a script with Optuna: make tune ALGO=sac_kian ENV=FetchPush-v2 TRIALS=20
 
 Ranges stand in the script: `TUNE`, below its `Args`. A trial calls `main(args)` and scores the area under its curve of
-evaluation returns, so that fast learning counts. Trials are kept in runs/tune/<algo>/<env>/: the same command goes on.
+evaluation returns, so that fast learning counts. Trials are kept in runs/tune/<algo>/<env>/, those with other flags
+beside it: the same command goes on.
 Flags that are not listed here go to the script: python benchmarks/tune.py --env FetchPush-v2 --total-timesteps 50000
 """
 import csv
+import hashlib
 import importlib
 import sys
 from dataclasses import dataclass, replace
@@ -57,7 +59,8 @@ def main(args: Args, flags: list[str]) -> None:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"algos/{args.algo}.py is not there, or has no TUNE ({error})") from error
     base = tyro.cli(script.Args, args=["--env", args.env, *flags])
-    folder = Path(args.root, args.algo, Path(args.env).stem if Path(args.env).is_file() else args.env)
+    digest = f"-{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:8]}" if flags else ""
+    folder = Path(args.root, args.algo, (Path(args.env).stem if Path(args.env).is_file() else args.env) + digest)
     folder.mkdir(parents=True, exist_ok=True)
 
     def objective(trial) -> float:
@@ -77,6 +80,7 @@ def main(args: Args, flags: list[str]) -> None:
 
 if __name__ == "__main__":
     parsed, rest = tyro.cli(Args, return_unknown_args=True)
+    sys.argv = [f"algos/{parsed.algo}.py", *rest]  # the command that a trial names at its end
     try:
         main(parsed, rest)
     except ValueError as error:

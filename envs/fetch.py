@@ -138,4 +138,3 @@ class FetchVectorEnv(VectorEnv):
         self.rng[i].bit_generator.state = snapshot["rng"]
         self.goal[i] = np.asarray(snapshot["goal"])
         mujoco_restore(self.model, self.data[i], snapshot["mujoco"])
-        self._read(i)

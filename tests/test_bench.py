@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,9 @@ def test_runs_once_and_names_failures(tmp_path):
     again = bench(path)
     output = again.communicate()[0]
     assert again.returncode == 1 and output.count("starts ") == 1 and "1 finished already" in output
+    shutil.rmtree(config.parent)
+    output = bench(path).communicate()[0]
+    assert output.count("starts ") == 2 and "1 of 2 cells finished, 1 failed" in output  # what was deleted runs again
 
 
 def test_a_stopped_suite_goes_on(tmp_path):

@@ -55,7 +55,8 @@ def test_command(command, tmp_path, monkeypatch):
     run = tmp_path / "RUN"
     if any(word.startswith("runs/") or word == "RUN" or "run:RUN" in word for word in flags):
         module.main(tyro.cli(module.Args, args=[*few, "--run-dir", str(run), "--checkpoint-every", "200"]))
-        if "--resume" in flags:  # a finished run has nothing to resume; test_runs.py cuts and resumes
+        if "--resume" in flags:  # test_runs.py cuts and resumes
+            tyro.cli(module.Args, args=flags)
             return
     if "--run-dir" in flags:  # where it writes is not where it reads
         flags[flags.index("--run-dir") + 1] = str(tmp_path / "new")

@@ -25,6 +25,9 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
     report.main(tmp_path / "report.html")
     for page in ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page} is out of date: make report"
+    for figure in (ROOT / "docs" / "figures").glob("*_curves.svg"):
+        same = (tmp_path / "docs" / "figures" / figure.name).read_bytes() == figure.read_bytes()
+        assert same, f"{figure.name} is out of date: make report"
 
 
 def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys):
@@ -34,7 +37,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(curves, "RESULTS", tmp_path / "benchmarks" / "results")
     usual = curves.defaults("sac_kian") | {"env": "FetchPush-v2", "total_timesteps": 1000}
     for k, changed in enumerate([{}, {"actor": "plain", "practice": 0.0}, {"knowledge": "fetch.official", "seed": 2},
-                                 {"gamma": 0.9, "eval_every": 7}]):
+                                 {"gamma": 0.9, "eval_every": 7, "gone": 5}]):
         run = tmp_path / f"run{k}" / "MinAtar"  # runs may lie deeper
         run.mkdir(parents=True)
         config = {"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}
@@ -50,7 +53,9 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate")
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
         "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
-        "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9": [(1, [0, 997], [0.1, 0.3])]}
+        "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9 --gone 5": [(1, [0, 997], [0.1, 0.3])]}
+    assert said[-1].endswith("kian, seed 1; replaces a run of c")
+    assert "note: seeds of plain differ in commit: c, d" in said
     assert found["kian"][0].commits == {"c"} and found["plain"][0].commits == {"c", "d"}  # nothing is left of b's
     (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
     curves.gather(folders[1:2])  # a smoke run by the same name
@@ -79,6 +84,9 @@ def test_summary_of_hand_made_curves(tmp_path):
                     "mean up to 20k", "P(above plain)", "last (at step)", "worst seed", "code"]
     assert kian == ["kian", "2", "35k (20k to 50k)", "1.8", "0.20", "0.70", "0.37", "0.50", "0.95 (50k)", "0.90", "abc"]
     assert plain == ["plain", "1", "not reached", "", "0.12", "0.60", "0.28", "", "0.60 (20k)", "0.60", "abc"]
+    plain, = variants["plain"]
+    plain.total = 50_000  # and got 20,000
+    assert report.summarise(variants, report.Reading())[1][1][1] == "1 (1 unfinished)"
     rows += [("kian --gamma 2.0", 1, 0, 0, 0.1, 0), ("kian --gamma 2.0", 1, 20_000, 9, "nan", "nan")]  # diverged
     _, (_, wild, _) = report.summarise(curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate"),
                                        report.Reading("success_rate", 0.9))

@@ -16,6 +16,8 @@ def test_point_estimates_equal_rliable(runs):
     assert stats.iqm(scores) == pytest.approx(metrics.aggregate_iqm(scores))
     assert stats.probability_of_improvement(X, Y) == pytest.approx(metrics.probability_of_improvement(X, Y))
     assert stats.probability_of_improvement(X, X) == 0.5
+    assert stats.probability_of_improvement(X, X * np.nan) == 1.0
+    assert stats.probability_of_improvement(X * np.nan, X) == 0.0
 
 
 @pytest.mark.parametrize("ours, theirs", [(stats.mean, metrics.aggregate_mean), (stats.iqm, metrics.aggregate_iqm)])

@@ -18,7 +18,8 @@ def test_sampled_values_reach_the_run(tmp_path, capsys):
              "--total-timesteps", "1200", "--eval-every", "600", "--eval-episodes", "2"]
     tune.main(tune.Args(env="Pendulum-v1", trials=1, root=str(tmp_path)), flags)
     tune.main(tune.Args(env="Pendulum-v1", trials=1, root=str(tmp_path)), flags)  # goes on
-    folder = tmp_path / "sac_kian" / "Pendulum-v1"
+    folder, = (tmp_path / "sac_kian").iterdir()
+    assert folder.name.startswith("Pendulum-v1-")  # trials with other flags are not compared with these
     trials = optuna.load_study(study_name="sac_kian", storage=f"sqlite:///{folder / 'study.db'}").trials
     assert [trial.number for trial in trials] == [0, 1] and trials[0].params != trials[1].params
     for trial in trials:

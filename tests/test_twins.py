@@ -21,7 +21,7 @@ OURS = set(ARROWS) | {"tests"}
 # doctor.py tries the environments, rules.py plays them; all else runs commands
 EXCEPTIONS = {"benchmarks/speed.py": {"algos", "benchmarks", "envs", "knowledge", "runtime"},
               "benchmarks/stream_autograd.py": {"algos"}, "benchmarks/doctor.py": {"envs"},
-              "benchmarks/rules.py": {"envs", "knowledge"}, "benchmarks/tune.py": {"benchmarks"}}
+              "benchmarks/rules.py": {"envs", "knowledge"}}
 
 
 def blocks(texts: dict[str, str]) -> dict[str, list[tuple[str, str]]]:

@@ -199,7 +199,7 @@ def main(args: Args) -> int:
         # Keeps raw observations in the buffer, as hindsight rewards need, and normalises what is sampled. Only the last
         # observation of an episode is clipped, and rounded to float32, on its way there.
         vec = VecNormalize(vec, **settings["normalize"])
-    model = SAC("MultiInputPolicy", vec, seed=args.seed, device=args.device, batch_size=settings["batch_size"],
+    model = SAC("MultiInputPolicy", vec, seed=10_000 * args.seed, device=args.device, batch_size=settings["batch_size"],
                 learning_rate=settings["learning_rate"], gamma=settings["gamma"], tau=settings["tau"],
                 ent_coef=f"auto_{settings['initial_temperature']}", learning_starts=settings["learning_starts"],
                 train_freq=rhythm.denominator, gradient_steps=rhythm.numerator,
@@ -220,7 +220,8 @@ def main(args: Args) -> int:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     slots = max(k for k in range(1, 33) if args.eval_episodes % k == 0)
     eval_vec = make_vec(env_id, slots, settings["time_feature"])
-    curve = Curve(folder, eval_vec, args.eval_every, args.total_timesteps, args.eval_episodes, args.seed + 1_000_000)
+    eval_seed = 10_000 * args.seed + 5_000  # no two seeds share a stream
+    curve = Curve(folder, eval_vec, args.eval_every, args.total_timesteps, args.eval_episodes, eval_seed)
     model.learn(args.total_timesteps, callback=curve, log_interval=None)
     return 0
 
