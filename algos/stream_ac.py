@@ -226,7 +226,8 @@ def make_part(net: Net, args: "Args") -> dict[str, torch.Tensor]:
 
 def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
          args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
-    """Overshooting-bounded descent on a flat network, in place; returns the step size and the trace's L1 norm.
+    """Overshooting-bounded descent on a flat network, in place; returns the step size and the L1 norm of the direction:
+    of the trace, or with --optimizer adaptive of what its second moments make of it.
 
     The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): a
     prediction with gradient z, of entries of at most 1, then moves less than delta, to first order.
@@ -333,8 +334,9 @@ def main(args: Args) -> dict[str, float]:
             stored, args, "evaluate", "eval_episodes", "video")
     require_positive(args, "total_timesteps", "eval_episodes", "learning_rate", "kappa_policy", "kappa_value")
     require_range(args, 0, 1, "sparsity", "gamma", "lamda")
-    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "max_episode_steps")
-    args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
+    require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video", "max_episode_steps",
+                  "entropy_coef")
+    args = replace(args, compile=args.compile and not args.evaluate and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for
 

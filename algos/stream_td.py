@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -203,7 +204,8 @@ def make_part(net: Net, args: "Args") -> dict[str, torch.Tensor]:
 
 def obgd(part: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
          args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
-    """Overshooting-bounded descent on a flat network, in place; returns the step size and the trace's L1 norm.
+    """Overshooting-bounded descent on a flat network, in place; returns the step size and the L1 norm of the direction:
+    of the trace, or with --optimizer adaptive of what its second moments make of it.
 
     The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): a
     prediction with gradient z, of entries of at most 1, then moves less than delta, to first order.
@@ -307,12 +309,12 @@ def main(args: Args) -> dict[str, float]:
     require_range(args, 0, 1, "sparsity", "gamma", "lamda")
     require_range(args, 0, math.inf, "eval_every", "checkpoint_every", "video")
     require_range(args, 0, 0.99999, "obs_trace")
-    args = replace(args, compile=args.compile and can_compile(torch.device("cpu")))
+    args = replace(args, compile=args.compile and not args.evaluate and can_compile(torch.device("cpu")))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # products of one vector: a second thread is only waited for
 
     series = envs.Series(args.env, args.seed)
-    true = series.returns(args.gamma, args.lead)
+    true, content = series.returns(args.gamma, args.lead), [*series.rows.shape, zlib.crc32(series.rows.tobytes())]
     if args.total_timesteps >= len(true):
         raise ArgError(f"--total-timesteps {args.total_timesteps}: {args.env} has {len(true) - 1} at most")
     agent, net = make_agent(args, series.rows.shape[1])
@@ -321,9 +323,8 @@ def main(args: Args) -> dict[str, float]:
     predicted, at, overshoots = np.zeros(len(true)), 0, 0
     if saved:
         agent, at, predicted = saved["agent"], saved["step"], saved["predicted"].numpy()
-        if len(predicted) != len(true):
-            raise ArgError(f"{args.env} had {len(predicted)} rows to predict when the run began, now {len(true)}; "
-                           "start a new run")
+        if saved["series"] != content:
+            raise ArgError(f"{args.env} has changed since the run began; restore it, or start a new run")
     if args.evaluate:  # predictions are made once; what is shown is how good they were
         result = score(predicted[:at], true[:at])
         print(f"{args.env} after {at} rows: rmse {-result['return_mean']:.3f}, deviation of the true return "
@@ -378,7 +379,7 @@ def main(args: Args) -> dict[str, float]:
             since = at
         if (stop := run.stop) or last or due(args.checkpoint_every):
             run.save({"agent": agent, "step": at, "state": state, "predicted": predicted, "overshoots": overshoots,
-                      "wall_s": run.wall_s()})
+                      "series": content, "wall_s": run.wall_s()})
     run.close(at < args.total_timesteps)  # a stopped run ends here
     if args.video:
         draw(predicted[:at], true[:at], run.folder / "video" / "prediction.png")

@@ -56,9 +56,10 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
     """Give evaluations `online_return`: the mean of what was logged as `return` of training since the one before."""
     rows = load(scalars) if scalars.is_file() else []  # a peer has none
     logged = [(int(row["step"]), float(row["value"])) for row in rows if row["name"] == "return"]
+    known = next((step for step, value in logged if value == value), 0)  # NaN before: no episode; after: it diverged
     before = 0
     for row in curve:
-        found = [value for step, value in logged if before < step <= int(row["step"]) and value == value]
+        found = [value for step, value in logged if before < step <= int(row["step"]) and step >= known]
         row["online_return"] = f"{sum(found) / len(found):.6g}" if found else ""
         before = int(row["step"])
 

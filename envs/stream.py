@@ -211,7 +211,7 @@ def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> 
     stops at the task's own limit where training has a later one, on MinAtar, which has none, after 10,000 steps. On
     Atari FIRE is pressed after every life.
 
-    Returns the columns of eval.csv; no task here has a notion of success (NaN).
+    Returns the columns of eval.csv; success is not read (NaN).
     """
     returns, lengths = np.zeros(episodes), np.zeros(episodes)
     for k in range(episodes):

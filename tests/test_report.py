@@ -65,6 +65,16 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian plain"]
 
 
+def test_online_returns_are_means_of_episodes_and_keep_divergence(tmp_path):
+    nan = float("nan")
+    logged = [(100, nan), (150, 2.0), (200, 4.0), (250, 6.0), (350, nan), (450, 1.0), (480, nan)]
+    lines = ["step,wall_s,name,value", *(f"{step},1,return,{value}" for step, value in logged)]
+    (tmp_path / "scalars.csv").write_text("\n".join(lines))
+    rows = [{"step": str(step)} for step in (0, 100, 200, 300, 400, 500)]
+    curves.add_online_returns(rows, tmp_path / "scalars.csv")
+    assert [row["online_return"] for row in rows] == ["", "", "3", "6", "nan", "nan"]  # NaN before any episode: none
+
+
 def write(path: Path, rows: list[tuple]) -> Path:
     with path.open("w") as file:
         writer = csv.writer(file)

@@ -23,7 +23,7 @@ import envs
 from algos import stream_ac, stream_q, stream_td
 from algos.stream_ac import Args, Net, backward, count_in, deviation, forward, obgd, observe, running_stats, views
 from benchmarks import stream_autograd
-from runtime import ArgError, compile_for, to_plain
+from runtime import EVALUATION, ArgError, compile_for, to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 AUTOGRAD = {stream_ac: stream_autograd.update_ac, stream_q: stream_autograd.update_q,
@@ -345,7 +345,7 @@ def test_what_is_logged_has_the_right_name(script, env):
     agent, args = random_run(script, env, 1), script.Args()
     logged = dict(zip(script.SCALARS, agent["totals"].tolist(), strict=True))
     for name in {"policy", "value"} & set(agent):
-        kappa = args.kappa_policy if name == "policy" else getattr(args, "kappa_value", getattr(args, "kappa", None))
+        kappa = args.kappa_policy if name == "policy" else args.kappa_value
         trace = agent[name]["trace"].abs().sum().item()
         bound = min(args.learning_rate, 1 / (kappa * max(logged["abs_delta"], 1.0) * trace))
         assert logged[f"trace_{name}"] == pytest.approx(trace, rel=1e-5) and trace > 1
@@ -430,6 +430,8 @@ def curve(folder, name="eval.csv"):
 @pytest.mark.parametrize("script, kwargs", RUNS)
 def test_cut_run_is_the_uncut_run(script, kwargs, tmp_path, monkeypatch):
     """Stopped by a signal in the middle of an episode, resumed: the same rows, the same weights."""
+    monkeypatch.setattr(script, "LOG_EVERY", 100)
+    monkeypatch.setattr(script, "CHECK_EVERY", 5)
     train(script, tmp_path / "uncut", **kwargs)
     learn, calls = script.step, []
 
@@ -458,7 +460,9 @@ def test_cut_run_is_the_uncut_run(script, kwargs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script, kwargs", RUNS)
-def test_a_finished_run_can_be_given_more_steps(script, kwargs, tmp_path):
+def test_a_finished_run_can_be_given_more_steps(script, kwargs, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "LOG_EVERY", 100)
+    monkeypatch.setattr(script, "CHECK_EVERY", 5)
     train(script, tmp_path / "uncut", **kwargs)
     train(script, tmp_path / "run", **kwargs, total_timesteps=350)
     more = script.Args(resume=str(tmp_path / "run"), total_timesteps=600)
@@ -527,6 +531,48 @@ def test_overshoot_is_an_error_that_changed_its_sign(script, kwargs, learning_ra
     play_script(script, tmp_path / "run", gamma=0.0, optimizer="plain", learning_rate=learning_rate, **kwargs)
     logged = [row["value"] for row in curve(tmp_path / "run", "scalars.csv") if row["name"] == "overshoot"]
     assert list(map(float, logged)) == [share]
+
+
+@pytest.mark.parametrize("script, kwargs", [*LOOPS, (stream_td, {})])
+def test_overshoot_is_about_the_error_that_the_update_has(script, kwargs, tmp_path, monkeypatch):
+    learn, names, worth = script.update, list(inspect.signature(script.update).parameters), []
+
+    def comparing(*inputs):
+        given = dict(zip(names, inputs, strict=True))
+        given["net"] = given.get("net") or given["nets"][1]
+        before = script.td_error(*(given[name] for name in inspect.signature(script.td_error).parameters))
+        delta, *rest = learn(*inputs)
+        assert delta.item() == pytest.approx(before, rel=1e-5)
+        worth.append(abs(before - given["reward"].item()))
+        return delta, *rest
+    monkeypatch.setattr(script, "update", comparing)
+    if script is stream_td:
+        train(script, tmp_path / "run", total_timesteps=50)
+    else:
+        play_script(script, tmp_path / "run", bootstrap_on_truncation="on", **kwargs)
+    assert max(worth) > 1e-3  # values took part
+
+
+@pytest.mark.parametrize("script, kwargs", LOOPS)
+def test_a_lost_life_ends_the_return_but_not_the_episode(script, kwargs, tmp_path, monkeypatch):
+    """As on Atari, where `step` says terminated, but not over: nothing is reset."""
+    seen, update, names = [], script.update, list(inspect.signature(script.update).parameters)
+    monkeypatch.setattr(script, "update", lambda *inputs: (seen.append(dict(zip(names, inputs))), update(*inputs))[1])
+    step = envs.StreamEnv.step
+    monkeypatch.setattr(envs.StreamEnv, "step", lambda *args, **kwargs: (*step(*args, **kwargs)[:4], False))
+    monkeypatch.setattr(script.envs, "evaluate_stream", lambda *args: dict.fromkeys(EVALUATION, 0.0))
+    play_script(script, tmp_path / "run", **kwargs)
+    assert [one["state"].item() for one in seen] == [0, 1, 2, 3, 4]
+    assert [one["ended"].item() for one in seen] == [0, 0, 1, 0, 0] and seen[2]["discount"].item() == 0
+
+
+def test_frames_are_stacked_oldest_first():
+    args, stats, time = stream_ac.Args(normalize_obs=False), {}, torch.zeros(0)
+    last = None
+    for k in range(1, 5):
+        last = observe(stats, torch.full((1, 2, 2), k), time, last, 3, args, learn=False)
+    assert last.shape == (3, 2, 2) and last[:, 0, 0].tolist() == [2, 3, 4]
+    assert observe(stats, torch.full((1, 2, 2), 7), time, None, 3, args, learn=False)[:, 1, 1].tolist() == [7, 7, 7]
 
 
 @pytest.mark.parametrize("lead", [1, 3])
@@ -615,7 +661,8 @@ def test_no_compiler_is_said_and_runs(tmp_path, monkeypatch, capsys):
     (stream_td, dict(lead=70_000), "--lead"), (stream_ac, dict(hidden="8x2"), "--hidden"),
     (stream_q, dict(sparsity=1.0), "--sparsity 1.0"), (stream_q, dict(env="Images-v0"), "BreakoutNoFrameskip-v4"),
     (stream_q, dict(env="ALE/Pong-v5"), "PongNoFrameskip-v4"), (stream_td, dict(seed=2 ** 63), "--seed"),
-    (stream_q, dict(learning_rate=1e39), "--learning-rate")])
+    (stream_q, dict(learning_rate=1e39), "--learning-rate"),
+    (stream_ac, dict(entropy_coef=math.nan), "--entropy-coef")])
 def test_bad_input_is_one_line_and_leaves_nothing(script, kwargs, words, tmp_path):
     with pytest.raises((ArgError, envs.EnvError)) as error:
         train(script, tmp_path / "run", **kwargs)
@@ -729,6 +776,10 @@ def test_series_and_its_returns(tmp_path):
     small = envs.Series(str(tmp_path / "a.csv"), 1)
     assert small.rows.shape == (40, 2) and small.target[39] == 1
     train(stream_td, tmp_path / "run", env=str(tmp_path / "a.csv"), total_timesteps=30, eval_every=10)
+    (tmp_path / "a.csv").write_text("date,load,oil\n" + rows.replace("2016", "2017").replace(",1,", ",5,"))
+    for again in (dict(resume=str(tmp_path / "run"), total_timesteps=35), dict(evaluate=str(tmp_path / "run"))):
+        with pytest.raises(ArgError, match="a.csv has changed since the run began"):
+            stream_td.main(stream_td.Args(**again))
 
 
 def test_learning_gates(tmp_path):
