@@ -255,7 +255,8 @@ def ppo_loss(agent: Agent, batch: dict[str, torch.Tensor], args: Args) -> tuple[
     attention = None if output.log_weights is None else output.log_weights.exp()
     parts = {"attention": attention, "score": output.scores, "sharpness": output.sharpness}
     scalars |= {name: x.mean(0) for name, x in parts.items() if x is not None}
-    return loss, scalars | ({"key_norm": agent.keys.norm(dim=1)} if hasattr(agent, "keys") else {})
+    norms = {"key_norm": agent.keys[args.inner_key == "head":].norm(dim=1)} if hasattr(agent, "keys") else {}
+    return loss, scalars | norms
 
 
 @torch.no_grad()
@@ -318,10 +319,9 @@ def main(args: Args) -> dict[str, float]:
     saved, env_id = None, args.env or "MiniGrid-DoorKey-5x5-v0"
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
-        env_id = args.env if args.evaluate and args.env else stored.env
+        env_id, args = (args.env, replace(args, env=stored.env)) if args.evaluate and args.env else (stored.env, args)
         args = continued(stored, args, "resume", if_named=["total_timesteps", "device"]) if args.resume else continued(
-            stored, replace(args, env=stored.env), "evaluate", "eval_episodes", "video",
-            if_named=["eval_select", "device"])
+            stored, args, "evaluate", "eval_episodes", "video", if_named=["eval_select", "device"])
     else:
         args = replace(args, env=env_id)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "num_steps", "epochs", "batch_size",

@@ -342,7 +342,7 @@ def update(agent: dict, batch: torch.Tensor, mean: torch.Tensor, std: torch.Tens
     scalars = {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha, "entropy": -log_prob.mean(),
                "inner_log_prob": decision.inner_log_prob.mean(), "query_norm": decision.query.norm(dim=-1).mean(),
                "attention": decision.log_weights.exp().mean(0), "selected": decision.selected.mean(0)}
-    return scalars | ({"key_norm": actor["keys"].norm(dim=-1)} if "keys" in actor else {})
+    return scalars | ({"key_norm": actor["keys"][args.inner_key == "head":].norm(dim=-1)} if "keys" in actor else {})
 
 
 def relabel(batch: torch.Tensor, later: torch.Tensor, f: int, g: int, d: int, vec: envs.VectorEnv) -> None:

@@ -52,11 +52,11 @@ def main() -> int:
             rows[tuple(row[k] for k in KEY)] = row
             print(f"{row['variant']}, seed {row['seed']}, {test}: return {row['return_mean']}, "
                   f"success {row['success_rate']}", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows[key] for key in sorted(rows, key=lambda k: (k[2], k[3], k[0], int(k[1]))))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="") as file:  # after every test: the next one may fail
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows[key] for key in sorted(rows, key=lambda k: (k[2], k[3], k[0], int(k[1]))))
     return 0
 
 

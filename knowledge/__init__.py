@@ -87,7 +87,22 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     """
     if kept_in:
         _check_kept(spec, Path(kept_in))
-    return _load(spec, env_id, action_dim, example, lowest, runs=())
+    policies = _load(spec, env_id, action_dim, example, lowest, runs=())
+    if kept_in:
+        _check_names(policies, Path(kept_in))
+    return policies
+
+
+def _check_names(policies: dict[str, Policy], folder: Path) -> None:
+    """Raise KnowledgeError where these are not the policies of the run in `folder`, or in another order: what it has
+    learned about them is kept by place."""
+    file = folder / "checkpoint.pt"
+    if not file.is_file():
+        return
+    before = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["policy"].get("names")
+    if before not in (None, ["inner", *policies]):
+        raise KnowledgeError(f"run {folder} was trained with {', '.join(before[1:]) or 'nothing'}, and this gives "
+                             f"{', '.join(policies) or 'nothing'}; restore what it had, or start a new run")
 
 
 def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, runs: tuple[Path, ...]
@@ -164,7 +179,10 @@ def _load_run(item: str, action_dim: int, example: Obs, lowest: float, runs: tup
 
     def load_its_own(spec: str, env_id: str) -> dict[str, Policy]:
         _check_kept(spec, folder)
-        return _load(spec, env_id, action_dim, example, lowest, runs)
+        try:
+            return _load(spec, env_id, action_dim, example, lowest, runs)
+        except KnowledgeError as error:
+            raise KnowledgeError(f"run {folder}, trained in {env_id}: {error}") from error
 
     return run.load(folder, load_its_own, kind == "inner")
 

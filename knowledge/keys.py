@@ -77,7 +77,9 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         print(f"keys mean something only to the query that they were learned with, and that of {source} is not taken "
               "along; --warm keys+query does, from a run folder", file=sys.stderr)
     if (inner_key := keys.pop("inner", None)) is not None:  # absent where it is made from the state
-        keys |= {f"inner.{path.resolve().name}": inner_key} | ({"inner": inner_key} if "inner" in parts else {})
+        if path.is_dir() and policy.get("fusion") != "logit":  # there the frozen policy has the key's effect in it
+            keys[f"inner.{path.resolve().name}"] = inner_key
+        keys |= {"inner": inner_key} if "inner" in parts else {}
     for i, name in enumerate(names):
         if name not in keys:
             continue

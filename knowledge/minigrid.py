@@ -31,7 +31,6 @@ def toward_matrix(act: int | None, device: torch.device) -> Tensor:
     says = torch.zeros(7, 7, ACTIONS)
     says[:3, :, LEFT] = says[4:, :, RIGHT] = says[:, :6, FORWARD] = 1
     if act is not None:
-        says[3, 5] = 0
         says[3, 5, [LEFT, RIGHT, FORWARD]] = -49  # outvotes all other cells
         says[3, 5, act] = 1
     return says.flatten(0, 1).T.to(device).contiguous()  # (7, 7, 7) -> (7, 49)
@@ -141,7 +140,7 @@ def avoid_ball(obs: dict[str, Tensor]) -> Tensor:
 @grid_rule("minigrid.explore")
 def explore(obs: dict[str, Tensor]) -> Tensor:
     """Not in the paper: while no goal is in view, straight on until something is in the way, then to the side that is
-    open (either, if both are or none is)."""
+    open (either, if both are or none is). A door is in the way, an open one as well."""
     seen = obs["image"][..., 0]
     free = (seen == EMPTY) | (seen == FLOOR)
     ahead, left, right = free[:, 3, 5], free[:, 2, 6], free[:, 4, 6]

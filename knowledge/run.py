@@ -15,9 +15,10 @@ Reads the entry `policy` of RUN_DIR/checkpoint.pt, tensors and plain types only:
     score           cosine | dot
     handicap        what is taken from the inner policy's score, in units of the score (absent: 0)
     knowledge       what the run was given as --knowledge
+    names           "inner" and the names of its external policies, in order (absent in older runs)
 
-An agent with discrete actions (`kind` is "categorical") has format, env, actor (plain or kian), keys and knowledge as
-above, and
+An agent with discrete actions (`kind` is "categorical") has format, env, actor (plain or kian), keys, knowledge and
+names as above, and
 
     encoder, trunk, inner, query, inner_key     [W, b, ...] each, W (out, in); the last two or None. An encoder of
                                                 images has three layers, W (out, 2 x 2 x in) of 2x2 convolutions
@@ -126,13 +127,14 @@ class FrozenAgent:
     def fits(self) -> bool:
         """Whether the knowledge is what the networks were made for; a rule or a file may have changed since."""
         p, n = self.policy, len(self.knowledge)
+        known = p.get("names") in (None, ["inner", *self.knowledge])  # these two know policies by their place
         match p["actor"]:
             case "kian":
                 return p["keys"].keys() - {"inner"} == self.knowledge.keys()
             case "kogun":
-                return len(p["inner"][0]) == len(p["mean"]) + n * len(p["inner"][-1]) // 2
+                return known and len(p["inner"][0]) == len(p["mean"]) + n * len(p["inner"][-1]) // 2
             case "a2t":
-                return len(p["query"][-1]) == n + 1
+                return known and len(p["query"][-1]) == n + 1
         return True
 
 
@@ -154,11 +156,13 @@ class FrozenCategorical:
             raise KnowledgeError(f"run {self.folder} was trained in {p['env']} on other observations; name another")
         hidden = torch.tanh(layer(p["trunk"], self.encode(x)))  # (B, 64)
         logits = layer(p["inner"], hidden)
-        if p["actor"] == "plain":
-            return torch.softmax(logits, -1)
+        if p["query"]:
+            query = layer(p["query"], hidden)
+            inner_key = layer(p["inner_key"], hidden) if p["inner_key"] else p["keys"]["inner"].to(query)
+        if p["actor"] == "plain":  # or alone: in a sum of logits its own had a factor, perhaps a negative one
+            factor = (query * inner_key).sum(-1, keepdim=True) if p["query"] and p["fusion"] == "logit" else 1.0
+            return torch.softmax(factor * logits, -1)
         advice = torch.stack([policy(copy_of(obs)) for policy in self.knowledge.values()], 1)  # (B, n, A)
-        query = layer(p["query"], hidden)
-        inner_key = layer(p["inner_key"], hidden) if p["inner_key"] else p["keys"]["inner"].to(query)
         keys = [inner_key, *(p["keys"][name].to(query) for name in self.knowledge)]
         keys = torch.stack([key.expand_as(query) for key in keys], 1)  # (B, n+1, m)
         scores = (query.unsqueeze(1) * keys).sum(-1)  # (B, n+1)
@@ -175,7 +179,8 @@ class FrozenCategorical:
         if p["silent"] == "abstain":
             scores = scores.masked_fill(F.pad(says_nothing, (1, 0)), -1e4)
         weights = torch.softmax(scores, -1)
-        return (weights.unsqueeze(-1) * torch.cat([torch.softmax(logits, -1).unsqueeze(1), rules], 1)).sum(1)
+        policies = torch.cat([torch.softmax(logits, -1).unsqueeze(1), rules], 1)  # (B, n+1, A)
+        return (weights.unsqueeze(-1) * policies).sum(1).clamp(max=1)  # where all are certain, 1 and a rounding error
 
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, 7, 7, 3) or features (B, f) -> (B, 64)."""
@@ -233,6 +238,7 @@ def freeze(actor: dict[str, Tensor], names: list[str], args, knowledge: str, sta
         "std": stats[1],
         "clip": 5.0 if args.normalize else float("inf"),
         "actor": args.actor if len(names) > 1 else "plain",
+        "names": names,
         "inner": inner,
         "query": query or None,
         "keys": dict(zip(names, actor["keys"].cpu().clone())) if "keys" in actor else None,
@@ -266,6 +272,7 @@ def freeze_categorical(agent, names: list[str], args, knowledge: str) -> dict:
         "kind": "categorical",
         "env": args.env,
         "actor": "kian" if attends else "plain" if len(names) == 1 else args.actor,
+        "names": names,
         "keys": keys,
         "knowledge": knowledge,
         **{name: getattr(args, name) for name in FUSION},

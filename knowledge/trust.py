@@ -21,8 +21,8 @@ class Trust:
     The best of a noisy mean is high by luck alone. So trust is also given where over all episodes so far the agent is
     not ahead by MARGIN: there knowledge has not `helped`, nothing is to be missed, and doubt is gone at once. Then
     `learned` is False if practice was no better than the uniform episodes: the inner policy has seen nothing that is
-    worth learning from, and had better start afresh. Where no episode is uniform to its end, as without hindsight, it is
-    taken to have learned.
+    worth learning from, and had better start afresh. Where no episode was uniform to its end, as without hindsight, it
+    is taken to have learned.
     """
 
     MARGIN = 0.2

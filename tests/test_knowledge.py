@@ -263,6 +263,18 @@ def test_run_keeps_its_files(tmp_path):
         knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
 
 
+def test_a_run_has_its_policies_in_their_places(tmp_path):
+    run = Path(save_run(tmp_path, names=["inner", "mine.up", "mine.down"]).removeprefix("run:"))
+    for body, fits in (("def up(obs): return obs[:, :1] * 0\ndef down(obs): return obs[:, :1] * 0\n", True),
+                       ("def down(obs): return obs[:, :1] * 0\ndef up(obs): return obs[:, :1] * 0\n", False)):
+        path = write(tmp_path, body)
+        if fits:
+            knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
+        else:
+            with pytest.raises(KnowledgeError, match="was trained with mine.up, mine.down, and this gives mine.down, "):
+                knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
+
+
 def test_run_remembers_other_runs_as_they_were(tmp_path):
     teacher, run = save_run(tmp_path, "teacher"), tmp_path / "run"
     run.mkdir()

@@ -116,7 +116,8 @@ def test_every_variant_trains_and_evaluates(kwargs, tmp_path):
                   knowledge=f"{kind}:{tmp_path / 'run'}")
 
 
-def test_untrained_actors_stay_what_they_are(tmp_path):
+def test_untrained_actors_stay_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_kian, "update", lambda *_: pytest.fail("there is nothing to train"))
     train(tmp_path / "run", actor="mix", total_timesteps=512)
     first, *others = [row[1:] for row in curve(tmp_path / "run")[0]]
     assert all(row == first for row in others)
@@ -137,7 +138,9 @@ def test_a_frozen_agent_has_the_probabilities_of_the_agent(kwargs, tmp_path):
     rules = knowledge.load("auto", DOORKEY, 7, obs)
     with torch.no_grad():
         p = agent(obs["image"], knowledge.advise(rules, obs, 7), args).log_probs.exp()
-        inner = torch.softmax(agent.inner(agent.trunk(agent.encoder(obs["image"]))), -1)
+        hidden = agent.trunk(agent.encoder(obs["image"]))
+        factor = agent.query(hidden) @ agent.keys[0] if args.fusion == "logit" else torch.ones(8)
+        inner = torch.softmax(factor.unsqueeze(1) * agent.inner(hidden), -1)
     for kind, expected in (("run", p), ("inner", inner)):
         frozen, = knowledge.load(f"{kind}:{tmp_path / 'run'}", DOORKEY, 7, obs).values()
         assert torch.allclose(frozen(obs), expected, atol=1e-5)
