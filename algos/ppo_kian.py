@@ -321,7 +321,7 @@ def main(args: Args) -> dict[str, float]:
         stored, saved = load_run(folder, ALGO, Args)
         env_id, args = (args.env, replace(args, env=stored.env)) if args.evaluate and args.env else (stored.env, args)
         args = continued(stored, args, "resume", if_named=["total_timesteps", "device"]) if args.resume else continued(
-            stored, args, "evaluate", "eval_episodes", "video", if_named=["eval_select", "device"])
+            stored, args, "evaluate", "eval_episodes", "video", "device", if_named=["eval_select"])
     else:
         args = replace(args, env=env_id)
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "num_steps", "epochs", "batch_size",

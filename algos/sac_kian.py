@@ -380,7 +380,7 @@ def main(args: Args) -> dict[str, float]:
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, ALGO, Args)
         args = continued(stored, args, "resume", if_named=["total_timesteps", "device"]) if args.resume else continued(
-            stored, args, "evaluate", "eval_episodes", "video", if_named=["goal_range", "eval_select", "device"])
+            stored, args, "evaluate", "eval_episodes", "video", "device", if_named=["goal_range", "eval_select"])
         if args.resume and saved["step"] >= args.total_timesteps:
             raise ArgError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")
     require_positive(args, "total_timesteps", "num_envs", "eval_episodes", "batch_size", "buffer_size",

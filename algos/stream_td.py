@@ -323,7 +323,7 @@ def main(args: Args) -> dict[str, float]:
     predicted, at, overshoots = np.zeros(len(true)), 0, 0
     if saved:
         agent, at, predicted = saved["agent"], saved["step"], saved["predicted"].numpy()
-        if saved["series"] != content:
+        if saved.get("series", content) != content or len(predicted) != len(true):
             raise ArgError(f"{args.env} has changed since the run began; restore it, or start a new run")
     if args.evaluate:  # predictions are made once; what is shown is how good they were
         result = score(predicted[:at], true[:at])

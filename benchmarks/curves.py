@@ -108,7 +108,7 @@ def gather(folders: list[str], into: str = "") -> None:
               + (f"; replaces a run of {said(replaced, 'commit')}" if replaced else ""))
         for column in ("commit", "total_timesteps"):  # perhaps another method, or epsilon planned over another total
             if "," in (found := said([row for row in rows if row["variant"] == name], column)):
-                print(f"note: seeds of {name} differ in {column}: {found}")
+                print(f"note: rows of {name} differ in {column}: {found}")
 
 
 def said(rows: list[dict], column: str) -> str:
@@ -130,7 +130,7 @@ class Curve:
     minutes: list[float] = field(default_factory=list)  # wall time of training
     scores: list[float] = field(default_factory=list)  # of each evaluation
     commits: set[str] = field(default_factory=set)  # of the code that made it
-    total: int = 0  # environment steps that it was to get
+    cut: bool = False  # whether it has not come to its end
 
 
 def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
@@ -139,7 +139,9 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
     Raises ValueError, a one-line message, where that column is not a number.
     """
     found: dict[tuple[str, int], Curve] = {}
-    for row in load(path):
+    rows = load(path)
+    ends = {(row["variant"], row["seed"]): int(row["step"]) for row in rows}
+    for row in rows:
         if row.get(score) == "":  # no episode ended
             continue
         curve = found.setdefault((row["variant"], int(row["seed"])), Curve(int(row["seed"])))
@@ -147,7 +149,7 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
         curve.minutes.append(float(row["wall_s"]) / 60)
         curve.scores.append(float(row[score]))
         curve.commits.add(row.get("commit", ""))
-        curve.total = int(row.get("total_timesteps") or 0)
+        curve.cut = ends[row["variant"], row["seed"]] < int(row.get("total_timesteps") or 0)
     if all(x != x for curve in found.values() for x in curve.scores):  # some are NaN: a run that diverged
         raise ValueError(f"{path.parent.name}/{path.name} has no {score}; name another score in benchmarks/paper.toml")
     return {name: [found[key] for key in sorted(found) if key[0] == name] for name in sorted({n for n, _ in found})}

@@ -107,7 +107,7 @@ def ends(curves: list[Curve]) -> str:
 
 def how_many(curves: list[Curve]) -> str:
     """How many, and how many of them have not come to their end."""
-    cut = sum(c.steps[-1] < c.total for c in curves)
+    cut = sum(c.cut for c in curves)
     return f"{len(curves)} ({cut} unfinished)" if cut else str(len(curves))
 
 

@@ -66,9 +66,11 @@ def _check_kept(spec: str, folder: Path) -> None:
     and is evaluated, with the knowledge it was trained with."""
     for path, content, kept in _sources(spec, folder):
         if kept.exists() and kept.read_bytes() != content:
-            what = "has changed since the run began" if path.is_file() else "is not there any more"
+            if not path.is_file():
+                raise KnowledgeError(f"knowledge {path} is not there; check the path, or restore it from {kept}")
             restore = f"restore it from {kept}, or " if path.suffix == ".py" else ""
-            raise KnowledgeError(f"knowledge {path} {what}; {restore}delete {kept} to go on with a new one")
+            raise KnowledgeError(f"knowledge {path} has changed since the run began; {restore}delete {kept} to go on "
+                                 "with the new one")
 
 
 def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0, kept_in: str | None = None

@@ -52,8 +52,9 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
     `actor` maps names to tensors: "keys" (n+1, m) in the order of `names`, "query.0.weight", ... `source` is a file of
     `save_keys`, which holds keys alone, or the folder of a run, from which `warm` also takes the query network
     ("keys+query") and the inner policy ("all"). The key of an inner policy belongs to it: it goes to the one of this
-    run with "all", and to the frozen one of the source (`inner:<RUN_DIR>`) if that is among `names`. With a network
-    comes the state of `normalizer` (an envs.Normalizer or None), by which it knows its inputs.
+    run with "all", and to the frozen one of the source (`inner:<RUN_DIR>`) if that is among `names`, unless the source
+    sums logits: the key's effect is in its frozen policy then. With a network comes the state of `normalizer` (an
+    envs.Normalizer or None), by which it knows its inputs.
     Raises KnowledgeError for a source that cannot be read or does not fit.
     """
     path = Path(source)

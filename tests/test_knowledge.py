@@ -259,7 +259,7 @@ def test_run_keeps_its_files(tmp_path):
     with pytest.raises(knowledge.KnowledgeError, match=f"{path} has changed since .*; restore it from {kept}"):
         knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
     Path(path).unlink()
-    with pytest.raises(knowledge.KnowledgeError, match=f"{path} is not there any more; restore it from {kept}"):
+    with pytest.raises(KnowledgeError, match=f"{path} is not there; check the path, or restore it from {kept}"):
         knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
 
 
@@ -343,6 +343,10 @@ def test_run_kian(tmp_path):
     run = save_run(tmp_path, actor="kian", keys=keys, knowledge=advice(tmp_path))
     # dot (inner, up, down): (1, 1.2, -2), (-1, -.6, 2), (5, 5.1, -10): up, down, up
     assert load_run(run)[1](OBS).flatten().tolist() == [1, -0.5, 1]
+    write(tmp_path, "def up(obs): return obs.fill_(1)[:, :1]\n"  # what it writes does not reach the other
+          "def down(obs): return (obs[:, :1] == 1) * 1.5 - 0.5\n", "advice.py")
+    assert load_run(run)[1](OBS.clone()).flatten().tolist() == [1, -0.5, 1]
+    advice(tmp_path)
     # cosine: (.71, .89, -.71), (-.71, -.45, .71), (.93, .997, -.93), and with a long inner key the same
     keys["inner"] *= 100
     run = save_run(tmp_path, actor="kian", keys=keys, knowledge=advice(tmp_path), score="cosine")
@@ -374,6 +378,13 @@ def test_run_kogun_and_a2t(tmp_path):
     inner = [first, torch.zeros(2)]
     kogun = load_run(save_run(tmp_path, actor="kogun", inner=inner, knowledge=advice(tmp_path)))[1]
     torch.testing.assert_close(kogun(OBS)[:, 0], torch.tensor([1.0, -1.0, 5.0]).tanh())
+    for names, fits in (["inner", "advice.up", "advice.down"], True), (["inner", "advice.down", "advice.up"], False):
+        run = save_run(tmp_path, actor="kogun", inner=inner, knowledge=advice(tmp_path), names=names)
+        if fits:
+            load_run(run)
+        else:
+            with pytest.raises(KnowledgeError, match="was trained with other knowledge"):
+                load_run(run)
     query = [torch.tensor([[1.0, 0, -1], [0, 0, 0]]), torch.tensor([0, 3.0, 2.5])]
     # logits (inner, up, down): (1, 3, 1.5), (-1, 3, 3.5), (5, 3, -2.5)
     a2t = load_run(save_run(tmp_path, actor="a2t", query=query, knowledge=advice(tmp_path)))[1]

@@ -192,6 +192,15 @@ def test_a_run_goes_on_in_the_next_task(uncut, warm, parts, tmp_path, monkeypatc
     assert torch.equal(started["keys"][2], old_keys["minigrid.open_door"])
 
 
+def test_a_frozen_inner_policy_that_has_its_keys_effect_gets_a_fresh_one(tmp_path, monkeypatch):
+    train(tmp_path / "logit", fusion="logit", total_timesteps=256)
+    started = {}
+    monkeypatch.setattr(ppo_kian, "update", lambda agent, *_: started.update(keys=agent.keys.clone()) or {})
+    train(tmp_path / "next", fusion="logit", init_from=str(tmp_path / "logit"), total_timesteps=128)
+    old = torch.load(tmp_path / "logit" / "checkpoint.pt", weights_only=True)["policy"]["keys"]
+    assert torch.equal(started["keys"][1], list(old.values())[1]) and not torch.equal(started["keys"][-1], old["inner"])
+
+
 class Views(gym.Env):
     """Images that are no views of a grid."""
     observation_space, action_space = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8), gym.spaces.Discrete(3)

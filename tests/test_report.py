@@ -55,7 +55,8 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
         "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
         "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9 --gone 5": [(1, [0, 997], [0.1, 0.3])]}
     assert said[-1].endswith("kian, seed 1; replaces a run of c")
-    assert "note: seeds of plain differ in commit: c, d" in said
+    assert "note: rows of plain differ in commit: c, d" in said
+    assert [seeds[0].cut for seeds in found.values()] == [False, True, True, True]
     assert found["kian"][0].commits == {"c"} and found["plain"][0].commits == {"c", "d"}  # nothing is left of b's
     (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
     curves.gather(folders[1:2])  # a smoke run by the same name
@@ -95,7 +96,7 @@ def test_summary_of_hand_made_curves(tmp_path):
     assert kian == ["kian", "2", "35k (20k to 50k)", "1.8", "0.20", "0.70", "0.37", "0.50", "0.95 (50k)", "0.90", "abc"]
     assert plain == ["plain", "1", "not reached", "", "0.12", "0.60", "0.28", "", "0.60 (20k)", "0.60", "abc"]
     plain, = variants["plain"]
-    plain.total = 50_000  # and got 20,000
+    plain.cut = True
     assert report.summarise(variants, report.Reading())[1][1][1] == "1 (1 unfinished)"
     rows += [("kian --gamma 2.0", 1, 0, 0, 0.1, 0), ("kian --gamma 2.0", 1, 20_000, 9, "nan", "nan")]  # diverged
     _, (_, wild, _) = report.summarise(curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate"),

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from algos import sac_kian
-from runtime import ArgError, continued, exit_codes
+from runtime import ArgError, exit_codes
 import envs
 import knowledge
 
@@ -259,6 +260,13 @@ def test_bad_folders(uncut, tmp_path):
         for flag in ("resume", "evaluate"):
             with pytest.raises(ArgError, match=words):
                 sac_kian.main(sac_kian.Args(**{flag: str(tmp_path / name)}))
+    shutil.copytree(uncut[0], tmp_path / "elsewhere")  # from a machine with a GPU; the device stays unless it is named
+    config = json.loads((uncut[0] / "config.json").read_text())
+    config["args"]["device"] = "cuda"
+    (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config))
+    if not torch.cuda.is_available():
+        with pytest.raises(ArgError, match="--device cuda: torch sees no GPU"):
+            sac_kian.main(sac_kian.Args(resume=str(tmp_path / "elsewhere"), total_timesteps=2100))
     for flag, asked in (("resume", dict(gamma=0.5)), ("evaluate", dict(seed=5)),
                         ("evaluate", dict(env="FetchSlide-v2"))):
         with pytest.raises(ArgError, match="keeps the arguments"):
@@ -279,8 +287,6 @@ def test_a_flag_that_repeats_its_default_is_a_named_one(uncut, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--resume", str(uncut[0]), "--total-timesteps", "150000", "--compile"])
     with pytest.raises(ArgError, match="--compile: a run keeps"):  # the total is no mistake
         sac_kian.main(sac_kian.Args(resume=str(uncut[0])))
-    stored = sac_kian.Args(device="cpu")  # left out, it stays
-    assert continued(stored, sac_kian.Args(resume="RUN"), "resume", if_named=["device"]).device == "cpu"
 
 
 def test_command_line_exits_2_with_one_line(tmp_path):
