@@ -70,6 +70,7 @@ def gather(folders: list[str], into: str = "") -> None:
     runs = [(folder, sorted(path.parent for path in Path(folder).rglob("config.json"))) for folder in folders]
     for folder in [folder for folder, found in runs if not found]:
         print(f"skipped, no run: {folder}")
+    touched = {}  # {(file, variant): its rows}
     for folder in [run for _, found in runs for run in found]:
         if not (folder / "eval.csv").is_file():
             print(f"skipped, not evaluated yet: {folder}")
@@ -106,9 +107,11 @@ def gather(folders: list[str], into: str = "") -> None:
         print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"
               + (f"; unfinished, {last} of {total} steps" if last < total else "")
               + (f"; replaces a run of {said(replaced, 'commit')}" if replaced else ""))
+        touched[path.name, name] = [row for row in rows if row["variant"] == name]
+    for (file, name), rows in touched.items():
         for column in ("commit", "total_timesteps"):  # perhaps another method, or epsilon planned over another total
-            if "," in (found := said([row for row in rows if row["variant"] == name], column)):
-                print(f"note: rows of {name} differ in {column}: {found}")
+            if "," in (found := said(rows, column)):
+                print(f"note: rows of {name} in {file} differ in {column}: {found}")
 
 
 def said(rows: list[dict], column: str) -> str:

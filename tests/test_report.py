@@ -54,8 +54,8 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
         "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
         "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9 --gone 5": [(1, [0, 997], [0.1, 0.3])]}
-    assert said[-1].endswith("kian, seed 1; replaces a run of c")
-    assert "note: rows of plain differ in commit: c, d" in said
+    assert said[-2].endswith("kian, seed 1; replaces a run of c")
+    assert said[-1] == "note: rows of plain in FetchPush-v2.csv differ in commit: c, d"
     assert [seeds[0].cut for seeds in found.values()] == [False, True, True, True]
     assert found["kian"][0].commits == {"c"} and found["plain"][0].commits == {"c", "d"}  # nothing is left of b's
     (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
