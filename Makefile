@@ -39,8 +39,8 @@ gl:  ## rendering without a display, and a browser for the report's test (Debian
 test: $(VENV)/.tests-installed gl  ## all tests, two files at a time: 6 to 10 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-twins: setup  ## rewrite every marked twin block from its first copy
-	$(BIN)/python tests/test_twins.py --write
+twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=algos/sac_kian.py
+	$(BIN)/python tests/test_twins.py $(FROM)
 
 speed: setup  ## updates/s and steps/s: ALGO=sac or ppo beside stable-baselines3, ALGO=stream beside plain autograd
 	$(BIN)/python benchmarks/speed.py $(or $(ALGO),sac) $(ARGS)

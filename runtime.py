@@ -6,6 +6,7 @@ A run folder holds
     scalars.csv     step, wall_s, name, value
     eval.csv        step, wall_s, episodes, return_mean, return_std, success_rate, length_mean
     checkpoint.pt   everything `--resume` needs, tensors and plain types only
+    <algo>.py       the script as it was at the start
     events...       TensorBoard
     video/          episodes, and what else a script draws
 """
@@ -84,6 +85,8 @@ class Run:
             remedy = "make it writable" if args.resume else "name another --run-dir"
             raise ArgError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
         print(f"run folder: {self.folder}", file=sys.stderr)
+        if (script := Path(sys.argv[0])).stem == algo:  # not where something else calls it
+            self._keep(script, anew=not args.resume)
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
         self.stop = 0
@@ -93,6 +96,15 @@ class Run:
         self.evals = self._csv("eval.csv", ["step", "wall_s", *EVALUATION], step)
         self.handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
+
+    def _keep(self, script: Path, anew: bool) -> None:
+        """A copy of the script, for a commit does not tell what it was between two commits; a word where it is another
+        by now."""
+        kept = self.folder / script.name
+        if anew:
+            kept.write_bytes(script.read_bytes())
+        elif kept.is_file() and kept.read_bytes() != script.read_bytes():
+            print(f"note: {script} has changed since this run began, with {kept}", file=sys.stderr)
 
     def _ask(self, signum: int, _frame) -> None:
         self.stop = signum
@@ -129,7 +141,7 @@ class Run:
         self.evals.write(f"{step},{self.wall_s()},{values}\n")
         self.log(step, {f"eval/{name}": value for name, value in result.items()})
         success = result["success_rate"]
-        line = f"return {result['return_mean']:.1f}" + (f", success {success:.2f}" if success == success else "")
+        line = f"return {result['return_mean']:.2f}" + (f", success {success:.2f}" if success == success else "")
         self.bar.set_postfix_str(line)
         if self.bar.disable:  # no terminal
             print(f"step {step}: {line}", file=sys.stderr, flush=True)
@@ -156,13 +168,24 @@ def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
     """(arguments, checkpoint) of a run folder. Raises ArgError if it is none, another algorithm's, or damaged."""
     config, checkpoint = Path(folder, "config.json"), Path(folder, "checkpoint.pt")
     if not config.is_file():
-        raise ArgError(f"{folder} is not a run folder: it has no config.json; runs are kept under runs/{algo}")
+        inside = [path for depth in (1, 2, 3) for path in Path(folder).glob("*/" * depth + "config.json")]
+        inside.sort(key=os.path.getmtime)
+        remedy = f"the last one in it is {inside[-1].parent}" if inside else f"runs are kept under runs/{algo}"
+        raise ArgError(f"{folder} is not a run folder: it has no config.json; {remedy}")
     if not checkpoint.is_file():
         raise ArgError(f"{folder} has no checkpoint.pt: it was cut before its first one; start it anew")
     try:
         saved = json.loads(config.read_text())
         if saved["algo"] == algo:
+            names = {field.name for field in fields(args_type)}
+            if gone := sorted(saved["args"].keys() - names):
+                raise ArgError(f"{folder} was made with --{gone[0].replace('_', '-')}, which algos/{algo}.py does not "
+                               f"have; continue it with the script of its commit, {saved.get('commit')}")
+            if new := sorted(names - saved["args"].keys()):
+                print(f"note: {folder} is older than {', '.join(new)}: as by default", file=sys.stderr)
             return args_type(**saved["args"]), torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except ArgError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ArgError(f"{folder} is damaged or of another version ({type(error).__name__}); start it anew") from error
     raise ArgError(f"{folder} is a run of {saved['algo']}, not of {algo}; use algos/{saved['algo']}.py")
@@ -177,10 +200,10 @@ def continued(stored: Any, asked: Any, *anew: str, if_named: Sequence[str] = ())
     if asked.resume and asked.evaluate:
         raise ArgError("--resume goes on training, --evaluate does not: leave one of them out")
     for name, value in named.items():
-        if name not in (*anew, *if_named) and value != getattr(stored, name):
+        if name not in (*anew, *if_named) and value != (had := getattr(stored, name)):
             no, value = ("no-" * (not value), "") if isinstance(value, bool) else ("", f" {value}")
             raise ArgError(f"--{no}{name.replace('_', '-')}{value}: a run keeps the arguments that it was started with "
-                           f"(here {getattr(stored, name)}); leave it out, or start a new run")
+                           f"(here {'without' if had == '' else had}); leave it out, or start a new run")
     return replace(stored, **{name: getattr(asked, name) for name in anew},
                    **{name: named[name] for name in if_named if name in named})
 
@@ -208,8 +231,11 @@ def describe_machine() -> dict:
     """Commit, package versions and hardware: what a number needs beside it."""
     commit = os.environ.get("RUN_COMMIT")  # where the code runs outside its repository
     if not commit and shutil.which("git"):
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent).stdout.strip()
+        def git(*words: str) -> str:
+            return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+        commit = git("describe", "--always").strip()
+        if git("status", "--porcelain", "--", "algos", "envs", "knowledge", "runtime.py"):  # new files, too
+            commit += "-dirty"
     return {"commit": commit or None, "python": platform.python_version(),
             "versions": {name: version(name) for name in PACKAGES},
             "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count(),

@@ -39,7 +39,7 @@ import knowledge
 from runtime import (ArgError, Run, can_compile, continued, exit_codes, finishing, load_run, pick_device,
                      require_positive, require_range)
 
-ALGO = "ppo_kian"
+ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 10_000  # environment steps
 WIDTH = 64  # of the encoder's output and of all hidden layers
 KEY_DIM = 8  # width m of keys and query

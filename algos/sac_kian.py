@@ -39,7 +39,7 @@ import knowledge
 from runtime import (ArgError, Run, can_compile, continued, exit_codes, finishing, hidden_layers, load_run,
                      pick_device, require_positive, require_range, use_fast_matmul)
 
-ALGO = "sac_kian"
+ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
 KEY_DIM = 4  # width m of keys and query
 HELD_BACK = 1e9  # log-odds against an inner policy that is not trusted yet, or against rules that were of no help
@@ -96,7 +96,7 @@ class Args:
     init_from: str = ""  # run folder whose keys are taken over by name, and whose inner policy becomes knowledge
     save_keys: str = ""  # JSON file to write the learned keys to, by policy name
     load_keys: str = ""  # keys to start from: such a file, or a run folder
-    warm: Literal["keys", "keys+query", "all"] = "keys"  # what a run folder gives; all: the inner policy as well
+    warm: Literal["keys", "keys+query", "all"] = "keys+query"  # what a run folder gives; all: the inner policy as well
 
 
 # ranges of `make tune`: (low, high) on a log scale, or choices
@@ -171,7 +171,7 @@ def init_mlp(name: str, sizes: list[int], stack: tuple[int, ...] = ()) -> dict[s
 def mlp(params: dict[str, torch.Tensor], name: str, x: torch.Tensor, bf16: bool = False) -> torch.Tensor:
     """(B, in) -> (B, out), or (2, B, out) of two networks side by side. bf16 spares the output layer: a Q-value in
     bfloat16 has three digits."""
-    depth = sum(key.startswith(f"{name}.") for key in params) // 2
+    depth = sum(f"{name}.{i}.weight" in params for i in range(len(params)))
     for i in range(depth):
         weight, bias = params[f"{name}.{i}.weight"], params[f"{name}.{i}.bias"]
         if i == depth - 1:
@@ -427,8 +427,9 @@ def main(args: Args) -> dict[str, float]:
     practice = args.practice if attends else 0.0
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
-    if practice and limit and args.total_timesteps <= first + limit * (trust.FIRST + args.num_envs):
-        print(f"rules alone act for {trust.FIRST} episodes, perhaps to the end of this run", file=sys.stderr)
+    soonest = first + (limit or 0) * (trust.FIRST + args.num_envs)  # step by which trust may be given
+    if practice and not saved and args.total_timesteps <= soonest:
+        print(f"rules alone act for about {soonest} steps: raise --total-timesteps, or --practice 0", file=sys.stderr)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:

@@ -32,7 +32,7 @@ import envs
 from runtime import (ArgError, Run, can_compile, compile_for, continued, exit_codes, hidden_layers, load_run,
                      require_positive, require_range)
 
-ALGO = "stream_q"
+ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 10_000  # environment steps
 CHECK_EVERY = 100  # steps between looks whether an update overshot its target
 SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "exploratory", "reward_scale")

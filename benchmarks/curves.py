@@ -16,18 +16,31 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = ["variant", "seed", "step", "wall_s", "episodes", "return_mean", "return_std", "success_rate", "length_mean",
            "online_return", "total_timesteps", "commit", "cpu"]
+# arguments that do nothing without knowledge
+KNOWLEDGE = {"knowledge", "inner_key", "cosine_scale", "ext_action", "ext_log_std", "entropy_fix", "credit", "practice",
+             "imitation", "attention_temperature", "eval_select", "fusion", "sharpness", "silent", "entropy_of",
+             "init_from", "save_keys", "load_keys", "warm"}
 # arguments that name a run, not a variant
 RUN = {"env", "seed", "total_timesteps", "device", "compile", "run_dir", "resume", "evaluate", "eval_every",
        "eval_episodes", "checkpoint_every", "video", "track", "save_keys", "impl", "overshoot_every"}
 
 
 def defaults(algo: str) -> dict:
-    """Defaults of `algos/<algo>.py`, read from its source: this folder runs commands and imports nothing of ours."""
+    """Defaults of `algos/<algo>.py`, read from its source: this folder runs commands and imports nothing of ours.
+
+    Raises ValueError, a one-line message, for a default that has to be computed.
+    """
     import ast
 
     tree = ast.parse((RESULTS.parents[1] / "algos" / f"{algo}.py").read_text())
     args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    return {a.target.id: ast.literal_eval(a.value) for a in args.body if isinstance(a, ast.AnnAssign)}
+    found = {}
+    for a in (a for a in args.body if isinstance(a, ast.AnnAssign)):
+        try:
+            found[a.target.id] = ast.literal_eval(a.value)
+        except ValueError as error:
+            raise ValueError(f"algos/{algo}.py: the default of {a.target.id} is computed; write it as it is") from error
+    return found
 
 
 def variant(config: dict) -> str:
@@ -39,9 +52,9 @@ def variant(config: dict) -> str:
     plain = words == ["plain"]
     if args.get("knowledge", "auto") != "auto" and (not plain or args.get("bc_coef")):  # cloning imitates it
         words.append(args["knowledge"])
-    ignored = RUN | {"actor", "knowledge"}
-    if plain:  # what follows `actor` in Args is about knowledge
-        ignored |= set(list(usual)[list(usual).index("actor"):])
+    ignored = RUN | {"actor", "knowledge"} | (KNOWLEDGE if plain else set())
+    if not (args.get("init_from") or args.get("load_keys")):  # nothing is taken over
+        ignored |= {"warm"}
     changed = {k: v for k, v in args.items() if k not in ignored and v != usual.get(k)}
     if "init_from" in changed:  # its folder's name tells more than its path
         changed["init_from"] = Path(changed["init_from"]).name
@@ -79,6 +92,8 @@ def gather(folders: list[str], into: str = "") -> None:
         args = config["args"]
         path = RESULTS / (into or config["algo"]) / f"{args['env'].replace('/', '-')}.csv"
         name, seed = variant(config), str(args["seed"])
+        if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
+            print(f"note: {folder} is older than {', '.join(new)}: named as if by default")
         if into and not name.startswith(config["algo"]):
             name = f"{config['algo']} {name}"
         old = load(path) if path.exists() else []
@@ -159,10 +174,14 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["gather", "--into", into, folder, *more]:
-            gather([folder, *more], into)
-        case ["gather", folder, *more] if folder != "--into":
-            gather([folder, *more])
-        case _:
-            sys.exit(__doc__)
+    try:
+        match sys.argv[1:]:
+            case ["gather", "--into", into, folder, *more]:
+                gather([folder, *more], into)
+            case ["gather", folder, *more] if folder != "--into":
+                gather([folder, *more])
+            case _:
+                sys.exit(__doc__)
+    except ValueError as error:
+        print(f"curves: {error}", file=sys.stderr)
+        sys.exit(2)

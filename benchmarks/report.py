@@ -295,7 +295,12 @@ def main(html: Path) -> None:
                 curve.steps, curve.minutes, curve.scores = curve.steps[1:], curve.minutes[1:], curve.scores[1:]
             hold(results[algo][env], how.untrained)
     for algo, environments in results.items():
-        draw(algo, environments, ROOT / "docs" / "figures" / f"{algo}_curves.svg")
+        figure = ROOT / "docs" / "figures" / f"{algo}_curves.svg"
+        new = not figure.exists()
+        draw(algo, environments, figure)
+        if new:
+            print(f"drew {figure.relative_to(ROOT)}; a table stands where a page has the lines <!-- report: {algo} "
+                  f"{next(iter(environments))} --> and <!-- end -->")
 
     def fill(match: re.Match) -> str:
         algo, what = match[2], match[3]

@@ -54,7 +54,8 @@ def main() -> None:
         raise ValueError("--episodes must be at least 1, --seed 0 or more")
     vec = envs.make_vec(flags.env, min(32, flags.episodes), threads=torch.get_num_threads())
     if not isinstance(vec.action_space, gym.spaces.Box):
-        raise ValueError(f"{flags.env} has {vec.action_space} actions; continuous ones (Box) are needed")
+        raise ValueError(f"{flags.env} has {vec.action_space} actions; continuous ones (Box) are needed; rules for a "
+                         "grid: algos/ppo_kian.py --actor mix")
     obs, d = vec.reset(flags.seed), vec.action_space.shape[0]
     goal_dim = obs["desired_goal"].shape[1] if vec.is_goal_env else 0
 
@@ -62,8 +63,7 @@ def main() -> None:
         return envs.unflatten(envs.flatten(obs), goal_dim)
 
     rules = knowledge.load(flags.knowledge, flags.env, d, read(obs))
-    print(f"{envs.resolve(flags.env)}, {flags.episodes} episodes; standard error of a success rate at most "
-          f"{0.5 / flags.episodes ** 0.5:.3f}")
+    print(f"{envs.resolve(flags.env)}, {flags.episodes} episodes; +- is the standard error")
     rows = {}
     for who, choose in contenders(list(rules), d).items():
         torch.manual_seed(flags.seed)
@@ -71,7 +71,9 @@ def main() -> None:
                                flags.episodes, 10_000 * flags.seed + 5_000)
         row = [flags.env, flags.knowledge, who, str(flags.episodes), *(f"{result[name]:.4g}" for name in COLUMNS[4:])]
         rows[tuple(row[:3])] = row
-        print(f"{who:40} success {result['success_rate']:.3f}, return {result['return_mean']:.2f}, "
+        p, root = result["success_rate"], flags.episodes ** 0.5
+        solved = f"success {p:.3f} +- {(p * (1 - p)) ** 0.5 / root:.3f}, " if p == p else ""  # NaN: no goals
+        print(f"{who:40} {solved}return {result['return_mean']:.2f} +- {result['return_std'] / root:.2f}, "
               f"length {result['length_mean']:.1f}", flush=True)
     if flags.csv:
         old = list(csv.reader(flags.csv.open()))[1:] if flags.csv.exists() else []

@@ -73,6 +73,11 @@ class Cell:
     def script(self) -> str:
         return f"algos/{self.algo}.py"
 
+    def script_has_changed(self) -> bool:
+        """Whether its run keeps another version of the script than is here now."""
+        kept = self.folder / f"{self.algo}.py"
+        return kept.is_file() and kept.read_bytes() != (ROOT / self.script).read_bytes()
+
     @property
     def fresh(self) -> list[str]:
         """The flags that start it."""
@@ -134,12 +139,16 @@ def load_suite(args: Args) -> list[Cell]:
         known = ", ".join(sorted(p.stem for p in (ROOT / "benchmarks" / "suites").glob("*.toml")))
         raise ValueError(f"suite {args.suite} is not there; known are {known}")
     try:
+        entries = tomllib.loads(path.read_text())["cell"]
+        for entry in entries:
+            kinds = {"algo": str, "envs": list, "seeds": list} | ({"flags": str} if "flags" in entry else {})
+            if {key: type(value) for key, value in entry.items()} != kinds:
+                raise TypeError(f"a cell has {entry}")
         cells = [Cell(entry["algo"], env, seed, tuple(shlex.split(entry.get("flags", ""))), Path(args.root))
-                 for entry in tomllib.loads(path.read_text())["cell"]
-                 for env in entry["envs"] for seed in entry["seeds"]]
+                 for entry in entries for env in entry["envs"] for seed in entry["seeds"]]
     except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path} is no suite ({type(error).__name__}: {error}): give each [[cell]] algo, envs and "
-                         "seeds") from error
+        raise ValueError(f"{path} is no suite ({type(error).__name__}: {error}): give each [[cell]] algo, a text, envs "
+                         "and seeds, lists, and if need be flags, one text") from error
     for cell in cells:
         if not (ROOT / "algos" / f"{cell.algo}.py").is_file():
             raise ValueError(f"{path} names {cell.algo}, but there is no algos/{cell.algo}.py")
@@ -207,6 +216,9 @@ def main(args: Args) -> int:
     args.root = str(Path(args.root).resolve())
     cells = load_suite(args)
     todo = [cell for cell in cells if not cell.finished()]
+    if changed := [cell.name for cell in cells if cell not in todo and cell.script_has_changed()]:
+        say(f"note: {len(changed)} finished with another version of their script than is here now, as {changed[0]}; to "
+            "run them again, delete their folders or name another --root")
     if args.dry_run:
         for cell in todo:
             print(shlex.join(["python", *cell.command()[1:]]))

@@ -8,10 +8,11 @@ rules index it from the front. Grid tasks give `image` (B, 7, 7, 3) uint8 and `d
 
 import difflib
 import hashlib
-import importlib.util
 import inspect
 import sys
+import traceback
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -62,15 +63,15 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
 
 
 def _check_kept(spec: str, folder: Path) -> None:
-    """Raise KnowledgeError where a file behind `spec` is not what the run in `folder` has kept of it: a run goes on,
-    and is evaluated, with the knowledge it was trained with."""
+    """A run goes on, and is evaluated, with the knowledge it was trained with: its own copies of Python files, which a
+    line on stderr says where the file has changed. Raises KnowledgeError where another run has."""
     for path, content, kept in _sources(spec, folder):
-        if kept.exists() and kept.read_bytes() != content:
-            if not path.is_file():
-                raise KnowledgeError(f"knowledge {path} is not there; check the path, or restore it from {kept}")
-            restore = f"restore it from {kept}, or " if path.suffix == ".py" else ""
-            raise KnowledgeError(f"knowledge {path} has changed since the run began; {restore}delete {kept} to go on "
-                                 "with the new one")
+        if kept.exists() and content and kept.read_bytes() != content:
+            if path.suffix != ".py":
+                raise KnowledgeError(f"knowledge {path} has changed since the run began; delete {kept} to go on with "
+                                     "the new one")
+            print(f"note: {path} has changed since run {folder} began, which goes on with its copy {kept}",
+                  file=sys.stderr)
 
 
 def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0, kept_in: str | None = None
@@ -83,15 +84,17 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     (`inner:<RUN_DIR>`).
     Each policy is called once, on `example`: a batch of two or more observations as it will meet them. What it returns
     has to be within [lowest, 1]: -1 for actions, 0 for advice. `kept_in` is the folder of a run that goes on or is
-    evaluated: files and other runs have to be what they were when it began.
+    evaluated: of Python files its copies are taken, and other runs have to be what they were when it began.
 
     Raises KnowledgeError, a ValueError whose message is one line, for whatever cannot be used.
     """
     if kept_in:
         _check_kept(spec, Path(kept_in))
-    policies = _load(spec, env_id, action_dim, example, lowest, runs=())
+    policies = _load(spec, env_id, action_dim, example, lowest, (), kept_in)
     if kept_in:
         _check_names(policies, Path(kept_in))
+    elif policies:
+        print(f"knowledge: {', '.join(policies)}", file=sys.stderr)
     return policies
 
 
@@ -107,8 +110,8 @@ def _check_names(policies: dict[str, Policy], folder: Path) -> None:
                              f"{', '.join(policies) or 'nothing'}; restore what it had, or start a new run")
 
 
-def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, runs: tuple[Path, ...]
-          ) -> dict[str, Policy]:
+def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, runs: tuple[Path, ...],
+          kept_in: str | Path | None) -> dict[str, Policy]:
     """As `load`; `runs` are the folders being loaded, outermost first."""
     policies: dict[str, Policy] = {}
     for item in (item.strip() for item in spec.split(",") if item.strip() != "none"):
@@ -117,12 +120,13 @@ def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, 
         if item.startswith(("run:", "inner:")):
             found = _load_run(item, action_dim, example, lowest, runs)
         elif item.partition(":")[0].endswith(".py"):
-            found = _load_file(item)
+            found = _load_file(item, kept_in)
         else:
             found = _load_rules(item, env_id)
         for name, policy in found.items():
             if name in policies:
-                raise KnowledgeError(f"knowledge {name} comes twice in '{spec}'; name each policy once")
+                raise KnowledgeError(f"knowledge {name} comes twice in '{spec}'; name each policy once, no two files "
+                                     "alike")
             _ask(policy, f"knowledge {name} (from '{item}')", action_dim, example, lowest)
             policies[name] = policy
     return policies
@@ -142,21 +146,23 @@ def _load_rules(item: str, env_id: str) -> dict[str, Policy]:
     elif close := difflib.get_close_matches(item, [*groups, *rules], n=1):
         remedy = f"did you mean {close[0]}?"
     else:
-        remedy = f"known are {', '.join([*groups, *rules])}"
+        remedy = f"known are {', '.join([*groups, *rules])}; of a file of yours, name mine.py or mine.py:function"
     raise KnowledgeError(f"knowledge '{item}' is unknown for {env_id}: {remedy}")
 
 
-def _load_file(item: str) -> dict[str, Policy]:
-    """Public functions that a user's file defines, {<file stem>.<function>: policy}."""
+def _load_file(item: str, kept_in: str | Path | None) -> dict[str, Policy]:
+    """Public functions that a user's file defines, {<file stem>.<function>: policy}, as the run in `kept_in` has it."""
     path, _, wanted = item.partition(":")
-    if not Path(path).is_file():
+    kept = [kept for _, _, kept in _sources(path, Path(kept_in)) if kept.is_file()] if kept_in else []
+    source = kept[0] if kept else Path(path)
+    if not source.is_file():
         raise KnowledgeError(f"knowledge file {path} does not exist; check the path")
     stem = Path(path).stem
-    source = importlib.util.spec_from_file_location(f"knowledge.file.{stem}", path)
-    module = importlib.util.module_from_spec(source)
+    module = ModuleType(f"knowledge.file.{stem}")
+    module.__file__ = path  # of the copy, too: a file may read what lies beside it
     sys.modules[module.__name__] = module  # dataclasses look their module up; the prefix keeps `torch.py` harmless
     try:
-        source.loader.exec_module(module)
+        exec(compile(source.read_bytes(), source, "exec"), vars(module))
     except (Exception, SystemExit) as error:
         raise KnowledgeError(f"knowledge file {path} fails to import: {_one_line(error)}; correct it") from error
     found = {
@@ -165,7 +171,7 @@ def _load_file(item: str) -> dict[str, Policy]:
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
     if not found:
-        raise KnowledgeError(f"knowledge file {path} defines no public function; add one")
+        raise KnowledgeError(f"knowledge file {path} defines no public function; add one, around a model too")
     if wanted and wanted not in found:
         raise KnowledgeError(f"knowledge file {path} defines no public function '{wanted}'; it has {', '.join(found)}")
     return {f"{stem}.{name}": value for name, value in found.items() if wanted in ("", name)}
@@ -182,11 +188,11 @@ def _load_run(item: str, action_dim: int, example: Obs, lowest: float, runs: tup
     def load_its_own(spec: str, env_id: str) -> dict[str, Policy]:
         _check_kept(spec, folder)
         try:
-            return _load(spec, env_id, action_dim, example, lowest, runs)
+            return _load(spec, env_id, action_dim, example, lowest, runs, folder)
         except KnowledgeError as error:
             raise KnowledgeError(f"run {folder}, trained in {env_id}: {error}") from error
 
-    return run.load(folder, load_its_own, kind == "inner")
+    return run.load(folder, load_its_own, example, kind == "inner")
 
 
 def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) -> torch.Tensor:
@@ -198,8 +204,12 @@ def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) ->
     except KnowledgeError:
         raise
     except Exception as error:
-        remedy = "take a batch of observations; start the name of a helper function with _"
-        raise KnowledgeError(f"{what} fails on {shape[0]} observations: {_one_line(error)}; {remedy}") from error
+        file = getattr(getattr(policy, "__code__", None), "co_filename", None)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f" in line {lines[-1]}" if lines else ""
+        given = {name: tuple(x.shape) for name, x in obs.items()} if isinstance(obs, dict) else tuple(obs.shape)
+        remedy = "start the name of a helper function with _" if isinstance(error, TypeError) else "it gets a batch"
+        raise KnowledgeError(f"{what} fails{where} on observations {given}: {_one_line(error)}; {remedy}") from error
     if not isinstance(action, torch.Tensor):
         raise KnowledgeError(f"{what} returns a {type(action).__name__}; return a tensor of shape {shape}")
     if tuple(action.shape) != shape:
@@ -209,7 +219,10 @@ def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) ->
     if not ((lowest <= action) & (action <= 1)).all():  # NaN is not, either
         if not action.isfinite().all():
             value = action[~action.isfinite()][0].item()
-            raise KnowledgeError(f"{what} returns {value}; return finite numbers, look for a division by zero")
+            x = obs.get("observation") if isinstance(obs, dict) else obs
+            row = int((~action.isfinite()).any(1).nonzero()[0])
+            seen = f" for {[round(number, 3) for number in x[row].tolist()]}" if x is not None and x.dim() == 2 else ""
+            raise KnowledgeError(f"{what} returns {value}{seen}; return finite numbers, look for a division by zero")
         outside = action[(action < lowest) | (action > 1)]
         value = outside[outside.abs().argmax()].item()
         raise KnowledgeError(f"{what} returns {value:.4g}; return numbers in [{lowest:g}, 1], for example with "

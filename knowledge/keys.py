@@ -81,6 +81,9 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         if path.is_dir() and policy.get("fusion") != "logit":  # there the frozen policy has the key's effect in it
             keys[f"inner.{path.resolve().name}"] = inner_key
         keys |= {"inner": inner_key} if "inner" in parts else {}
+    taken = [name for name in names if name in keys]
+    print(f"keys taken over: {', '.join(taken) or 'none'}; fresh: "
+          f"{', '.join(name for name in names if name not in keys) or 'none'}", file=sys.stderr)
     for i, name in enumerate(names):
         if name not in keys:
             continue

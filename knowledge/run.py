@@ -42,11 +42,12 @@ CATEGORICAL = {"env", "actor", "encoder", "trunk", "inner", "query", "inner_key"
 ACTORS = ("plain", "kian", "kogun", "a2t")
 
 
-def load(folder: Path, load_knowledge: Callable[[str, str], dict[str, Policy]],
+def load(folder: Path, load_knowledge: Callable[[str, str], dict[str, Policy]], example: Obs,
          inner_alone: bool = False) -> dict[str, Policy]:
     """The agent trained in `folder`, {run.<folder name>: policy}, or {inner.<folder name>: its inner policy}.
 
-    `load_knowledge(spec, env_id)` loads the policies that the agent itself was given.
+    `load_knowledge(spec, env_id)` loads the policies that the agent itself was given; `example` are observations as it
+    will meet them.
     Raises KnowledgeError if there is no such run, or none that can be frozen.
     """
     file = folder / "checkpoint.pt"
@@ -68,10 +69,11 @@ def load(folder: Path, load_knowledge: Callable[[str, str], dict[str, Policy]],
         policy = {**policy, "actor": "plain"}
     if policy["actor"] not in known:
         raise KnowledgeError(f"{file} has an actor '{policy['actor']}'; known are {', '.join(known)}")
-    knowledge = {} if policy["actor"] == "plain" else load_knowledge(policy["knowledge"], policy["env"])
-    agent = (FrozenCategorical if categorical else FrozenAgent)(folder, owned(policy), knowledge)
+    agent = (FrozenCategorical if categorical else FrozenAgent)(folder, owned(policy), {})
+    agent.inputs(example)  # before its rules are asked, which would fail for the same reason
+    agent.knowledge = {} if policy["actor"] == "plain" else load_knowledge(policy["knowledge"], policy["env"])
     if not agent.fits():
-        now = f"'{policy['knowledge']}' gives {', '.join(knowledge) or 'nothing'}"
+        now = f"'{policy['knowledge']}' gives {', '.join(agent.knowledge) or 'nothing'}"
         raise KnowledgeError(f"run {folder} was trained with other knowledge than {now}; restore what it had")
     return {f"{'inner' if inner_alone else 'run'}.{folder.resolve().name}": agent}
 
@@ -87,7 +89,7 @@ class FrozenAgent:
     @torch.no_grad()
     def __call__(self, obs: Obs) -> Tensor:
         """Actions (B, d). Raises KnowledgeError for observations unlike those of the run."""
-        x, actor, inner = self.normalised(obs), self.policy["actor"], self.policy["inner"]
+        x, actor, inner = self.inputs(obs), self.policy["actor"], self.policy["inner"]
         external = [policy(copy_of(obs)) for policy in self.knowledge.values()]
         output, _ = mlp(inner, torch.cat([x, *external], -1) if actor == "kogun" else x)
         action = output.chunk(2, -1)[0].tanh()  # of mean | log std
@@ -97,7 +99,7 @@ class FrozenAgent:
         chosen = self.scores(x).argmax(-1)  # (B,)
         return actions[torch.arange(len(x), device=x.device), chosen]
 
-    def normalised(self, obs: Obs) -> Tensor:
+    def inputs(self, obs: Obs) -> Tensor:
         """Network input (B, n)."""
         entries, mean, clip = self.policy["inputs"], self.policy["mean"], self.policy["clip"]
         obs = obs if isinstance(obs, dict) else {"observation": obs}
@@ -150,10 +152,7 @@ class FrozenCategorical:
     @torch.no_grad()
     def __call__(self, obs: Obs) -> Tensor:
         """Probabilities (B, A). Raises KnowledgeError for observations unlike those of the run."""
-        p, x = self.policy, obs["image"] if isinstance(obs, dict) else obs
-        image = len(p["encoder"]) > 2
-        if image != isinstance(obs, dict) or (not image and x.shape[1] != p["encoder"][0].shape[1]):
-            raise KnowledgeError(f"run {self.folder} was trained in {p['env']} on other observations; name another")
+        p, x = self.policy, self.inputs(obs)
         hidden = torch.tanh(layer(p["trunk"], self.encode(x)))  # (B, 64)
         logits = layer(p["inner"], hidden)
         if p["query"]:
@@ -181,6 +180,14 @@ class FrozenCategorical:
         weights = torch.softmax(scores, -1)
         policies = torch.cat([torch.softmax(logits, -1).unsqueeze(1), rules], 1)  # (B, n+1, A)
         return (weights.unsqueeze(-1) * policies).sum(1).clamp(max=1)  # where all are certain, 1 and a rounding error
+
+    def inputs(self, obs: Obs) -> Tensor:
+        """Network input, images (B, 7, 7, 3) or features (B, f): as they are."""
+        x, encoder = obs.get("image") if isinstance(obs, dict) else obs, self.policy["encoder"]
+        if x is None or (x.dim() == 4) != (len(encoder) > 2) or (x.dim() == 2 and x.shape[1] != encoder[0].shape[1]):
+            trained = f"was trained in {self.policy['env']} on other observations than these"
+            raise KnowledgeError(f"run {self.folder} {trained}; name another")
+        return x
 
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, 7, 7, 3) or features (B, f) -> (B, 64)."""

@@ -48,6 +48,10 @@ def test_runs_once_and_names_failures(tmp_path):
     again = bench(path)
     output = again.communicate()[0]
     assert again.returncode == 1 and output.count("starts ") == 1 and "1 finished already" in output
+    kept = config.with_name("sac_kian.py")
+    assert kept.read_text() == (ROOT / "algos" / "sac_kian.py").read_text() and "another version" not in output
+    kept.write_text("")
+    assert "note: 1 finished with another version of their script" in bench(path, "--dry-run").communicate()[0]
     shutil.rmtree(config.parent)
     output = bench(path).communicate()[0]
     assert output.count("starts ") == 2 and "1 of 2 cells finished, 1 failed" in output  # what was deleted runs again
@@ -97,8 +101,13 @@ def test_shipped_suites_are_valid(name):
 
 
 def test_errors_are_one_line(tmp_path):
-    (tmp_path / "bad.toml").write_text("[[cell]]\nalgo = 'sac_kian'\n")
-    for flags, said in ((["--suite", "smoek"], "known are"), (["--suite", str(tmp_path / "bad.toml")], "is no suite"),
+    cell, suites = "[[cell]]\nalgo = 'sac_kian'\n", []
+    for i, rest in enumerate(["", "envs = 'FetchPush-v2'\nseeds = [1]\n",
+                              "envs = ['x']\nseeds = [1]\nflag = '--seed 2'\n",
+                              "envs = ['x']\nseeds = [1]\nflags = ['--seed', '2']\n"]):
+        (tmp_path / f"bad{i}.toml").write_text(cell + rest)
+        suites.append((["--suite", str(tmp_path / f"bad{i}.toml")], "is no suite"))
+    for flags, said in (*suites, (["--suite", "smoek"], "known are"),
                         (["--suite", "smoke", "--algo", "x"], "no cell"), (["--workers", "0"], "at least 1"),
                         (["--gpus", "1"], "needs --backend ray"),
                         (["--backend", "ray", "--gpus", "1.5"], "a share")):

@@ -204,7 +204,8 @@ def test_file(tmp_path):
         ("return torch.zeros(8, 4) / 0", ("nan", "finite")),
         ("return torch.full((8, 4), -2.5)", ("-2.5", "[-1, 1]")),
         ("return [0.0] * 4", ("list", "tensor")),
-        ("return 1 if obs['observation'] > 0 else 0", ("fails on 8 observations", "RuntimeError", "batch")),
+        ("return 1 if obs['observation'] > 0 else 0", ("fails in line 3 on", "(8, 26)", "RuntimeError", "a batch")),
+        ("return obs['observation'].view()", ("fails in line 3", "TypeError", "name of a helper function with _")),
         ("raise KeyError('a\\nb')", ("KeyError",)),
     ],
 )
@@ -226,6 +227,11 @@ def test_rule_that_fails_later():
     obs = batch(2)
     policies = load("fetch.reach_object") | {"mine.unit": lambda obs: obs["desired_goal"][:, [0] * 4] * float("nan"),
                                              "mine.long": lambda obs: torch.full((2, 4), 1.5)}
+    obs["desired_goal"][0] = 0.0
+    obs["observation"][1] = torch.arange(26.0)
+    finite = torch.tensor([[0.0], [float("nan")]])
+    with pytest.raises(KnowledgeError, match=r"knowledge mine.second returns nan for \[0.0, 1.0, 2.0, .*25.0\];"):
+        knowledge.advise({"mine.second": lambda obs: finite.expand(-1, 4)}, obs, 4)
     with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.unit returns nan"):
         knowledge.advise(policies, obs, 4)
     del policies["mine.unit"]
@@ -234,7 +240,7 @@ def test_rule_that_fails_later():
     for written_in in (lambda obs: torch.zeros(8, 4), lambda obs: torch.zeros(8, 1, 4)):  # the batch size of the start
         with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.eight returns shape \(8.*return \(2, 4\)"):
             knowledge.advise({"mine.eight": written_in}, obs, 4)
-    with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.cut fails on 2 observations: IndexError"):
+    with pytest.raises(KnowledgeError, match=r"mine.cut fails in line \d+ on .*'observation': \(2, 26\).*: IndexError"):
         knowledge.advise({"mine.cut": lambda obs: obs["observation"][5]}, obs, 4)
 
 
@@ -248,18 +254,25 @@ def test_a_rule_may_write_into_what_it_is_given():
     assert torch.equal(first, second) and all(torch.equal(obs[name], untouched[name]) for name in obs)
 
 
-def test_run_keeps_its_files(tmp_path):
-    path, run = write(tmp_path, "def up(obs): ...\n"), tmp_path / "run"
+def test_run_keeps_its_files(tmp_path, capsys):
+    path, run = write(tmp_path, "def up(obs): return obs[:, :1] * 0\n"), tmp_path / "run"
     run.mkdir()
     for _ in range(2):  # the start, and a resume
         knowledge.keep(f"fetch.official,{path}:up,run:elsewhere", run)
     (kept,) = run.iterdir()
     assert kept.read_text() == Path(path).read_text()
-    write(tmp_path, "def up(obs): return 1\n")
-    with pytest.raises(knowledge.KnowledgeError, match=f"{path} has changed since .*; restore it from {kept}"):
-        knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
+    (before,) = knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run).values()
+    assert capsys.readouterr().err == ""
+    write(tmp_path, "def up(obs): return obs[:, :1] * 0 + 1\n")
+    (copied,) = knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run).values()
+    said = capsys.readouterr().err
+    assert said == f"note: {path} has changed since run {run} began, which goes on with its copy {kept}\n"
     Path(path).unlink()
-    with pytest.raises(KnowledgeError, match=f"{path} is not there; check the path, or restore it from {kept}"):
+    (left,) = knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run).values()
+    assert before(example()).sum() == copied(example()).sum() == left(example()).sum() == 0
+    assert left.__globals__["__file__"] == path  # what lies beside it stays there
+    kept.unlink()
+    with pytest.raises(KnowledgeError, match=f"{path} does not exist"):
         knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run)
 
 
@@ -396,11 +409,27 @@ def test_run_plays_with_the_file_it_was_trained_with(tmp_path):
     keys = {"inner": torch.zeros(2), "advice.up": torch.ones(2), "advice.down": torch.zeros(2)}
     run = save_run(tmp_path, actor="kian", keys=keys, knowledge=path)
     knowledge.keep(path, Path(run.removeprefix("run:")))
-    load_run(run)
-    write(tmp_path, "def up(obs): return torch.zeros(len(obs), 1)\ndef down(obs): return torch.zeros(len(obs), 1)\n",
+    before = load_run(run)[1](OBS)
+    write(tmp_path, "def up(obs): return obs[:, :1] * 0\ndef down(obs): return obs[:, :1] * 0\n", "advice.py")
+    policies = knowledge.load(f"{path},{run}", "Toy-v0", 1, example())  # the new rules beside the agent of the old
+    assert list(policies) == ["advice.up", "advice.down", "run.seed1"] and policies["advice.up"](OBS).abs().sum() == 0
+    assert torch.equal(policies["run.seed1"](OBS), before) and before.abs().sum() > 0
+
+
+def test_a_run_of_another_task_is_refused_before_its_rules_are_asked(tmp_path):
+    write(tmp_path, "def up(obs): return obs[:, 1:2].clamp(-1, 1)\ndef down(obs): return -obs[:, 1:2].clamp(-1, 1)\n",
           "advice.py")
-    with pytest.raises(KnowledgeError, match="advice.py has changed since the run began; restore it from"):
-        load_run(run)
+    keys = {"inner": torch.zeros(2), "advice.up": torch.ones(2), "advice.down": torch.zeros(2)}
+    run = save_run(tmp_path, actor="kian", keys=keys, knowledge=str(tmp_path / "advice.py"))
+    for obs, words in ((torch.zeros(2, 1), "was trained in Toy-v0 on 2 inputs and 1 are observed here"),
+                       ({"image": torch.zeros(2, 7, 7, 3)}, "needs observation, not observed here")):
+        with pytest.raises(KnowledgeError, match=words):
+            knowledge.load(run, "Other-v0", 1, obs)
+
+
+def test_what_is_given_is_said(tmp_path, capsys):
+    knowledge.load(f"{advice(tmp_path)}:down,{save_run(tmp_path)}", "Toy-v0", 1, example())
+    assert capsys.readouterr().err == "knowledge: advice.down, run.seed1\n"
 
 
 def test_run_on_a_goal_task(tmp_path):

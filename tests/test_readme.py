@@ -51,6 +51,7 @@ def test_command(command, tmp_path, monkeypatch):
         module, few = STREAMS[stem]
         module.main(tyro.cli(module.Args, args=[*flags, *few, "--run-dir", str(tmp_path / "RUN")]))
         return
+    assert stem in WHOLE, f"a page names a new script: put {stem} and flags for a short run into WHOLE"
     module, few = WHOLE[stem]
     run = tmp_path / "RUN"
     if any(word.startswith("runs/") or word == "RUN" or "run:RUN" in word for word in flags):

@@ -37,7 +37,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(curves, "RESULTS", tmp_path / "benchmarks" / "results")
     usual = curves.defaults("sac_kian") | {"env": "FetchPush-v2", "total_timesteps": 1000}
     for k, changed in enumerate([{}, {"actor": "plain", "practice": 0.0}, {"knowledge": "fetch.official", "seed": 2},
-                                 {"gamma": 0.9, "eval_every": 7, "gone": 5}]):
+                                 {"gamma": 0.9, "eval_every": 7, "gone": 5, "warm": "keys"}]):
         run = tmp_path / f"run{k}" / "MinAtar"  # runs may lie deeper
         run.mkdir(parents=True)
         config = {"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}
@@ -62,6 +62,21 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     curves.gather(folders[1:2])  # a smoke run by the same name
     assert "kept, longer: plain, seed 1 of FetchPush-v2.csv has 999 steps" in capsys.readouterr().out
     assert curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate") == found
+    script = (tmp_path / "algos" / "sac_kian.py").read_text()  # a flag of a fork: plain runs differ in it, too
+    field = '    warm: Literal["keys", "keys+query", "all"]'
+    assert field in script
+    (tmp_path / "algos" / "sac_kian.py").write_text(script.replace(field, f"    norm: bool = True  # new\n{field}"))
+    for changed, name in (({"actor": "plain", "norm": False}, "plain --no-norm"),
+                          ({"init_from": "a/RUN", "warm": "keys"}, "kian --init-from RUN --warm keys")):
+        assert curves.variant({"algo": "sac_kian", "args": usual | changed}) == name
+    capsys.readouterr()
+    curves.gather(folders[:1])
+    older = tmp_path / "run0" / "MinAtar"
+    assert f"note: {older} is older than norm: named as if by default" in capsys.readouterr().out
+    (tmp_path / "algos" / "sac_kian.py").write_text(script.replace("gamma: float = 0.95", "gamma: float = 19 / 20"))
+    with pytest.raises(ValueError, match="algos/sac_kian.py: the default of gamma is computed; write it as it is"):
+        curves.gather(folders[:1])
+    (tmp_path / "algos" / "sac_kian.py").write_text(script)
     curves.gather(folders[1:2], into="side")
     assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian plain"]
 

@@ -16,6 +16,7 @@ from algos import sac_kian
 from runtime import ArgError, exit_codes
 import envs
 import knowledge
+import runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(env="FetchPickAndPlace-v2", num_envs=4, hidden="16x1", batch_size=32, updates_per_step=0.05,
@@ -176,7 +177,7 @@ def test_frozen_agent_acts_as_the_agent(uncut, capsys):
     assert envs.evaluate(act, vec, 4, 10_000 + 5_000)["return_mean"] == pytest.approx(heaviest, abs=1e-3)
 
 
-def test_keys_are_taken_over_by_name(uncut, tmp_path):
+def test_keys_are_taken_over_by_name(uncut, tmp_path, capsys):
     keys = json.loads((uncut[0].parent / "keys.json").read_text())["keys"]
     args = sac_kian.Args(hidden="16x1", load_keys=str(uncut[0]), warm="all")
     torch.manual_seed(5)
@@ -185,6 +186,7 @@ def test_keys_are_taken_over_by_name(uncut, tmp_path):
     with torch.no_grad():
         knowledge.take_over(actor, normalizer, names, str(uncut[0]), "keys")
         assert normalizer.count == 0  # keys alone see no inputs
+        assert "keys taken over: fetch.carry_to_goal; fresh: inner, new_rule\n" in capsys.readouterr().err
         knowledge.take_over(actor, normalizer, names, str(uncut[0]), "all")
     assert actor["keys"][2].tolist() == pytest.approx(keys["fetch.carry_to_goal"])
     assert torch.equal(actor["keys"][1], fresh[1])  # a new name keeps its fresh key
@@ -246,7 +248,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_folders(uncut, tmp_path):
+def test_bad_folders(uncut, tmp_path, capsys):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text(json.dumps({"algo": "ppo_kian", "args": {}}))
     (tmp_path / "foreign" / "checkpoint.pt").write_bytes(b"")
@@ -267,6 +269,17 @@ def test_bad_folders(uncut, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ArgError, match="--device cuda: torch sees no GPU"):
             sac_kian.main(sac_kian.Args(resume=str(tmp_path / "elsewhere"), total_timesteps=2100))
+    with pytest.raises(ArgError, match=f"no config.json; the last one in it is {uncut[0]}"):
+        sac_kian.main(sac_kian.Args(resume=str(uncut[0].parent)))
+    config["args"] |= {"device": "cpu", "critic_norm": True}
+    (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArgError, match="made with --critic-norm, which algos/sac_kian.py does not have; .* its commit"):
+        sac_kian.main(sac_kian.Args(resume=str(tmp_path / "elsewhere"), total_timesteps=2100))
+    del config["args"]["critic_norm"], config["args"]["goal_range"]
+    (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArgError, match="keeps the arguments"):
+        sac_kian.main(sac_kian.Args(resume=str(tmp_path / "elsewhere"), gamma=0.5))
+    assert capsys.readouterr().err.endswith("is older than goal_range: as by default\n")
     for flag, asked in (("resume", dict(gamma=0.5)), ("evaluate", dict(seed=5)),
                         ("evaluate", dict(env="FetchSlide-v2"))):
         with pytest.raises(ArgError, match="keeps the arguments"):
@@ -287,6 +300,28 @@ def test_a_flag_that_repeats_its_default_is_a_named_one(uncut, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--resume", str(uncut[0]), "--total-timesteps", "150000", "--compile"])
     with pytest.raises(ArgError, match="--compile: a run keeps"):  # the total is no mistake
         sac_kian.main(sac_kian.Args(resume=str(uncut[0])))
+
+
+def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
+    """A commit alone would not: a fork is in none yet."""
+    script = tmp_path / "algos" / "sac_kian.py"
+    for words in (["init", "-q"],
+                  ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "runtime.py"))
+    monkeypatch.delenv("RUN_COMMIT", raising=False)
+    (tmp_path / "mine.txt").write_text("no code")
+    assert not runtime.describe_machine()["commit"].endswith("dirty")
+    script.parent.mkdir()
+    script.write_text("first")
+    assert runtime.describe_machine()["commit"].endswith("-dirty")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    train(tmp_path / "run", total_timesteps=400)
+    assert (tmp_path / "run" / "sac_kian.py").read_text() == "first" and "note" not in capsys.readouterr().err
+    script.write_text("second")
+    sac_kian.main(sac_kian.Args(resume=str(tmp_path / "run"), total_timesteps=600))
+    assert (tmp_path / "run" / "sac_kian.py").read_text() == "first"
+    assert f"note: {script} has changed since this run began" in capsys.readouterr().err
 
 
 def test_command_line_exits_2_with_one_line(tmp_path):
