@@ -6,7 +6,7 @@ A run folder holds
     scalars.csv     step, wall_s, name, value
     eval.csv        step, wall_s, episodes, return_mean, return_std, success_rate, length_mean
     checkpoint.pt   everything `--resume` needs, tensors and plain types only
-    <algo>.py       the script as it was at the start
+    algos-<algo>.py the script as it was at the start
     events...       TensorBoard
     video/          episodes, and what else a script draws
 """
@@ -85,7 +85,7 @@ class Run:
             remedy = "make it writable" if args.resume else "name another --run-dir"
             raise ArgError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
         print(f"run folder: {self.folder}", file=sys.stderr)
-        if (script := Path(sys.argv[0])).stem == algo:  # not where something else calls it
+        if (script := Path(sys.argv[0])).stem == algo and script.is_file():  # not where something else calls it
             self._keep(script, anew=not args.resume)
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
@@ -100,7 +100,7 @@ class Run:
     def _keep(self, script: Path, anew: bool) -> None:
         """A copy of the script, for a commit does not tell what it was between two commits; a word where it is another
         by now."""
-        kept = self.folder / script.name
+        kept = self.folder / f"algos-{script.name}"  # <name>.py may be the rules
         if anew:
             kept.write_bytes(script.read_bytes())
         elif kept.is_file() and kept.read_bytes() != script.read_bytes():
@@ -180,7 +180,7 @@ def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
             names = {field.name for field in fields(args_type)}
             if gone := sorted(saved["args"].keys() - names):
                 raise ArgError(f"{folder} was made with --{gone[0].replace('_', '-')}, which algos/{algo}.py does not "
-                               f"have; continue it with the script of its commit, {saved.get('commit')}")
+                               f"have; use its own script (commit {saved.get('commit')}, or algos-{algo}.py in it)")
             if new := sorted(names - saved["args"].keys()):
                 print(f"note: {folder} is older than {', '.join(new)}: as by default", file=sys.stderr)
             return args_type(**saved["args"]), torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -234,8 +234,8 @@ def describe_machine() -> dict:
         def git(*words: str) -> str:
             return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
         commit = git("describe", "--always").strip()
-        if git("status", "--porcelain", "--", "algos", "envs", "knowledge", "runtime.py"):  # new files, too
-            commit += "-dirty"
+        if commit and git("status", "--porcelain", "--", "algos", "envs", "knowledge", "llm", "runtime.py"):
+            commit += "-dirty"  # by new files, too
     return {"commit": commit or None, "python": platform.python_version(),
             "versions": {name: version(name) for name in PACKAGES},
             "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count(),

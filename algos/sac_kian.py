@@ -427,9 +427,9 @@ def main(args: Args) -> dict[str, float]:
     practice = args.practice if attends else 0.0
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
-    soonest = first + (limit or 0) * (trust.FIRST + args.num_envs)  # step by which trust may be given
-    if practice and not saved and args.total_timesteps <= soonest:
-        print(f"rules alone act for about {soonest} steps: raise --total-timesteps, or --practice 0", file=sys.stderr)
+    if practice and limit and not saved and args.total_timesteps <= first + limit * (trust.FIRST + args.num_envs):
+        print(f"rules alone act for {trust.FIRST} episodes or more, perhaps to the end of this run; with --practice 0 "
+              "the trained policy acts from the start", file=sys.stderr)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:

@@ -134,9 +134,14 @@ class RayEngine:
         handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         outcomes, pending, seen = dict.fromkeys(cells), {}, {}
         task = ray.remote(play).options(num_cpus=1, num_gpus=self.gpus, max_retries=-1)
-        code = ray.put(pack(*(ROOT / name for name in ("algos", "envs", "knowledge", "llm", "runtime.py"))))
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
-                                text=True).stdout.strip() if shutil.which("git") else ""
+        rooms = "algos", "envs", "knowledge", "llm", "runtime.py"
+        code = ray.put(pack(*(ROOT / name for name in rooms)))
+
+        def git(*words: str) -> str:
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        commit = git("describe", "--always") if shutil.which("git") else ""
+        if commit and git("status", "--porcelain", "--", *rooms):  # as runtime.describe_machine
+            commit += "-dirty"
         for cell in cells:
             if log := cell.claim():
                 packed = pack(*cell.folder.glob("*")) if (cell.folder / "checkpoint.pt").is_file() else pack()

@@ -18,8 +18,8 @@ COLUMNS = ["variant", "seed", "step", "wall_s", "episodes", "return_mean", "retu
            "online_return", "total_timesteps", "commit", "cpu"]
 # arguments that do nothing without knowledge
 KNOWLEDGE = {"knowledge", "inner_key", "cosine_scale", "ext_action", "ext_log_std", "entropy_fix", "credit", "practice",
-             "imitation", "attention_temperature", "eval_select", "fusion", "sharpness", "silent", "entropy_of",
-             "init_from", "save_keys", "load_keys", "warm"}
+             "imitation", "attention_temperature", "fusion", "sharpness", "silent", "entropy_of", "init_from",
+             "save_keys", "load_keys", "warm"}
 # arguments that name a run, not a variant
 RUN = {"env", "seed", "total_timesteps", "device", "compile", "run_dir", "resume", "evaluate", "eval_every",
        "eval_episodes", "checkpoint_every", "video", "track", "save_keys", "impl", "overshoot_every"}
@@ -94,7 +94,7 @@ def gather(folders: list[str], into: str = "") -> None:
         name, seed = variant(config), str(args["seed"])
         if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
             print(f"note: {folder} is older than {', '.join(new)}: named as if by default")
-        if into and not name.startswith(config["algo"]):
+        if into and name.split()[0] != config["algo"] or into and "actor" in args:
             name = f"{config['algo']} {name}"
         old = load(path) if path.exists() else []
         rows = [row for row in old if (row["variant"], row["seed"]) != (name, seed)]

@@ -75,7 +75,7 @@ class Cell:
 
     def script_has_changed(self) -> bool:
         """Whether its run keeps another version of the script than is here now."""
-        kept = self.folder / f"{self.algo}.py"
+        kept = self.folder / f"algos-{self.algo}.py"
         return kept.is_file() and kept.read_bytes() != (ROOT / self.script).read_bytes()
 
     @property
@@ -141,14 +141,15 @@ def load_suite(args: Args) -> list[Cell]:
     try:
         entries = tomllib.loads(path.read_text())["cell"]
         for entry in entries:
-            kinds = {"algo": str, "envs": list, "seeds": list} | ({"flags": str} if "flags" in entry else {})
-            if {key: type(value) for key, value in entry.items()} != kinds:
-                raise TypeError(f"a cell has {entry}")
+            kinds = {"algo": str, "envs": list, "seeds": list, "flags": str}
+            if not isinstance(entry, dict) or any(type(x) is not kinds.get(key) for key, x in entry.items()) or (
+                    {type(env) for env in entry["envs"]} != {str} or {type(seed) for seed in entry["seeds"]} != {int}):
+                raise TypeError(f"a cell is {entry}")
         cells = [Cell(entry["algo"], env, seed, tuple(shlex.split(entry.get("flags", ""))), Path(args.root))
                  for entry in entries for env in entry["envs"] for seed in entry["seeds"]]
-    except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no suite ({type(error).__name__}: {error}): give each [[cell]] algo, a text, envs "
-                         "and seeds, lists, and if need be flags, one text") from error
+                         "and seeds, lists of texts and of whole numbers, and if need be flags, one text") from error
     for cell in cells:
         if not (ROOT / "algos" / f"{cell.algo}.py").is_file():
             raise ValueError(f"{path} names {cell.algo}, but there is no algos/{cell.algo}.py")

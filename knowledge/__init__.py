@@ -64,14 +64,13 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
 
 def _check_kept(spec: str, folder: Path) -> None:
     """A run goes on, and is evaluated, with the knowledge it was trained with: its own copies of Python files, which a
-    line on stderr says where the file has changed. Raises KnowledgeError where another run has."""
-    for path, content, kept in _sources(spec, folder):
+    line on stderr says where they differ from the files. Raises KnowledgeError where another run has changed."""
+    for path, content, kept in dict.fromkeys(_sources(spec, folder)):
         if kept.exists() and content and kept.read_bytes() != content:
             if path.suffix != ".py":
                 raise KnowledgeError(f"knowledge {path} has changed since the run began; delete {kept} to go on with "
                                      "the new one")
-            print(f"note: {path} has changed since run {folder} began, which goes on with its copy {kept}",
-                  file=sys.stderr)
+            print(f"note: {path} is not what run {folder} began with; its copy {kept} is used", file=sys.stderr)
 
 
 def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = -1.0, kept_in: str | None = None
@@ -159,12 +158,12 @@ def _load_file(item: str, kept_in: str | Path | None) -> dict[str, Policy]:
         raise KnowledgeError(f"knowledge file {path} does not exist; check the path")
     stem = Path(path).stem
     module = ModuleType(f"knowledge.file.{stem}")
-    module.__file__ = path  # of the copy, too: a file may read what lies beside it
+    module.__file__ = str(Path(path).absolute())  # of the copy, too: a file may read what lies beside it
     sys.modules[module.__name__] = module  # dataclasses look their module up; the prefix keeps `torch.py` harmless
     try:
         exec(compile(source.read_bytes(), source, "exec"), vars(module))
     except (Exception, SystemExit) as error:
-        raise KnowledgeError(f"knowledge file {path} fails to import: {_one_line(error)}; correct it") from error
+        raise KnowledgeError(f"knowledge file {source} fails to import: {_one_line(error)}; correct it") from error
     found = {
         name: value
         for name, value in vars(module).items()
@@ -208,8 +207,8 @@ def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) ->
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f" in line {lines[-1]}" if lines else ""
         given = {name: tuple(x.shape) for name, x in obs.items()} if isinstance(obs, dict) else tuple(obs.shape)
-        remedy = "start the name of a helper function with _" if isinstance(error, TypeError) else "it gets a batch"
-        raise KnowledgeError(f"{what} fails{where} on observations {given}: {_one_line(error)}; {remedy}") from error
+        raise KnowledgeError(f"{what} fails{where} on a batch {given}: {_one_line(error)}; correct it, or if it is no "
+                             "policy, start its name with _") from error
     if not isinstance(action, torch.Tensor):
         raise KnowledgeError(f"{what} returns a {type(action).__name__}; return a tensor of shape {shape}")
     if tuple(action.shape) != shape:
@@ -219,10 +218,11 @@ def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) ->
     if not ((lowest <= action) & (action <= 1)).all():  # NaN is not, either
         if not action.isfinite().all():
             value = action[~action.isfinite()][0].item()
-            x = obs.get("observation") if isinstance(obs, dict) else obs
             row = int((~action.isfinite()).any(1).nonzero()[0])
-            seen = f" for {[round(number, 3) for number in x[row].tolist()]}" if x is not None and x.dim() == 2 else ""
-            raise KnowledgeError(f"{what} returns {value}{seen}; return finite numbers, look for a division by zero")
+            entries = obs if isinstance(obs, dict) else {"observation": obs}
+            seen = {name: [round(y, 3) for y in x[row].tolist()] for name, x in entries.items() if x.dim() == 2}
+            raise KnowledgeError(f"{what} returns {value}; return finite numbers, look for a division by zero, here "
+                                 f"for {seen or 'an image'}")
         outside = action[(action < lowest) | (action > 1)]
         value = outside[outside.abs().argmax()].item()
         raise KnowledgeError(f"{what} returns {value:.4g}; return numbers in [{lowest:g}, 1], for example with "

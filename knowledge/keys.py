@@ -81,9 +81,6 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         if path.is_dir() and policy.get("fusion") != "logit":  # there the frozen policy has the key's effect in it
             keys[f"inner.{path.resolve().name}"] = inner_key
         keys |= {"inner": inner_key} if "inner" in parts else {}
-    taken = [name for name in names if name in keys]
-    print(f"keys taken over: {', '.join(taken) or 'none'}; fresh: "
-          f"{', '.join(name for name in names if name not in keys) or 'none'}", file=sys.stderr)
     for i, name in enumerate(names):
         if name not in keys:
             continue
@@ -96,7 +93,8 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         if part == "query" and "inner_key_head" in policy:  # frozen apart, trained as one: query | inner key
             layers = layers[:-2] + [torch.cat(pair, -1) for pair in zip(layers[-2:], policy["inner_key_head"])]
         if [p.shape for p in ours] != [p.shape for p in layers]:
-            raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use its sizes and --inner-key")
+            raise KnowledgeError(f"keys {source}: its {part} network has other sizes; use its sizes and --inner-key, "
+                                 "or --warm keys")
         for p, theirs in zip(ours, layers):
             p.copy_(theirs)
     if parts and normalizer:
@@ -104,3 +102,6 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
             raise KnowledgeError(f"keys {source}: its networks were trained with --{'no-' * normalizer.on}normalize; "
                                  "start this run with it, too")
         normalizer.load_state_dict(checkpoint["normalizer"])
+    taken = [name for name in names if name in keys]
+    print(f"keys taken over: {', '.join(taken) or 'none'}; fresh: "
+          f"{', '.join(name for name in names if name not in keys) or 'none'}", file=sys.stderr)

@@ -48,7 +48,7 @@ def test_runs_once_and_names_failures(tmp_path):
     again = bench(path)
     output = again.communicate()[0]
     assert again.returncode == 1 and output.count("starts ") == 1 and "1 finished already" in output
-    kept = config.with_name("sac_kian.py")
+    kept = config.with_name("algos-sac_kian.py")
     assert kept.read_text() == (ROOT / "algos" / "sac_kian.py").read_text() and "another version" not in output
     kept.write_text("")
     assert "note: 1 finished with another version of their script" in bench(path, "--dry-run").communicate()[0]
@@ -104,9 +104,12 @@ def test_errors_are_one_line(tmp_path):
     cell, suites = "[[cell]]\nalgo = 'sac_kian'\n", []
     for i, rest in enumerate(["", "envs = 'FetchPush-v2'\nseeds = [1]\n",
                               "envs = ['x']\nseeds = [1]\nflag = '--seed 2'\n",
-                              "envs = ['x']\nseeds = [1]\nflags = ['--seed', '2']\n"]):
+                              "envs = ['x']\nseeds = [1]\nflags = ['--seed', '2']\n",
+                              "envs = ['x']\nseeds = [1.0]\n", "envs = ['x']\nseeds = [1]\nflags = '\"'\n"]):
         (tmp_path / f"bad{i}.toml").write_text(cell + rest)
         suites.append((["--suite", str(tmp_path / f"bad{i}.toml")], "is no suite"))
+    (tmp_path / "one.toml").write_text("[cell]\nalgo = 'sac_kian'\n")
+    suites.append((["--suite", str(tmp_path / "one.toml")], "is no suite"))
     for flags, said in (*suites, (["--suite", "smoek"], "known are"),
                         (["--suite", "smoke", "--algo", "x"], "no cell"), (["--workers", "0"], "at least 1"),
                         (["--gpus", "1"], "needs --backend ray"),

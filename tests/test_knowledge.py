@@ -204,8 +204,8 @@ def test_file(tmp_path):
         ("return torch.zeros(8, 4) / 0", ("nan", "finite")),
         ("return torch.full((8, 4), -2.5)", ("-2.5", "[-1, 1]")),
         ("return [0.0] * 4", ("list", "tensor")),
-        ("return 1 if obs['observation'] > 0 else 0", ("fails in line 3 on", "(8, 26)", "RuntimeError", "a batch")),
-        ("return obs['observation'].view()", ("fails in line 3", "TypeError", "name of a helper function with _")),
+        ("return 1 if obs['observation'] > 0 else 0", ("fails in line 3 on a batch", "(8, 26)", "RuntimeError")),
+        ("return obs['observation'].view()", ("fails in line 3", "TypeError", "start its name with _")),
         ("raise KeyError('a\\nb')", ("KeyError",)),
     ],
 )
@@ -227,10 +227,9 @@ def test_rule_that_fails_later():
     obs = batch(2)
     policies = load("fetch.reach_object") | {"mine.unit": lambda obs: obs["desired_goal"][:, [0] * 4] * float("nan"),
                                              "mine.long": lambda obs: torch.full((2, 4), 1.5)}
-    obs["desired_goal"][0] = 0.0
     obs["observation"][1] = torch.arange(26.0)
     finite = torch.tensor([[0.0], [float("nan")]])
-    with pytest.raises(KnowledgeError, match=r"knowledge mine.second returns nan for \[0.0, 1.0, 2.0, .*25.0\];"):
+    with pytest.raises(KnowledgeError, match=r"knowledge mine.second returns nan; .* \[0.0, 1.0, 2.0, .*25.0\].*goal"):
         knowledge.advise({"mine.second": lambda obs: finite.expand(-1, 4)}, obs, 4)
     with pytest.raises(knowledge.KnowledgeError, match=r"knowledge mine.unit returns nan"):
         knowledge.advise(policies, obs, 4)
@@ -266,7 +265,7 @@ def test_run_keeps_its_files(tmp_path, capsys):
     write(tmp_path, "def up(obs): return obs[:, :1] * 0 + 1\n")
     (copied,) = knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run).values()
     said = capsys.readouterr().err
-    assert said == f"note: {path} has changed since run {run} began, which goes on with its copy {kept}\n"
+    assert said == f"note: {path} is not what run {run} began with; its copy {kept} is used\n"
     Path(path).unlink()
     (left,) = knowledge.load(path, "Toy-v0", 1, torch.zeros(2, 2), kept_in=run).values()
     assert before(example()).sum() == copied(example()).sum() == left(example()).sum() == 0

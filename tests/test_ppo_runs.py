@@ -232,6 +232,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_sees_a_grid_is_no_knowledge_elsewhere(uncut):
+    """Said of the run, not of its rules, which would fail on such observations, too."""
+    for obs in (torch.zeros(2, 4), {"observation": torch.zeros(2, 26)}):
+        with pytest.raises(knowledge.KnowledgeError, match=f"run {uncut} was trained in {DOORKEY} on other obs"):
+            knowledge.load(f"run:{uncut}", "CartPole-v1", 7, obs, 0.0)
+
+
 def test_film_and_attention_figure(uncut, tmp_path):
     ppo_kian.main(ppo_kian.Args(evaluate=str(uncut), eval_episodes=2, video=1))
     assert (uncut / "video" / "episode-0.mp4").stat().st_size > 1000

@@ -67,6 +67,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert field in script
     (tmp_path / "algos" / "sac_kian.py").write_text(script.replace(field, f"    norm: bool = True  # new\n{field}"))
     for changed, name in (({"actor": "plain", "norm": False}, "plain --no-norm"),
+                          ({"actor": "plain", "eval_select": "argmax"}, "plain --eval-select argmax"),
                           ({"init_from": "a/RUN", "warm": "keys"}, "kian --init-from RUN --warm keys")):
         assert curves.variant({"algo": "sac_kian", "args": usual | changed}) == name
     capsys.readouterr()

@@ -273,7 +273,7 @@ def test_bad_folders(uncut, tmp_path, capsys):
         sac_kian.main(sac_kian.Args(resume=str(uncut[0].parent)))
     config["args"] |= {"device": "cpu", "critic_norm": True}
     (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArgError, match="made with --critic-norm, which algos/sac_kian.py does not have; .* its commit"):
+    with pytest.raises(ArgError, match="made with --critic-norm, which algos/sac_kian.py does not have; use its own"):
         sac_kian.main(sac_kian.Args(resume=str(tmp_path / "elsewhere"), total_timesteps=2100))
     del config["args"]["critic_norm"], config["args"]["goal_range"]
     (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config))
@@ -316,11 +316,14 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
     script.write_text("first")
     assert runtime.describe_machine()["commit"].endswith("-dirty")
     monkeypatch.setattr(sys, "argv", [str(script)])
-    train(tmp_path / "run", total_timesteps=400)
-    assert (tmp_path / "run" / "sac_kian.py").read_text() == "first" and "note" not in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    Path("sac_kian.py").write_text("def still(obs): return obs['observation'][:, :4] * 0\n")  # rules by the same name
+    train(tmp_path / "run", total_timesteps=400, knowledge="sac_kian.py")
+    kept = tmp_path / "run" / "algos-sac_kian.py"
+    assert kept.read_text() == "first" and "note" not in capsys.readouterr().err
     script.write_text("second")
     sac_kian.main(sac_kian.Args(resume=str(tmp_path / "run"), total_timesteps=600))
-    assert (tmp_path / "run" / "sac_kian.py").read_text() == "first"
+    assert kept.read_text() == "first"
     assert f"note: {script} has changed since this run began" in capsys.readouterr().err
 
 
