@@ -6,7 +6,7 @@ ARGS ?=
 SUITE ?= cpu
 WORKERS ?= 1
 ALGO ?=
-ENV ?= FetchPickAndPlace-v2
+ENV ?=
 TRIALS ?= 20
 
 .PHONY: help train test setup gl twins speed bench report tune doctor clean
@@ -53,7 +53,7 @@ report: setup  ## tables and figures in docs/ and README, and report.html, from 
 
 tune: setup  ## search hyper-parameters: ALGO=sac_kian ENV=FetchPush-v2 TRIALS=20
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check optuna==5.0.0
-	$(BIN)/python benchmarks/tune.py --algo $(or $(ALGO),sac_kian) --env $(ENV) --trials $(TRIALS) $(ARGS)
+	$(BIN)/python benchmarks/tune.py --algo $(or $(ALGO),sac_kian) $(if $(ENV),--env $(ENV)) --trials $(TRIALS) $(ARGS)
 
 doctor: setup  ## check this machine and say what to fix
 	$(BIN)/python benchmarks/doctor.py

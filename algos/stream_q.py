@@ -335,7 +335,7 @@ def main(args: Args) -> dict[str, float]:
     settings = dict(max_episode_steps=args.max_episode_steps, time_feature=args.time_feature)
     env, eval_env = (envs.StreamEnv(args.env, **settings) for _ in range(2))
     if not isinstance(env.action_space, gym.spaces.Discrete):
-        raise ArgError(f"{args.env} has {env.action_space} actions; {ALGO} needs Discrete ones, stream_ac takes both")
+        raise ArgError(f"{args.env} has {env.action_space} actions; {ALGO} needs Discrete ones; Box: stream_ac.py")
     agent, net = make_agent(args, env)
     bootstrap = args.bootstrap_on_truncation == "on" or (args.bootstrap_on_truncation == "auto" and env.kind == "atari")
     n, actions = math.prod(env.shape), torch.eye(int(env.action_space.n))

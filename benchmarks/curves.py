@@ -178,7 +178,7 @@ if __name__ == "__main__":
         match sys.argv[1:]:
             case ["gather", "--into", into, folder, *more]:
                 gather([folder, *more], into)
-            case ["gather", folder, *more] if folder != "--into":
+            case ["gather", folder, *more] if not folder.startswith("--"):
                 gather([folder, *more])
             case _:
                 sys.exit(__doc__)

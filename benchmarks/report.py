@@ -294,6 +294,8 @@ def main(html: Path) -> None:
             for curve in [c for curves in results[algo][env].values() for c in curves if how.skip_start]:
                 curve.steps, curve.minutes, curve.scores = curve.steps[1:], curve.minutes[1:], curve.scores[1:]
             hold(results[algo][env], how.untrained)
+        elif algo not in ("rules", "speed", "zero_shot"):
+            print(f"left out: {path.relative_to(ROOT)}; give benchmarks/paper.toml a [method.{algo}]")
     for algo, environments in results.items():
         figure = ROOT / "docs" / "figures" / f"{algo}_curves.svg"
         new = not figure.exists()

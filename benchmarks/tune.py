@@ -23,7 +23,7 @@ from benchmarks import stats
 class Args:
     """Search hyper-parameters; other flags go to the script."""
     algo: str = "sac_kian"  # script in algos/
-    env: str = "FetchPickAndPlace-v2"  # environment id
+    env: str = ""  # environment id; empty: the script's own
     trials: int = 20  # to run now, beside those that are there
     seed: int = 1  # of the sampler; trial k trains with seed `seed + k`
     root: str = "runs/tune"  # above all trials
@@ -58,9 +58,9 @@ def main(args: Args, flags: list[str]) -> None:
         ranges = script.TUNE
     except (ImportError, AttributeError) as error:
         raise ValueError(f"algos/{args.algo}.py is not there, or has no TUNE ({error})") from error
-    base = tyro.cli(script.Args, args=["--env", args.env, *flags])
+    base = tyro.cli(script.Args, args=[*(["--env", args.env] if args.env else []), *flags])
     digest = f"-{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:8]}" if flags else ""
-    folder = Path(args.root, args.algo, (Path(args.env).stem if Path(args.env).is_file() else args.env) + digest)
+    folder = Path(args.root, args.algo, (Path(base.env).stem if Path(base.env).is_file() else base.env) + digest)
     folder.mkdir(parents=True, exist_ok=True)
 
     def objective(trial) -> float:

@@ -49,7 +49,12 @@ def main() -> int:
         rows = {tuple(row[k] for k in KEY): row for row in (load(path) if path.exists() else [])}
         for test in flags.test:
             row = score(folder, test)
-            rows[tuple(row[k] for k in KEY)] = row
+            old = rows.get(key := tuple(row[k] for k in KEY))
+            if old and int(old["step"]) > int(row["step"]):  # a smoke run has the same name
+                print(f"kept, longer: {row['variant']}, seed {row['seed']}, {test}, after {old['step']} steps; to "
+                      f"replace it by {folder}, delete its row")
+                continue
+            rows[key] = row
             print(f"{row['variant']}, seed {row['seed']}, {test}: return {row['return_mean']}, "
                   f"success {row['success_rate']}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)

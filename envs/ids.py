@@ -1,6 +1,7 @@
 """Environment ids: old ones become today's, unknown ones get a hint."""
 import contextlib
 import difflib
+import importlib
 import io
 import os
 import re
@@ -28,9 +29,18 @@ def resolve(env_id: str) -> str:
     """The registered id behind `env_id`; old versions (FetchPush-v2) become today's (-v4), which stderr is told once.
 
     MiniGrid ids stay as they are, and stderr is told once where a -v0 is not what its name or its paper says.
+    `my_file:Line-v0` imports my_file.py, of this folder or installed, which registers Line-v0.
 
-    Raises EnvError, with the nearest known ids, for an unknown one.
+    Raises EnvError, with the nearest known ids, for an unknown one, and for a file that cannot be imported.
     """
+    module, _, env_id = env_id.rpartition(":")
+    if module:
+        sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a user's file raises anything
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise EnvError(f"{module}, which is to register {env_id}, fails to import: {line}") from error
     base, _, version = env_id.partition("-v")
     installed = sorted((int(m[1]), known) for known in gym.registry
                        if (m := re.fullmatch(re.escape(base) + r"-v(\d+)", known)))
@@ -51,7 +61,8 @@ def resolve(env_id: str) -> str:
     known += [f"Fetch{task}{dense}-v2" for dense in ("", "Dense") for task in tasks]
     names = difflib.get_close_matches(env_id, known, n=2)
     hint = f"; did you mean {' or '.join(names)}?" if names else ""
-    raise EnvError(f"unknown environment id {env_id!r}{hint}")
+    yours = "" if module or names else "; one of yours is my_file:My-v0, where my_file.py registers it"
+    raise EnvError(f"unknown environment id {env_id!r}{hint}{yours}")
 
 
 def announce(line: str) -> None:

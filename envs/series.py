@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.ids import EnvError
+from envs.ids import EnvError, announce
 
 ROWS, DAY = 70_000, 96  # two years of a row every 15 minutes
 
@@ -54,24 +54,31 @@ def number(cell: str) -> float:
 
 
 def read(name: str) -> np.ndarray:
-    """The columns (n, k) of a CSV file with one header line that are numbers in its first row; the last must be one.
+    """The columns (n, k) with numbers of a CSV file with one header line; the last must be one of them.
 
-    Raises EnvError that names the line where one of them has a gap later on."""
+    Raises EnvError that names line and column where one of them has a gap."""
     try:
         with open(name, newline="") as file:
             table = csv.reader(file)
-            lines = [(table.line_num, cells) for cells in table if cells][1:]
+            lines = [(table.line_num, cells) for cells in table if cells]
     except (csv.Error, OSError, ValueError) as error:
         raise EnvError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
-    first = [math.isfinite(number(cell)) for cell in lines[0][1]] if lines else [False]
-    if not first[-1]:
-        raise EnvError(f"{name} has no number at the end of its first row; the last column is what is predicted")
-    rows = []
-    for line, cells in lines:
-        rows.append([number(cell) for cell, kept in zip(cells, first) if kept])
-        if len(cells) != len(first) or not np.isfinite(rows[-1]).all():
-            raise EnvError(f"{name} has a gap in line {line}: {sum(first)} columns of numbers are expected there")
-    return np.array(rows)
+    if len(lines) < 2:
+        raise EnvError(f"{name} has no rows below its header")
+    (_, names), *rows = lines
+    kept = [i for i in range(len(names))
+            if any(math.isfinite(number(cells[i])) for _, cells in rows if i < len(cells))]
+    if len(names) - 1 not in kept:
+        raise EnvError(f"{name} has no number in its last column, {names[-1]!r}, which is what is predicted; columns "
+                       "are separated by commas")
+    for line, cells in rows:
+        if len(cells) != len(names):
+            raise EnvError(f"{name} has {len(cells)} columns in line {line}, and {len(names)} in its header")
+        for i in kept:
+            if not math.isfinite(number(cells[i])):
+                raise EnvError(f"{name} has {cells[i]!r} in line {line}, column {names[i]!r}; a number is expected")
+    announce(f"{name}: {', '.join(names[i] for i in kept)} predict {names[-1]}")
+    return np.array([[number(cells[i]) for i in kept] for _, cells in rows])
 
 
 class Series:
@@ -83,7 +90,7 @@ class Series:
         if name == "series/transformer":
             self.rows = transformer(seed)
         elif not Path(name).is_file():
-            raise EnvError(f"{name!r} is no series; there are series/transformer and CSV files")
+            raise EnvError(f"{name!r} is no series: there is no such file; series/transformer is generated")
         else:
             self.rows = read(name)
             if np.ptp(self.rows[:, -1]) == 0:

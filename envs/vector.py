@@ -4,7 +4,9 @@ They follow gymnasium's SAME_STEP convention: when an episode ends, `obs` is alr
 episode and the true next observation is in `info["final_obs"]`. Here `final_obs` is always a full batch (equal to
 `obs` where no episode ended), so that a replay buffer stores it without looking at flags.
 """
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Callable
 
 import gymnasium as gym
@@ -20,6 +22,8 @@ STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 # mocap body at xpos, Ant takes its torso's xpos for the position before a step. These arrays make a restore exact.
 STALE = ("xpos", "xquat", "xipos", "geom_xpos", "site_xpos", "site_xmat", "cinert", "cvel", "cfrc_ext",
          "qfrc_actuator")
+# What holds no state of a task, or is copied apart: spaces, generators, simulators, windows.
+STATELESS = ("gymnasium", "gymnasium_robotics", "mujoco", "numpy", "pygame")
 # Some resets write into the model: Reacher of dm_control moves its target's geom, Adroit's door its frame.
 MODEL = ("actuator_", "body_", "dof_", "eq_", "geom_", "hfield_", "jnt_", "light_", "site_", "tendon_", "wrap_")
 
@@ -229,27 +233,57 @@ def gym_snapshot(env: gym.Env) -> dict:
     if hasattr(env, "snapshot"):  # ours know what they are made of
         return rng | {"own": env.snapshot()}
     # The simulator aside, a task keeps its state in plain attributes: CartPole's `state`, Reacher's `goal`.
-    plain = {k: v for k, v in vars(env).items() if isinstance(v, (np.ndarray, int, float, type(None)))
-             and not (isinstance(v, np.ndarray) and v.dtype == object)}
-    plain |= {k: list(map(float, v)) for k, v in vars(env).items()
-              if isinstance(v, tuple) and all(isinstance(x, (int, float, np.number)) for x in v)}
+    plain = {}
+    for name, value in vars(env).items():
+        with contextlib.suppress(TypeError):
+            plain[name] = to_saved(value)
     if hasattr(env, "model"):
         rng |= {"model": model_snapshot(env.model), "mujoco": mujoco_snapshot(env.model, env.data)}
     return rng | {"plain": plain}
 
 
+def to_saved(value):
+    """A copy of plain data, its types written down, for a checkpoint knows tensors, lists and numbers alone. Raises
+    TypeError for anything else."""
+    if isinstance(value, (np.ndarray, np.number, np.bool_)) and value.dtype.kind in "biuf":
+        return np.array(value) if isinstance(value, np.ndarray) else {"number": np.array(value)}
+    if type(value) in (list, tuple, set):
+        return {type(value).__name__: [to_saved(x) for x in value]}
+    if type(value) is dict and all(isinstance(key, (str, int)) for key in value):
+        return {"dict": {key: to_saved(x) for key, x in value.items()}}
+    if type(value) in (bool, int, float, str, type(None)):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be saved")
+
+
+def from_saved(value):
+    """What `to_saved` was given."""
+    if isinstance(value, dict):
+        (kind, inside), = value.items()
+        if kind == "number":
+            return np.asarray(inside)[()]
+        if kind == "dict":
+            return {key: from_saved(x) for key, x in inside.items()}
+        return {"list": list, "tuple": tuple, "set": set}[kind](map(from_saved, inside))
+    if isinstance(value, list):  # of older checkpoints
+        return tuple(value)
+    return np.asarray(value).copy() if hasattr(value, "shape") else value
+
+
 def gym_restore(env: gym.Env, snapshot: dict) -> None:
-    """Bring `env`, which has been reset once, to the state of a `gym_snapshot`; its wrappers know nothing of it."""
+    """Bring `env`, which has been reset once, to the state of a `gym_snapshot`; its wrappers know nothing of it. Says
+    so where it holds something that could not be saved."""
     env = env.unwrapped
     if "own" in snapshot:
         env.restore(snapshot["own"])
     for key, value in snapshot.get("plain", {}).items():
-        kind = type(getattr(env, key, None))
-        if kind is tuple or isinstance(value, list):
-            value = tuple(value)
-        elif hasattr(value, "shape"):
-            value = np.asarray(value).copy()
-        setattr(env, key, value)
+        setattr(env, key, from_saved(value))
+    if lost := [name for name, value in vars(env).items() if "plain" in snapshot and name not in snapshot["plain"]
+                and not (callable(value) or isinstance(value, ModuleType))
+                and (isinstance(value, (np.ndarray, gym.Env))
+                     or type(value).__module__.split(".")[0] not in STATELESS)]:
+        announce(f"{env.spec.id} keeps {', '.join(lost)}, which cannot be saved: where that matters, its episode does "
+                 "not go on as it would have; give it snapshot() and restore(what that returned)")
     env.np_random.bit_generator.state = snapshot["rng"]
     if "mujoco" in snapshot:
         model_restore(env.model, snapshot.get("model", {}))  # older checkpoints have none

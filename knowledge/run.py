@@ -51,6 +51,8 @@ def load(folder: Path, load_knowledge: Callable[[str, str], dict[str, Policy]], 
     Raises KnowledgeError if there is no such run, or none that can be frozen.
     """
     file = folder / "checkpoint.pt"
+    if not folder.is_dir():
+        raise KnowledgeError(f"run {folder} is not there; check the path, or put it back where it was")
     if not file.is_file():
         raise KnowledgeError(f"run {folder} has no checkpoint.pt; name the folder of a run that has saved one")
     try:

@@ -4,8 +4,10 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import envs
+from runtime import to_plain
 
 FETCH = ["FetchReach-v2", "FetchPush-v2", "FetchSlide-v2", "FetchPickAndPlace-v2", "FetchPushDense-v2"]
 
@@ -62,6 +64,57 @@ def test_snapshot_continues_exactly(env_id, fast):
         ours, theirs = vec.step(a), other.step(a)
         assert equal(ours[0], theirs[0]) and equal(ours[4]["final_obs"], theirs[4]["final_obs"])
         assert all(np.array_equal(x, y) for x, y in zip(ours[1:4], theirs[1:4]))
+
+
+LINE = """
+import gymnasium as gym
+import numpy as np
+
+
+class Line(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-99, 99, (4,)), gym.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.path, self.seen, self.visits, self.speed, self.odd = [(0, 1)], {0}, {"here": [1]}, np.float32(0), object()
+        return self.look(), {}
+
+    def look(self):
+        return np.array([len(self.path), len(self.seen), self.visits["here"][-1], self.speed], np.float32)
+
+    def step(self, action):
+        self.path.append((len(self.path), action))
+        self.seen.add(int(self.np_random.integers(9)))
+        self.visits["here"].append(self.visits["here"][-1] + int(action))
+        self.speed = np.float32(self.speed * 0.9 + action)
+        return self.look(), 0.0, False, False, {}
+
+
+gym.register("Line-v0", Line, max_episode_steps=50)
+"""
+
+
+def test_an_environment_of_your_own(tmp_path, monkeypatch, capsys):
+    """Named by its file; it goes on with all its plain data, and what cannot be saved is named."""
+    (tmp_path / "my_line.py").write_text(LINE)
+    (tmp_path / "my_fault.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    first, other = (envs.make_vec("my_line:Line-v0", 2, seed=seed) for seed in (3, 99))
+    for k in range(8):
+        first.step(np.array([k % 2, 1]))
+    torch.save(to_plain(envs.snapshot(first)), tmp_path / "snap.pt")
+    envs.restore(other, torch.load(tmp_path / "snap.pt", weights_only=True))
+    for k in range(60):  # passes the time limit
+        assert np.array_equal(first.step(np.array([1, k % 2]))[0], other.step(np.array([1, k % 2]))[0])
+    assert type(other.envs[0].unwrapped.path[0]) is tuple and type(other.envs[0].unwrapped.speed) is np.float32
+    assert "Line-v0 keeps odd, which cannot be saved" in capsys.readouterr().err
+    envs.record(lambda obs: np.zeros(1, int), "my_line:Line-v0", 1, 0, tmp_path / "video")
+    assert "Line-v0 draws no pictures" in capsys.readouterr().err and not (tmp_path / "video").exists()
+    for env_id, words in (("my_line:Lin-v0", "did you mean Line-v0"), ("my_fault:Line-v0", "ZeroDivisionError"),
+                          ("absent:Line-v0", "absent, which is to register Line-v0, fails to import")):
+        with pytest.raises(envs.EnvError, match=words):
+            envs.resolve(env_id)
 
 
 def test_ids(capsys):

@@ -670,7 +670,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(script, kwargs, words, tmp_pat
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", "end of its first row"), ("a,b\n", "end of its first row"), ("a,b\n1,x\n2,3\n", "end of its first row"),
+    ("", "no rows"), ("a,b\n", "no rows"), ("a,b\n1,x\n2,3\n", "'x' in line 2, column 'b'"),
+    ("a;b\n1,5;2,5\n", "3 columns in line 2, and 1 in"), ("a,date\n1,mon\n", "no number in its last column, 'date'"),
+    ("a,b\n,2\n1,3\n", "'' in line 2, column 'a'"),  # a column that begins later is no text
     ("date,a,b\nmon,1,2\ntue,,3\n", "line 3"), ("a,b\n1,2\n\n3,nan\n", "line 4"), ("a,b\n1,2\n3\n", "line 3"),
     ("a,b\n1,2\n2,2\n", "never changes")])
 @pytest.mark.filterwarnings("error")
@@ -689,11 +691,14 @@ def test_what_a_run_keeps_is_named_as_it_is_typed(tmp_path):
         stream_td.main(stream_td.Args(resume=str(tmp_path / "run"), evaluate=str(tmp_path / "run")))
 
 
-def test_a_file_by_any_name_is_a_series(tmp_path, monkeypatch):
+def test_a_file_by_any_name_is_a_series(tmp_path, monkeypatch, capsys):
     (tmp_path / "A.TXT").write_text("a\n" + "".join(f"{i % 7}\n" for i in range(40)))
     monkeypatch.chdir(tmp_path)
     train(stream_td, "", env=str(tmp_path / "A.TXT"), total_timesteps=30)
     assert list((tmp_path / "runs/stream_td/A").glob("seed1-*/checkpoint.pt"))
+    (tmp_path / "b.csv").write_text("date,a,oil\nmon,1,2\ntue,3,5\n")
+    assert envs.Series("b.csv", 1).rows.tolist() == [[1, 2], [3, 5]]
+    assert "b.csv: a, oil predict oil\n" in capsys.readouterr().err
 
 
 def test_wrong_id_on_the_command_line():
