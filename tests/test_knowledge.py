@@ -454,7 +454,9 @@ def test_bad_run(tmp_path):
         assert "\n" not in message and "KnowledgeError" not in message  # nor wrapped in another
         assert all(str(part) in message for part in parts), message
 
-    bad(f"run:{tmp_path}/absent", "absent", "no checkpoint.pt")
+    (tmp_path / "empty").mkdir()
+    bad(f"run:{tmp_path}/absent", "absent is not there")
+    bad(f"run:{tmp_path}/empty", "empty", "no checkpoint.pt")
     run = save_run(tmp_path)
     bad(run, f"run {tmp_path}/seed1 was trained in Toy-v0 on 2 inputs and 3", obs=example(3))
     bad(run, "needs observation", obs={"image": example()})
