@@ -428,8 +428,7 @@ def main(args: Args) -> dict[str, float]:
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
     if practice and limit and not saved and args.total_timesteps <= first + limit * (trust.FIRST + args.num_envs):
-        print(f"rules alone act for {trust.FIRST} episodes or more, perhaps to the end of this run; with --practice 0 "
-              "the trained policy acts from the start", file=sys.stderr)
+        print(f"rules alone act for {trust.FIRST} episodes or more, perhaps to the end (--practice)", file=sys.stderr)
     step, debt, updates, totals = 0, 0.0, 0, {}  # debt: updates owed; totals: since the last log
     parts = {"normalizer": normalizer, "trust": trust, "buffer": buffer}
     if saved:

@@ -94,7 +94,7 @@ def gather(folders: list[str], into: str = "") -> None:
         name, seed = variant(config), str(args["seed"])
         if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
             print(f"note: {folder} is older than {', '.join(new)}: named as if by default")
-        if into and name.split()[0] != config["algo"] or into and "actor" in args:
+        if into and ("actor" in args or "variant" in config):  # others begin with their script's name
             name = f"{config['algo']} {name}"
         old = load(path) if path.exists() else []
         rows = [row for row in old if (row["variant"], row["seed"]) != (name, seed)]

@@ -58,11 +58,7 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
         return
     grid = is_grid(env_id := resolve(env_id))
     painted = grid or "classic_control" in str(gym.spec(env_id).entry_point)  # by numpy or pygame
-    if not can_be_drawn(env_id):
-        return
-    if not painted and not find_renderer():
-        print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
-              "libosmesa6", file=sys.stderr)
+    if not can_be_filmed(env_id, painted):
         return
     import imageio.v2 as imageio  # slow to import, and only filming needs it
 
@@ -112,14 +108,20 @@ def draw_timeline(frames: Sequence[np.ndarray], weights: Sequence[list[float]], 
     plt.close(figure)
 
 
-def can_be_drawn(env_id: str) -> bool:
-    """Whether a registered environment has pictures; says so on stderr where it has none."""
+def can_be_filmed(env_id: str, painted: bool) -> bool:
+    """Whether a registered environment has pictures, and unless `painted` without OpenGL, this machine a renderer; says
+    on stderr what is missing."""
     entry = gym.spec(env_id).entry_point
     creator = entry if callable(entry) else gym.envs.registration.load_env_creator(entry)
     modes = (getattr(creator, "metadata", None) or {}).get("render_modes", ["rgb_array"])  # a function may have any
     if "rgb_array" not in modes:
         print(f"no video: {env_id} draws no pictures, its render_modes lack 'rgb_array'", file=sys.stderr)
-    return "rgb_array" in modes
+        return False
+    if not painted and not find_renderer():
+        print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
+              "libosmesa6", file=sys.stderr)
+        return False
+    return True
 
 
 def find_renderer() -> str | None:

@@ -8,7 +8,6 @@ MinAtar, dm_control (through shimmy) and Atari (through ale-py, with gymnasium's
 pip install -r requirements-envs.txt
 """
 import importlib
-import sys
 import warnings
 from pathlib import Path
 from typing import Callable
@@ -17,7 +16,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from envs.evaluation import can_be_drawn, find_renderer
+from envs.evaluation import can_be_filmed, find_renderer
 from envs.ids import EnvError, resolve
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
                          time_limit)
@@ -230,12 +229,9 @@ def record_stream(act: Callable, env_id: str, episodes: int, seed: int, folder: 
     if episodes < 1:
         return
     register(env_id)
-    if not can_be_drawn(resolve(env_id)):
-        return
     drawn_by = env_id + str(gym.spec(resolve(env_id)).entry_point)
-    if not any(mark in drawn_by for mark in ("MinAtar/", "NoFrameskip", "classic_control")) and not find_renderer():
-        print("no video: neither EGL nor OSMesa works here; on Debian or Ubuntu: apt-get install libegl1 libgl1 "
-              "libosmesa6", file=sys.stderr)
+    painted = any(mark in drawn_by for mark in ("MinAtar/", "NoFrameskip", "classic_control"))
+    if not can_be_filmed(resolve(env_id), painted):
         return
     import imageio.v2 as imageio  # slow to import, and only filming needs it
 
