@@ -343,8 +343,6 @@ def main(args: Args) -> dict[str, float]:
     if saved and len(saved["agent"]["inner.bias"]) != num_actions:
         raise ArgError(f"{env_id} has {num_actions} actions; {folder}, trained in {args.env}, has others")
     obs = envs.to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i
-    if torch.is_tensor(obs) and obs.dim() > 2:
-        raise ArgError(f"{env_id} observes images {tuple(obs.shape[1:])}; {ALGO} needs a vector or a MiniGrid view")
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
     given = "none" if args.actor == "plain" and not args.bc_coef else args.knowledge
@@ -354,8 +352,7 @@ def main(args: Args) -> dict[str, float]:
     if not n and (args.actor in ("rule", "mix") or args.bc_coef):
         raise ArgError(f"{'--bc-coef' if args.bc_coef else '--actor ' + args.actor} needs a knowledge policy")
     attends = n > 0 and args.actor == "kian"
-    if args.save_keys and not attends:
-        raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
+    knowledge.check_keys_file(args.save_keys, attends)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """What the agent sees of a batch, (B, 7, 7, 3) or (B, f), and the advice (B, n, A)."""

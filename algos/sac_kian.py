@@ -67,7 +67,7 @@ class Args:
     # twin end
 
     # algorithm: SAC + HER; the paper's values are those of its Fetch experiments
-    bf16: bool = False  # hidden layers of the update in bfloat16: for GPUs and CPUs with avx512_bf16 or AMX
+    bf16: bool = False  # hidden layers in bfloat16: for GPUs and CPUs with avx512_bf16 or AMX
     hidden: str = "256x3"  # hidden layers of actor and critics, width x depth (paper: 512x3)
     batch_size: int = 512  # transitions per update (paper: 2048)
     buffer_size: int = 1_000_000  # transitions that are kept, the oldest go first
@@ -85,9 +85,9 @@ class Args:
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>; comma-separated
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: one vector, or a function of the state
     cosine_scale: float = 3.0  # attention scores are this times cos(query, key); 0: dot products (paper)
-    ext_action: Literal["mean", "sample"] = "mean"  # a drawn external policy executes its mean, or a sample around it
+    ext_action: Literal["mean", "sample"] = "mean"  # a drawn rule executes its mean, or a sample around it; a2t: sample
     ext_log_std: float = -1.0  # log-std of sampled external actions, and of their entropy with --credit drawn
-    entropy_fix: Literal["on", "off"] = "on"  # off: all scored at the executed action; implies --credit drawn
+    entropy_fix: Literal["on", "off"] = "on"  # off: all scored at the executed action, drawn, of rules a sample
     credit: Literal["expected", "drawn"] = "expected"  # Q of all in the actor loss, or of the drawn (paper; no trust)
     practice: float = 0.25  # share of episodes that the inner policy plays alone until trusted; 0: no trust (paper)
     imitation: float = 1.0  # weight of imitating the attended rules beside Q, times the doubt; for --credit expected
@@ -410,8 +410,7 @@ def main(args: Args) -> dict[str, float]:
     external = knowledge.load(given, args.env, d, envs.unflatten(features.repeat(2, 1), g), kept_in=folder)
     n, names, attends = len(external), ["inner", *external], len(external) > 0 and args.actor in ("kian", "a2t")
     agent = make_agent(args, f, d, n)
-    if args.save_keys and "keys" not in agent["actor"]:
-        raise ArgError("--save-keys needs --actor kian with at least one knowledge policy")
+    knowledge.check_keys_file(args.save_keys, "keys" in agent["actor"])
     limit, relabelled = vec.max_episode_steps, int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     if relabelled and limit is None:
         raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
@@ -423,7 +422,7 @@ def main(args: Args) -> dict[str, float]:
     buffer = ReplayBuffer(capacity, horizon, args.num_envs, 2 * f + d + 2)
     normalizer = envs.Normalizer(f, args.normalize)
     if (source := args.init_from or args.load_keys) and not saved:
-        knowledge.take_over(agent["actor"], normalizer, names, source, args.warm)
+        knowledge.take_over(agent["actor"], normalizer, names, source, args.warm, args.cosine_scale > 0)
     practice = args.practice if attends else 0.0
     alone = torch.rand(args.num_envs) < practice  # which environments the inner policy plays alone
     trust = knowledge.Trust(args.num_envs, trusted=practice == 0)
@@ -460,6 +459,8 @@ def main(args: Args) -> dict[str, float]:
     def film(folder: Path) -> None:
         envs.record(player(sampled, log := []), args.env, args.video, 10_000 * args.seed + 7_000, folder,
                     names if attends else [], log, goal_range=args.goal_range)
+        if attends and agent["actor"]["handicap"][0] > 0:
+            print("rules alone acted: the trained policy lags too far behind them as yet (doubt)", file=sys.stderr)
 
     if args.evaluate:
         for draw in (not sampled, sampled) if attends else (False,):

@@ -56,9 +56,18 @@ def variant(config: dict) -> str:
     if not (args.get("init_from") or args.get("load_keys")):  # nothing is taken over
         ignored |= {"warm"}
     changed = {k: v for k, v in args.items() if k not in ignored and v != usual.get(k)}
-    if "init_from" in changed:  # its folder's name tells more than its path
-        changed["init_from"] = Path(changed["init_from"]).name
+    if "init_from" in changed:
+        changed["init_from"] = origin(Path(changed["init_from"]))
     return " ".join([*words, *(flag(k.replace("_", "-"), v) for k, v in sorted(changed.items()))])
+
+
+def origin(folder: Path) -> str:
+    """What a run that another one came from is called: by its folder, whose name tells more than its path, or where
+    that is the seed's, as in a benchmark, by environment and variant."""
+    if folder.name.startswith("seed") and (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text())
+        return f"{config['args']['env']}:{variant(config).replace(' ', ',')}"
+    return folder.name
 
 
 def flag(name: str, value: object) -> str:
@@ -83,7 +92,7 @@ def gather(folders: list[str], into: str = "") -> None:
     runs = [(folder, sorted(path.parent for path in Path(folder).rglob("config.json"))) for folder in folders]
     for folder in [folder for folder, found in runs if not found]:
         print(f"skipped, no run: {folder}")
-    touched = {}  # {(file, variant): its rows}
+    touched, seen = {}, {}  # {(file, variant): its rows}, {(file, variant, seed): folder}
     for folder in [run for _, found in runs for run in found]:
         if not (folder / "eval.csv").is_file():
             print(f"skipped, not evaluated yet: {folder}")
@@ -104,6 +113,9 @@ def gather(folders: list[str], into: str = "") -> None:
         if not curve:
             print(f"skipped, not evaluated yet: {folder}")
             continue
+        if other := seen.get((path, name, seed)):
+            print(f"note: {other} and {folder} have the same settings and seed; the longer one, or the latter, counts")
+        seen[path, name, seed] = folder
         last, total = int(curve[-1]["step"]), args["total_timesteps"]
         if (there := max((int(row["step"]) for row in replaced), default=0)) > last:
             print(f"kept, longer: {name}, seed {seed} of {path.name} has {there} steps, {folder} {last}; to replace "

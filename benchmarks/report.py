@@ -297,6 +297,10 @@ def main(html: Path) -> None:
         elif algo not in ("rules", "speed", "zero_shot"):
             print(f"left out: {path.relative_to(ROOT)}; give benchmarks/paper.toml a [method.{algo}]")
     for algo, environments in results.items():
+        known = sorted({name for variants in environments.values() for name in variants})
+        if (baseline := reading(algo).baseline) and baseline not in known and len(known) > 1:
+            print(f"{algo} is compared with nothing: no '{baseline}', the baseline of benchmarks/paper.toml, among "
+                  f"{', '.join(known)}")
         figure = ROOT / "docs" / "figures" / f"{algo}_curves.svg"
         new = not figure.exists()
         draw(algo, environments, figure)

@@ -55,7 +55,8 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
     """`num_envs` copies of `env_id`, the fast class where there is one (`fast=False`: never), reset when seeded.
 
     With `goal_range`, Fetch and Franka draw their goals from so many tenths of their range. Raises EnvError for an
-    unknown id, an unknown argument, a missing package, observations that are no arrays or `num_envs` < 1.
+    unknown id, an unknown argument, a missing package, observations or actions that are no flat arrays, and
+    `num_envs` < 1.
     """
     if num_envs < 1:
         raise EnvError(f"num_envs must be at least 1, not {num_envs}")
@@ -72,8 +73,13 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
         else:
             vec = GymVectorEnv(resolved, num_envs, goal_range=goal_range, **kwargs)
             space = vec.observation_space
-            if not all(isinstance(part, gym.spaces.Box) for part in (space.values() if vec.is_goal_env else [space])):
-                raise EnvError(f"{env_id} observes {space}; arrays are needed (Box, or those of a goal task)")
+            parts, actions = space.values() if vec.is_goal_env else [space], vec.action_space
+            if not all(isinstance(part, gym.spaces.Box) and len(part.shape) == 1 for part in parts):
+                raise EnvError(f"{env_id} observes {space}; flat arrays are needed (Box of one dimension, or those of "
+                               "a goal task): gymnasium.wrappers.FlattenObservation makes one")
+            if isinstance(actions, gym.spaces.Box) and not (
+                    len(actions.shape) == 1 and actions.dtype.kind == "f" and actions.is_bounded()):
+                raise EnvError(f"{env_id} takes {actions} as actions; bounded numbers in one dimension are needed")
     if seed is not None:
         vec.reset(seed)
     return vec

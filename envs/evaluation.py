@@ -8,11 +8,12 @@ from typing import Callable, Sequence
 import gymnasium as gym
 import numpy as np
 
-from envs.ids import resolve
+from envs.ids import EnvError, resolve
 from envs.minigrid import PlainMiniGridVectorEnv, is_grid
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
 Act = Callable[[Observation], np.ndarray]  # a batch of observations -> (num_envs, d) actions
+ENDLESS = 100_000  # steps after which an episode without a time limit is taken to have no end
 
 
 def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, float]:
@@ -22,7 +23,7 @@ def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, fl
     end. `vec` should be kept for evaluation alone. Success is that of an episode's last step.
 
     Returns episodes, return_mean, return_std, success_rate (NaN without a notion of success), length_mean.
-    Raises ValueError for fewer episodes than copies.
+    Raises ValueError for fewer episodes than copies, EnvError for an episode that does not end.
     """
     if episodes < vec.num_envs:
         raise ValueError(f"{episodes} episodes cannot be shared by {vec.num_envs} copies")
@@ -32,6 +33,9 @@ def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, fl
     running_return, running_length = np.zeros(vec.num_envs), np.zeros(vec.num_envs, np.int64)
     returns, lengths, successes = [], [], []
     while (finished < share).any():
+        if vec.max_episode_steps is None and running_length.max() >= ENDLESS:
+            raise EnvError(f"an episode of {vec.env.spec.id} has not ended after {ENDLESS} steps; give it a time "
+                           "limit: gymnasium.register(..., max_episode_steps=...)")
         obs, reward, terminated, truncated, info = vec.step(act(obs))
         running_return += reward
         running_length += 1

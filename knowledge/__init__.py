@@ -17,13 +17,13 @@ from types import ModuleType
 import torch
 
 from knowledge import fetch, franka, minigrid, run  # noqa: F401  (importing a family registers its rules)
-from knowledge.keys import save_keys, take_over
+from knowledge.keys import check_keys_file, save_keys, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of, group, groups_for, rule, rules_for
 from knowledge.run import freeze, freeze_categorical
 from knowledge.trust import Trust
 
-__all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "freeze", "freeze_categorical", "group", "groups_for",
-           "keep", "load", "rule", "rules_for", "save_keys", "take_over"]
+__all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "check_keys_file", "freeze", "freeze_categorical",
+           "group", "groups_for", "keep", "load", "rule", "rules_for", "save_keys", "take_over"]
 
 
 def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float = -1.0) -> torch.Tensor:

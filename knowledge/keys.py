@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -20,10 +21,21 @@ def query_hash(query: list[Tensor]) -> str:
     return hashlib.sha256(b"".join(p.contiguous().numpy().tobytes() for p in query)).hexdigest()[:16]
 
 
+def check_keys_file(file: str, has_keys: bool) -> None:
+    """Before anything is trained: raise KnowledgeError unless a run has keys and can write them to `file`, if any."""
+    if file and not has_keys:
+        raise KnowledgeError("--save-keys needs --actor kian with at least one knowledge policy")
+    path = Path(file).resolve()
+    there = next(p for p in [path, *path.parents] if p.exists())  # what exists of it
+    if file and (path.is_dir() or not os.access(there, os.W_OK) or there != path and not there.is_dir()):
+        raise KnowledgeError(f"--save-keys {file} cannot be written; name a file in a folder of yours")
+
+
 def save_keys(file: str, policy: dict) -> None:
     """Write the keys of a frozen `policy` (format in knowledge/run.py) as JSON, with their query's fingerprint."""
     keys = {name: key.tolist() for name, key in policy["keys"].items()}
     facts = {"key_dim": len(next(iter(keys.values()))), "query": query_hash(policy["query"]), "keys": keys}
+    facts |= {"score": policy["score"]} if "score" in policy else {}
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps(facts, indent=1))
@@ -46,15 +58,17 @@ def read_run(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: str, warm: str) -> None:
+def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: str, warm: str,
+              cosine: bool | None = None) -> None:
     """Overwrite, in place, the keys of `actor` whose names `source` knows; others keep their fresh ones.
 
     `actor` maps names to tensors: "keys" (n+1, m) in the order of `names`, "query.0.weight", ... `source` is a file of
     `save_keys`, which holds keys alone, or the folder of a run, from which `warm` also takes the query network
     ("keys+query") and the inner policy ("all"). The key of an inner policy belongs to it: it goes to the one of this
     run with "all", and to the frozen one of the source (`inner:<RUN_DIR>`) if that is among `names`, unless the source
-    sums logits: the key's effect is in its frozen policy then. With a network comes the state of `normalizer` (an
-    envs.Normalizer or None), by which it knows its inputs.
+    sums logits: the key's effect is in its frozen policy then. While a policy was held back its key learned nothing,
+    and is left. With a network comes the state of `normalizer` (an envs.Normalizer or None), by which it knows its
+    inputs. Says so where the source's score was a `cosine` and this run's is none, or the other way round.
     Raises KnowledgeError for a source that cannot be read or does not fit.
     """
     path = Path(source)
@@ -64,7 +78,7 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
     try:
         if path.is_dir():
             checkpoint, keys = read_run(path)
-            policy = checkpoint["policy"]
+            saved = policy = checkpoint["policy"]
         else:
             saved = json.loads(path.read_text())
             keys, learned_with = {name: torch.tensor(key) for name, key in saved["keys"].items()}, saved.get("query")
@@ -77,10 +91,22 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
     if "query" not in parts and learned_with != query_hash(query):
         print(f"keys mean something only to the query that they were learned with, and that of {source} is not taken "
               "along; --warm keys+query does, from a run folder", file=sys.stderr)
-    if (inner_key := keys.pop("inner", None)) is not None:  # absent where it is made from the state
-        if path.is_dir() and policy.get("fusion") != "logit":  # there the frozen policy has the key's effect in it
-            keys[f"inner.{path.resolve().name}"] = inner_key
-        keys |= {"inner": inner_key} if "inner" in parts else {}
+    if cosine is not None and saved.get("score") == ("dot" if cosine else "cosine"):
+        print(f"keys {source} were learned with another --cosine-scale: lengths count there or here, not in both",
+              file=sys.stderr)
+    inner_key = keys.pop("inner", None)  # absent where it is made from the state
+    if path.is_dir() and inner_key is not None:
+        if (frozen := f"inner.{path.resolve().name}") in names and frozen in keys:
+            raise KnowledgeError(f"keys {source}: that run knows another one by its own name; rename its folder")
+        if policy.get("handicap"):
+            print(f"{source}: the trained policy never acted there, its key learned nothing", file=sys.stderr)
+        else:
+            keys |= {"inner": inner_key} if "inner" in parts else {}
+            if policy.get("fusion") != "logit":  # there the frozen policy has the key's effect in it
+                keys[frozen] = inner_key
+    if not path.is_dir() and not keys.keys() & set(names):
+        raise KnowledgeError(f"keys {source} are of {', '.join(keys) or 'no rule'}; the policies here are "
+                             f"{', '.join(names)}")
     for i, name in enumerate(names):
         if name not in keys:
             continue

@@ -117,6 +117,32 @@ def test_an_environment_of_your_own(tmp_path, monkeypatch, capsys):
             envs.resolve(env_id)
 
 
+class Shaped(gym.Env):
+    """Nothing happens, for ever."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(self.observation_space.shape, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(self.observation_space.shape, np.float32), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("shape, actions, words", [
+    ((4, 5), gym.spaces.Box(-1, 1, (2,)), "flat arrays are needed"), ((), gym.spaces.Discrete(2), "flat arrays"),
+    ((4,), gym.spaces.Box(-1, 1, (2, 2)), "bounded"), ((4,), gym.spaces.Box(-1, np.inf, (2,)), "bounded"),
+    ((4,), gym.spaces.Box(-1, 1, (2,), np.int64), "bounded"), ((4,), gym.spaces.Discrete(2), "has not ended")])
+def test_what_cannot_be_learned_is_said(shape, actions, words, monkeypatch):
+    space = gym.spaces.Box(-1, 1, shape)
+    monkeypatch.setitem(gym.registry, "Shaped-v0", gym.envs.registration.EnvSpec(
+        "Shaped-v0", lambda: Shaped(space, actions)))
+    monkeypatch.setattr("envs.evaluation.ENDLESS", 50)
+    with pytest.raises(envs.EnvError, match=words):
+        envs.evaluate(lambda obs: np.zeros(2, int), envs.make_vec("Shaped-v0", 2), 2, seed=0)
+
+
 def test_ids(capsys):
     assert envs.resolve("FetchPush-v3") == envs.resolve("FetchPush-v1") == "FetchPush-v4"
     assert "FetchPush-v4" in capsys.readouterr().err  # says so

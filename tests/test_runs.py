@@ -203,15 +203,27 @@ def test_keys_are_taken_over_by_name(uncut, tmp_path, capsys):
     train(tmp_path / "warm", total_timesteps=400, load_keys=str(uncut[0].parent / "keys.json"))
 
 
-def test_a_run_goes_on_in_the_next_task(uncut, tmp_path):
+def test_a_run_goes_on_in_the_next_task(uncut, tmp_path, capsys):
     """Push after PickAndPlace: other rules, the old inner policy among them with its old key, and the old query."""
-    train(tmp_path / "push", env="FetchPush-v2", init_from=str(uncut[0]), warm="keys+query", total_timesteps=400)
-    old, new = (torch.load(folder / "checkpoint.pt", weights_only=True)["policy"] for folder in (uncut[0],
+    trusted = tmp_path / "first" / "push"
+    shutil.copytree(uncut[0], trusted)
+    checkpoint = torch.load(trusted / "checkpoint.pt", weights_only=True)
+    assert checkpoint["policy"]["handicap"] > 0  # so short a run holds its inner policy back, whose key learns nothing
+    checkpoint["policy"]["handicap"] = 0.0
+    torch.save(checkpoint, trusted / "checkpoint.pt")
+    train(tmp_path / "held", env="FetchPush-v2", init_from=str(uncut[0]), total_timesteps=400)
+    assert "its key learned nothing\nkeys taken over: none" in capsys.readouterr().err
+    train(tmp_path / "push", env="FetchPush-v2", init_from=str(trusted), total_timesteps=400)
+    assert "keys taken over: inner.push;" in capsys.readouterr().err
+    old, new = (torch.load(folder / "checkpoint.pt", weights_only=True)["policy"] for folder in (trusted,
                                                                                                  tmp_path / "push"))
-    assert list(new["keys"]) == ["inner", "fetch.get_behind_object", "fetch.push_to_goal", "inner.uncut"]
-    assert torch.allclose(new["keys"]["inner.uncut"], old["keys"]["inner"], atol=0.05)  # few updates since
+    assert list(new["keys"]) == ["inner", "fetch.get_behind_object", "fetch.push_to_goal", "inner.push"]
+    assert torch.allclose(new["keys"]["inner.push"], old["keys"]["inner"], atol=0.05)  # few updates since
     assert torch.allclose(new["query"][0], old["query"][0], atol=0.05)
     assert not torch.allclose(new["inner"][0], old["inner"][0], atol=0.05)
+    actor = {"keys": torch.zeros(2, 4)}
+    with pytest.raises(knowledge.KnowledgeError, match="another one by its own name"):  # whose key is meant?
+        knowledge.take_over(actor, None, ["inner", "inner.push"], str(tmp_path / "push"), "keys")
 
 
 def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
@@ -236,6 +248,8 @@ def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
     (dict(learning_rate=0.0), "--learning-rate"),
     (dict(hidden="256"), "--hidden"), (dict(load_keys="missing.json"), "missing.json"),
     (dict(actor="plain", load_keys="missing.json"), "kian"), (dict(knowledge="none", save_keys="k.json"), "kian"),
+    (dict(save_keys="tests"), "--save-keys tests"),
+    (dict(save_keys="README.md/k.json"), "--save-keys README.md/k.json"),
     (dict(batch_size=400), "first update"), (dict(batch_size=310, num_envs=3), "450 steps"),
     (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(practice=1.0), "--practice"),
     (dict(imitation=-1.0), "--imitation"), (dict(cosine_scale=float("inf")), "--cosine-scale"),
@@ -395,7 +409,7 @@ def test_compiled_update_is_the_eager_one():
 def test_evaluation_gives_every_copy_the_same_number_of_episodes():
     """Two copies whose episodes last 1 and 3 steps: a first-come rule would count the short one more often."""
     class Uneven:
-        num_envs, length = 2, [1, 3]
+        num_envs, length, max_episode_steps = 2, [1, 3], 3
 
         def reset(self, seed):
             self.t = [0, 0]
