@@ -70,7 +70,7 @@ class Args:
     bf16: bool = False  # hidden layers in bfloat16: for GPUs and CPUs with avx512_bf16 or AMX
     hidden: str = "256x3"  # hidden layers of actor and critics, width x depth (paper: 512x3)
     batch_size: int = 512  # transitions per update (paper: 2048)
-    buffer_size: int = 1_000_000  # transitions that are kept, the oldest go first
+    buffer_size: int = 1_000_000  # transitions that are kept, the oldest go first; an episode per environment at least
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature (paper: 5e-4, Slide 4e-4)
     gamma: float = 0.95  # discount per step
     tau: float = 0.05  # share of the critics that enters their targets per update

@@ -177,7 +177,7 @@ def narrow_goals(env: gym.Env, goal_range: float) -> gym.Env:
         if not hasattr(env.unwrapped, "target_range"):
             raise EnvError(f"{env.spec.id} has no range of goals to narrow; leave --goal-range out")
         env.unwrapped.target_range *= goal_range / 10
-        announce(f"{env.spec.id} draws its goals within {env.unwrapped.target_range:.4g} m along x and y")
+        announce(f"{env.spec.id} draws its goals within {env.unwrapped.target_range:.4g} m per axis")
     return env
 
 
