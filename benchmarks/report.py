@@ -112,8 +112,14 @@ def how_many(curves: list[Curve]) -> str:
 
 
 def shared_budget(variants: Variants) -> int:
-    """The step that every curve gets to."""
-    return min(c.steps[-1] for curves in variants.values() for c in curves)
+    """The step that every curve gets to, but for those that have only a start and an end: too short to be compared."""
+    ends = [(c.steps[-1], len(c.steps)) for curves in variants.values() for c in curves]
+    return min([end for end, evaluations in ends if evaluations > 2] or [end for end, _ in ends])
+
+
+def get_to(curves: list[Curve], budget: int) -> bool:
+    """Whether all these curves go on until `budget`, or nearly."""
+    return all(c.steps[-1] > 0.99 * budget for c in curves)
 
 
 def smaller_budgets(budget: int) -> list[int]:
@@ -148,11 +154,12 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
             low, high = thousands(first[0]), thousands(first[-1])
             row += [thousands(np.median(first)) + (f" ({low} to {high})" if low != high else ""),
                     "" if np.isinf(minutes) else f"{minutes:.1f}"]
-        row += [estimate(stats.mean, [np.interp(b, c.steps, c.scores) for c in curves]) for b in budgets]
+        row += [estimate(stats.mean, [np.interp(b, c.steps, c.scores) for c in curves]) if get_to(curves, b) else ""
+                for b in budgets]
         last = [c.scores[-1] for c in curves]
-        row.append(estimate(stats.mean, areas(curves, budget)))
+        row.append(estimate(stats.mean, areas(curves, budget)) if get_to(curves, budget) else "")
         if compared:  # how likely a seed's mean up to there is above one of the baseline's
-            row.append("" if name == how.baseline else estimate(
+            row.append("" if name == how.baseline or not get_to(curves, budget) else estimate(
                 stats.probability_of_improvement, areas(curves, budget), areas(variants[how.baseline], budget)))
         if longer:
             row.append(f"{estimate(stats.mean, last)} ({ends(curves)})")
@@ -166,7 +173,8 @@ def across(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
     environment counts the same, with as many seeds as the one with the fewest."""
     how, rows = reading(algo), []
     for name in sorted({name for variants in environments.values() for name in variants}):
-        both = [v for v in environments.values() if name in v and how.baseline in v]
+        both = [v for v in environments.values() if name in v and how.baseline in v
+                and get_to(v[name], shared_budget(v))]
         scores = {who: np.array(list(zip(*(areas(v[who], shared_budget(v)) for v in both))))
                   for who in (name, how.baseline)}  # (seeds, environments)
         if both:

@@ -111,6 +111,11 @@ def test_summary_of_hand_made_curves(tmp_path):
                     "mean up to 20k", "P(above plain)", "last (at step)", "worst seed", "code"]
     assert kian == ["kian", "2", "35k (20k to 50k)", "1.8", "0.20", "0.70", "0.37", "0.50", "0.95 (50k)", "0.90", "abc"]
     assert plain == ["plain", "1", "not reached", "", "0.12", "0.60", "0.28", "", "0.60 (20k)", "0.60", "abc"]
+    short = rows + [("peer", 1, 0, 0, 0.0, 0), ("peer", 1, 6000, 99, 0.2, 0)]  # shortens nobody, claims nothing
+    _, (_, peer, _) = (same := report.summarise(curves.load_curves(write(tmp_path / "x.csv", short), "success_rate"),
+                                                report.Reading("success_rate", 0.9)))
+    assert same[0] == head and same[1][0] == kian
+    assert peer == ["peer", "1", "not reached", "", "0.17", "", "", "", "0.20 (6k)", "0.20", "abc"]
     plain, = variants["plain"]
     plain.cut = True
     assert report.summarise(variants, report.Reading())[1][1][1] == "1 (1 unfinished)"
