@@ -342,6 +342,8 @@ def main(args: Args) -> dict[str, float]:
         args = replace(args, fusion="logit" if num_actions <= 3 else "mixture")
     if saved and len(saved["agent"]["inner.bias"]) != num_actions:
         raise ArgError(f"{env_id} has {num_actions} actions; {folder}, trained in {args.env}, has others")
+    if vec.is_goal_env:
+        raise ArgError(f"{env_id} has goals; {ALGO} needs a flat array or a MiniGrid view")
     obs = envs.to_tensors(vec.reset(10_000 * args.seed))  # environment i has stream 10,000 seed + i
     if args.init_from and args.load_keys:
         raise ArgError("--init-from gives keys already; leave --load-keys out")
@@ -352,7 +354,7 @@ def main(args: Args) -> dict[str, float]:
     if not n and (args.actor in ("rule", "mix") or args.bc_coef):
         raise ArgError(f"{'--bc-coef' if args.bc_coef else '--actor ' + args.actor} needs a knowledge policy")
     attends = n > 0 and args.actor == "kian"
-    knowledge.check_keys_file(args.save_keys, attends)
+    knowledge.check_keys_file("" if folder else args.save_keys, attends)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """What the agent sees of a batch, (B, 7, 7, 3) or (B, f), and the advice (B, n, A)."""

@@ -87,7 +87,7 @@ class Args:
     cosine_scale: float = 3.0  # attention scores are this times cos(query, key); 0: dot products (paper)
     ext_action: Literal["mean", "sample"] = "mean"  # a drawn rule executes its mean, or a sample around it; a2t: sample
     ext_log_std: float = -1.0  # log-std of sampled external actions, and of their entropy with --credit drawn
-    entropy_fix: Literal["on", "off"] = "on"  # off: all scored at the executed action, drawn, of rules a sample
+    entropy_fix: Literal["on", "off"] = "on"  # off: all scored at the executed action; implies --credit drawn
     credit: Literal["expected", "drawn"] = "expected"  # Q of all in the actor loss, or of the drawn (paper; no trust)
     practice: float = 0.25  # share of episodes that the inner policy plays alone until trusted; 0: no trust (paper)
     imitation: float = 1.0  # weight of imitating the attended rules beside Q, times the doubt; for --credit expected
@@ -410,7 +410,7 @@ def main(args: Args) -> dict[str, float]:
     external = knowledge.load(given, args.env, d, envs.unflatten(features.repeat(2, 1), g), kept_in=folder)
     n, names, attends = len(external), ["inner", *external], len(external) > 0 and args.actor in ("kian", "a2t")
     agent = make_agent(args, f, d, n)
-    knowledge.check_keys_file(args.save_keys, "keys" in agent["actor"])
+    knowledge.check_keys_file("" if folder else args.save_keys, "keys" in agent["actor"])
     limit, relabelled = vec.max_episode_steps, int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     if relabelled and limit is None:
         raise ArgError(f"{args.env} has no time limit: hindsight stores whole episodes; use --her-goals 0")
@@ -460,7 +460,7 @@ def main(args: Args) -> dict[str, float]:
         envs.record(player(sampled, log := []), args.env, args.video, 10_000 * args.seed + 7_000, folder,
                     names if attends else [], log, goal_range=args.goal_range)
         if attends and agent["actor"]["handicap"][0] > 0:
-            print("rules alone acted: the trained policy lags too far behind them as yet (doubt)", file=sys.stderr)
+            print("in evaluations rules alone act as yet: the trained policy lags behind them (doubt)", file=sys.stderr)
 
     if args.evaluate:
         for draw in (not sampled, sampled) if attends else (False,):

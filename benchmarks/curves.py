@@ -113,8 +113,8 @@ def gather(folders: list[str], into: str = "") -> None:
         if not curve:
             print(f"skipped, not evaluated yet: {folder}")
             continue
-        if other := seen.get((path, name, seed)):
-            print(f"note: {other} and {folder} have the same settings and seed; the longer one, or the latter, counts")
+        if (other := seen.get((path, name, seed), folder)) != folder:
+            print(f"note: {other} and {folder} have the same settings and seed; the longer counts, or the later")
         seen[path, name, seed] = folder
         last, total = int(curve[-1]["step"]), args["total_timesteps"]
         if (there := max((int(row["step"]) for row in replaced), default=0)) > last:

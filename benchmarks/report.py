@@ -117,9 +117,9 @@ def shared_budget(variants: Variants) -> int:
     return min([end for end, evaluations in ends if evaluations > 2] or [end for end, _ in ends])
 
 
-def get_to(curves: list[Curve], budget: int) -> bool:
-    """Whether all these curves go on until `budget`, or nearly."""
-    return all(c.steps[-1] > 0.99 * budget for c in curves)
+def long(curves: list[Curve], budget: int) -> list[Curve]:
+    """Those that go on until `budget`, or nearly."""
+    return [c for c in curves if c.steps[-1] >= 0.99 * budget]
 
 
 def smaller_budgets(budget: int) -> list[int]:
@@ -154,13 +154,13 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
             low, high = thousands(first[0]), thousands(first[-1])
             row += [thousands(np.median(first)) + (f" ({low} to {high})" if low != high else ""),
                     "" if np.isinf(minutes) else f"{minutes:.1f}"]
-        row += [estimate(stats.mean, [np.interp(b, c.steps, c.scores) for c in curves]) if get_to(curves, b) else ""
-                for b in budgets]
-        last = [c.scores[-1] for c in curves]
-        row.append(estimate(stats.mean, areas(curves, budget)) if get_to(curves, budget) else "")
+        row += [estimate(stats.mean, scores) if (scores := [
+            np.interp(b, c.steps, c.scores) for c in long(curves, b)]) else "" for b in budgets]
+        last, area = [c.scores[-1] for c in curves], areas(long(curves, budget), budget)
+        row.append(estimate(stats.mean, area) if area else "")
         if compared:  # how likely a seed's mean up to there is above one of the baseline's
-            row.append("" if name == how.baseline or not get_to(curves, budget) else estimate(
-                stats.probability_of_improvement, areas(curves, budget), areas(variants[how.baseline], budget)))
+            others = [] if name == how.baseline else areas(long(variants[how.baseline], budget), budget)
+            row.append(estimate(stats.probability_of_improvement, area, others) if area and others else "")
         if longer:
             row.append(f"{estimate(stats.mean, last)} ({ends(curves)})")
         rows.append([*row, number(np.min(last)),
@@ -174,8 +174,9 @@ def across(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
     how, rows = reading(algo), []
     for name in sorted({name for variants in environments.values() for name in variants}):
         both = [v for v in environments.values() if name in v and how.baseline in v
-                and get_to(v[name], shared_budget(v))]
-        scores = {who: np.array(list(zip(*(areas(v[who], shared_budget(v)) for v in both))))
+                and all(long(v[who], shared_budget(v)) for who in (name, how.baseline))]
+        scores = {who: np.array(list(zip(*(areas(long(v[who], shared_budget(v)), shared_budget(v))
+                                                  for v in both))))
                   for who in (name, how.baseline)}  # (seeds, environments)
         if both:
             rows.append([name, str(len(both)), str(len(scores[name])), estimate(stats.mean, scores[name]),
@@ -307,8 +308,8 @@ def main(html: Path) -> None:
     for algo, environments in results.items():
         known = sorted({name for variants in environments.values() for name in variants})
         if (baseline := reading(algo).baseline) and baseline not in known and len(known) > 1:
-            print(f"{algo} is compared with nothing: no '{baseline}', the baseline of benchmarks/paper.toml, among "
-                  f"{', '.join(known)}")
+            print(f"{algo} is compared with nothing: its baseline (benchmarks/paper.toml) is '{baseline}', its curves "
+                  f"are {', '.join(known)}")
         figure = ROOT / "docs" / "figures" / f"{algo}_curves.svg"
         new = not figure.exists()
         draw(algo, environments, figure)

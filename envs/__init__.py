@@ -73,7 +73,8 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
         else:
             vec = GymVectorEnv(resolved, num_envs, goal_range=goal_range, **kwargs)
             space = vec.observation_space
-            parts, actions = space.values() if vec.is_goal_env else [space], vec.action_space
+            goals = ("observation", "achieved_goal", "desired_goal")
+            parts, actions = [space.get(name) for name in goals] if vec.is_goal_env else [space], vec.action_space
             if not all(isinstance(part, gym.spaces.Box) and len(part.shape) == 1 for part in parts):
                 raise EnvError(f"{env_id} observes {space}; flat arrays are needed (Box of one dimension, or those of "
                                "a goal task): gymnasium.wrappers.FlattenObservation makes one")

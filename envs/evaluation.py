@@ -33,7 +33,7 @@ def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, fl
     running_return, running_length = np.zeros(vec.num_envs), np.zeros(vec.num_envs, np.int64)
     returns, lengths, successes = [], [], []
     while (finished < share).any():
-        if vec.max_episode_steps is None and running_length.max() >= ENDLESS:
+        if vec.max_episode_steps is None and running_length[finished < share].max() >= ENDLESS:
             raise EnvError(f"an episode of {vec.env.spec.id} has not ended after {ENDLESS} steps; give it a time "
                            "limit: gymnasium.register(..., max_episode_steps=...)")
         obs, reward, terminated, truncated, info = vec.step(act(obs))

@@ -23,11 +23,17 @@ def query_hash(query: list[Tensor]) -> str:
 
 def check_keys_file(file: str, has_keys: bool) -> None:
     """Before anything is trained: raise KnowledgeError unless a run has keys and can write them to `file`, if any."""
-    if file and not has_keys:
+    if not file:
+        return
+    if not has_keys:
         raise KnowledgeError("--save-keys needs --actor kian with at least one knowledge policy")
-    path = Path(file).resolve()
-    there = next(p for p in [path, *path.parents] if p.exists())  # what exists of it
-    if file and (path.is_dir() or not os.access(there, os.W_OK) or there != path and not there.is_dir()):
+    try:
+        path = Path(file).resolve()
+        there = next(p for p in [path, *path.parents] if p.exists())  # what exists of it
+        fits = os.access(there, os.W_OK) and there.is_dir() == (there != path)  # a file, or a folder for a new one
+    except OSError:
+        fits = False
+    if not fits:
         raise KnowledgeError(f"--save-keys {file} cannot be written; name a file in a folder of yours")
 
 
@@ -67,8 +73,9 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
     ("keys+query") and the inner policy ("all"). The key of an inner policy belongs to it: it goes to the one of this
     run with "all", and to the frozen one of the source (`inner:<RUN_DIR>`) if that is among `names`, unless the source
     sums logits: the key's effect is in its frozen policy then. While a policy was held back its key learned nothing,
-    and is left. With a network comes the state of `normalizer` (an envs.Normalizer or None), by which it knows its
-    inputs. Says so where the source's score was a `cosine` and this run's is none, or the other way round.
+    and is left; so are all where rules were dropped. With a network comes the state of `normalizer` (an envs.Normalizer
+    or None), by which it knows its inputs. Says so where the source's score was a `cosine` and this run's is none, or
+    the other way round.
     Raises KnowledgeError for a source that cannot be read or does not fit.
     """
     path = Path(source)
@@ -92,21 +99,24 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
         print(f"keys mean something only to the query that they were learned with, and that of {source} is not taken "
               "along; --warm keys+query does, from a run folder", file=sys.stderr)
     if cosine is not None and saved.get("score") == ("dot" if cosine else "cosine"):
-        print(f"keys {source} were learned with another --cosine-scale: lengths count there or here, not in both",
-              file=sys.stderr)
+        print(f"keys {source}: one of the two runs scores by cosine, the other by dot product", file=sys.stderr)
     inner_key = keys.pop("inner", None)  # absent where it is made from the state
-    if path.is_dir() and inner_key is not None:
-        if (frozen := f"inner.{path.resolve().name}") in names and frozen in keys:
-            raise KnowledgeError(f"keys {source}: that run knows another one by its own name; rename its folder")
-        if policy.get("handicap"):
-            print(f"{source}: the trained policy never acted there, its key learned nothing", file=sys.stderr)
-        else:
+    if path.is_dir():
+        frozen, handicap = f"inner.{path.resolve().name}", policy.get("handicap", 0.0)
+        if keys.pop(frozen, None) is not None and frozen in names:
+            print(f"{frozen} is taken to be {path}, not the run of that name which it was given", file=sys.stderr)
+        if handicap < 0:
+            print(f"{source}: rules were of no help there, its keys learned nothing", file=sys.stderr)
+            keys = {}
+        elif inner_key is not None and handicap == 0:
             keys |= {"inner": inner_key} if "inner" in parts else {}
             if policy.get("fusion") != "logit":  # there the frozen policy has the key's effect in it
                 keys[frozen] = inner_key
-    if not path.is_dir() and not keys.keys() & set(names):
-        raise KnowledgeError(f"keys {source} are of {', '.join(keys) or 'no rule'}; the policies here are "
-                             f"{', '.join(names)}")
+        elif inner_key is not None and ("inner" in parts or frozen in names):
+            print(f"{source}: the trained policy never acted there, its key learned nothing", file=sys.stderr)
+    elif not keys.keys() & set(names):
+        raise KnowledgeError(f"{source} has keys of {', '.join(keys) or 'nothing'}, and none of these is here "
+                             f"({', '.join(names)}); add them with --knowledge, or leave --load-keys out")
     for i, name in enumerate(names):
         if name not in keys:
             continue

@@ -221,9 +221,20 @@ def test_a_run_goes_on_in_the_next_task(uncut, tmp_path, capsys):
     assert torch.allclose(new["keys"]["inner.push"], old["keys"]["inner"], atol=0.05)  # few updates since
     assert torch.allclose(new["query"][0], old["query"][0], atol=0.05)
     assert not torch.allclose(new["inner"][0], old["inner"][0], atol=0.05)
-    actor = {"keys": torch.zeros(2, 4)}
-    with pytest.raises(knowledge.KnowledgeError, match="another one by its own name"):  # whose key is meant?
-        knowledge.take_over(actor, None, ["inner", "inner.push"], str(tmp_path / "push"), "keys")
+    actor, names = {"keys": torch.zeros(2, 4)}, ["inner", "inner.push"]
+    checkpoint = torch.load(tmp_path / "push" / "checkpoint.pt", weights_only=True)
+    for handicap, words, key in ((0.0, "not the run of that name", new["keys"]["inner"]),
+                                 (1e9, "the trained policy never acted there", torch.zeros(4)),
+                                 (-1e9, "rules were of no help there", torch.zeros(4))):
+        checkpoint["policy"]["handicap"] = handicap
+        torch.save(checkpoint, tmp_path / "push" / "checkpoint.pt")
+        with torch.no_grad():
+            actor["keys"].zero_()
+        knowledge.take_over(actor, None, names, str(tmp_path / "push"), "keys", cosine=False)
+        assert torch.equal(actor["keys"][1], key)
+        assert words in (said := capsys.readouterr().err) and "one of the two runs scores by cosine" in said
+    with pytest.raises(knowledge.KnowledgeError, match="none of these is here"):
+        knowledge.take_over(actor, None, ["inner", "mine"], str(uncut[0].parent / "keys.json"), "keys")
 
 
 def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
@@ -248,8 +259,7 @@ def test_goals_from_a_narrower_range(uncut, tmp_path, capsys):
     (dict(learning_rate=0.0), "--learning-rate"),
     (dict(hidden="256"), "--hidden"), (dict(load_keys="missing.json"), "missing.json"),
     (dict(actor="plain", load_keys="missing.json"), "kian"), (dict(knowledge="none", save_keys="k.json"), "kian"),
-    (dict(save_keys="tests"), "--save-keys tests"),
-    (dict(save_keys="README.md/k.json"), "--save-keys README.md/k.json"),
+    (dict(save_keys="/"), "--save-keys / cannot"), (dict(save_keys=f"{__file__}/k.json"), "k.json cannot"),
     (dict(batch_size=400), "first update"), (dict(batch_size=310, num_envs=3), "450 steps"),
     (dict(init_from="a", load_keys="b"), "--load-keys"), (dict(practice=1.0), "--practice"),
     (dict(imitation=-1.0), "--imitation"), (dict(cosine_scale=float("inf")), "--cosine-scale"),
