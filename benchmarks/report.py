@@ -140,11 +140,11 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
                  if len(c.steps) > 2), default=0)  # two: what does not learn
     budgets = [*(b for b in smaller_budgets(budget) if b > 0.9 * first), budget]  # none before all were evaluated
     compared = how.baseline in variants and len(variants) > 1
-    longer = any(c.steps[-1] > 1.01 * budget for curves in variants.values() for c in curves)
+    uneven = any(abs(c.steps[-1] - budget) > 0.01 * budget for curves in variants.values() for c in curves)
     learned = [f"steps to {how.threshold:g}, median (range)", "minutes, median"] if how.threshold is not None else []
     head = ["", "seeds", *learned, *(f"{how.label} at {thousands(b)}" for b in budgets),
             f"mean up to {thousands(budget)}", *([f"P(above {how.baseline})"] if compared else []),
-            *(["last (at step)"] if longer else []), "worst seed", "code"]
+            *(["last (at step)"] if uneven else []), "worst seed", "code"]
     rows = []
     for name, curves in variants.items():
         row = [name, how_many(curves)]
@@ -161,7 +161,7 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
         if compared:  # how likely a seed's mean up to there is above one of the baseline's
             others = [] if name == how.baseline else areas(long(variants[how.baseline], budget), budget)
             row.append(estimate(stats.probability_of_improvement, area, others) if area and others else "")
-        if longer:
+        if uneven:
             row.append(f"{estimate(stats.mean, last)} ({ends(curves)})")
         rows.append([*row, number(np.min(last)),
                      ", ".join(sorted(set().union(*(c.commits for c in curves))))])
