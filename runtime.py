@@ -84,7 +84,7 @@ class Run:
         except OSError as error:
             remedy = "make it writable" if args.resume else "name another --run-dir"
             raise ArgError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
-        print(f"run folder: {self.folder}", file=sys.stderr)
+        print(f"run folder: {self.folder}" + f", from step {step} on" * bool(args.resume), file=sys.stderr)
         if (script := Path(sys.argv[0])).stem == algo and script.is_file():  # not where something else calls it
             self._keep(script, anew=not args.resume)
         if args.track:
@@ -158,7 +158,8 @@ class Run:
         for thing in (self.bar, self.board, self.scalars, self.evals):
             thing.close()
         what, flag = ("saved; continue", "--resume") if unfinished else ("finished; score and film it", "--evaluate")
-        command = shlex.join(["python", sys.argv[0], flag, str(self.folder), *(["--video", "2"] * (not unfinished))])
+        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+        command = shlex.join([python, sys.argv[0], flag, str(self.folder), *(["--video", "2"] * (not unfinished))])
         print(f"{what} with: {command}", file=sys.stderr)
         if self.stop and unfinished:
             sys.exit(128 + self.stop)

@@ -52,7 +52,7 @@ class Args:
     env: str = ""  # environment id; empty: MiniGrid-DoorKey-5x5-v0, or with --evaluate the one of the run
     total_timesteps: int = 300_000  # environment steps of all environments; with --resume: a new total (paper: 1e7)
     num_envs: int = 16  # environments stepped together
-    eval_every: int = 20_000  # environment steps between evaluations; 0: only at the end
+    eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 100  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     compile: bool = False  # compile the loss: about 30 s at the first start

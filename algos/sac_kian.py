@@ -52,7 +52,7 @@ class Args:
     total_timesteps: int = 150_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 32  # environments stepped together
     goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all. With --evaluate, left out: as it was
-    eval_every: int = 10_000  # environment steps between evaluations; 0: only at the end
+    eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast

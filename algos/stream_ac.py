@@ -44,7 +44,7 @@ class Args:
     """Actor-critic that learns from every transition once, as it comes (Stream AC)."""
     env: str = "HalfCheetah-v4"  # environment id: Gymnasium, MinAtar/..., dm_control/..., ...NoFrameskip-v4
     total_timesteps: int = 1_000_000  # environment steps; with --resume: a new total
-    eval_every: int = 50_000  # environment steps between evaluations; 0: only at the end
+    eval_every: int = 50_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 5  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start

@@ -43,7 +43,7 @@ class Args:
     """Action values that learn from every transition once, as it comes (Stream Q, Stream SARSA)."""
     env: str = "CartPole-v1"  # environment id: Gymnasium, MinAtar/..., ...NoFrameskip-v4; discrete actions
     total_timesteps: int = 500_000  # environment steps
-    eval_every: int = 25_000  # environment steps between evaluations; 0: only at the end
+    eval_every: int = 25_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start

@@ -79,6 +79,7 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
             weights, acting = zip(*log[first:])
             draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png", crop=not grid)
     vec.close()
+    print(f"filmed into {folder}", file=sys.stderr)
 
 
 def draw_timeline(frames: Sequence[np.ndarray], weights: Sequence[list[float]], acting: Sequence[int],

@@ -51,7 +51,7 @@ def resolve(env_id: str) -> str:
         elif env_id.startswith("MiniGrid-") and env_id != installed[-1][1]:
             announce(f"{env_id} has a corrected version, {installed[-1][1]}")
         return env_id
-    if installed and fetch:
+    if installed and fetch and not (version.isdigit() and int(version) > installed[-1][0]):
         current = installed[-1][1]
         announce(f"{env_id} is {current} in the installed gymnasium-robotics: dynamics and start states "
                  f"differ from published {env_id} numbers")

@@ -139,7 +139,7 @@ def _load_rules(item: str, env_id: str) -> dict[str, Policy]:
     if item in rules:
         return {item: rules[item]}
     if not rules:
-        remedy = "no rules are registered for it; name a Python file of yours, run:<RUN_DIR> or none"
+        remedy = "no rules are registered for it; --knowledge takes a Python file of yours, run:<RUN_DIR> or none"
     elif item == "auto":
         remedy = f"it has no default rules; name some of {', '.join([*groups, *rules])}"
     elif close := difflib.get_close_matches(item, [*groups, *rules], n=1):
