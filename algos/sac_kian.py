@@ -48,7 +48,7 @@ HELD_BACK = 1e9  # log-odds against an inner policy that is not trusted yet, or 
 @dataclass
 class Args:
     """SAC + HER with external knowledge policies fused by attention (KIAN)."""
-    env: str = "FetchPickAndPlace-v2"  # environment id; Fetch ids of any version become the installed one
+    env: str = "FetchPickAndPlace-v2"  # environment id; older Fetch ids become the installed one
     total_timesteps: int = 150_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 32  # environments stepped together
     goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all. With --evaluate, left out: as it was
