@@ -51,12 +51,17 @@ def save_keys(file: str, policy: dict) -> None:
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Checkpoint of a run, and all the keys it knows by name: its own, and of policies that it did without those of the
-    runs that it came from (--init-from), as long as these are where they were. Raises what a bad file raises."""
+    """Checkpoint of a run, and the keys it knows by name: its own, as far as they learned anything ("inner" is missing
+    where it is made from the state), and of policies that it did without those of the runs that it came from
+    (--init-from), as long as these are where they were. Raises what a bad file raises."""
     checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     if not checkpoint["policy"]["keys"]:
         raise KnowledgeError(f"run {folder} has no keys; name one of --actor kian with knowledge")
     keys = {name: key.clone() for name, key in checkpoint["policy"]["keys"].items()}
+    if handicap := checkpoint["policy"].get("handicap"):
+        whose = "the trained policy never acted, its key" if handicap > 0 else "rules were dropped, the keys"
+        print(f"{folder}: {whose} learned nothing", file=sys.stderr)
+        keys = {name: key for name, key in keys.items() if handicap > 0 and name != "inner"}
     before = json.loads((folder / "config.json").read_text())["args"].get("init_from")  # absolute
     if before and Path(before, "checkpoint.pt").is_file():
         keys = {name: key for name, key in read_run(Path(before))[1].items() if name != "inner"} | keys
@@ -72,10 +77,9 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
     `save_keys`, which holds keys alone, or the folder of a run, from which `warm` also takes the query network
     ("keys+query") and the inner policy ("all"). The key of an inner policy belongs to it: it goes to the one of this
     run with "all", and to the frozen one of the source (`inner:<RUN_DIR>`) if that is among `names`, unless the source
-    sums logits: the key's effect is in its frozen policy then. While a policy was held back its key learned nothing,
-    and is left; so are all where rules were dropped. With a network comes the state of `normalizer` (an envs.Normalizer
-    or None), by which it knows its inputs. Says so where the source's score was a `cosine` and this run's is none, or
-    the other way round.
+    sums logits: the key's effect is in its frozen policy then. With a network comes the state of `normalizer` (an
+    envs.Normalizer or None), by which it knows its inputs. Says so where the source's score was a `cosine` and this
+    run's is none, or the other way round.
     Raises KnowledgeError for a source that cannot be read or does not fit.
     """
     path = Path(source)
@@ -100,20 +104,15 @@ def take_over(actor: dict[str, Tensor], normalizer, names: list[str], source: st
               "along; --warm keys+query does, from a run folder", file=sys.stderr)
     if cosine is not None and saved.get("score") == ("dot" if cosine else "cosine"):
         print(f"keys {source}: one of the two runs scores by cosine, the other by dot product", file=sys.stderr)
-    inner_key = keys.pop("inner", None)  # absent where it is made from the state
+    inner_key = keys.pop("inner", None)
     if path.is_dir():
-        frozen, handicap = f"inner.{path.resolve().name}", policy.get("handicap", 0.0)
+        frozen = f"inner.{path.resolve().name}"
         if keys.pop(frozen, None) is not None and frozen in names:
             print(f"{frozen} is taken to be {path}, not the run of that name which it was given", file=sys.stderr)
-        if handicap < 0:
-            print(f"{source}: rules were of no help there, its keys learned nothing", file=sys.stderr)
-            keys = {}
-        elif inner_key is not None and handicap == 0:
+        if inner_key is not None:
             keys |= {"inner": inner_key} if "inner" in parts else {}
             if policy.get("fusion") != "logit":  # there the frozen policy has the key's effect in it
                 keys[frozen] = inner_key
-        elif inner_key is not None and ("inner" in parts or frozen in names):
-            print(f"{source}: the trained policy never acted there, its key learned nothing", file=sys.stderr)
     elif not keys.keys() & set(names):
         raise KnowledgeError(f"{source} has keys of {', '.join(keys) or 'nothing'}, and none of these is here "
                              f"({', '.join(names)}); add them with --knowledge, or leave --load-keys out")

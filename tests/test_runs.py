@@ -224,8 +224,8 @@ def test_a_run_goes_on_in_the_next_task(uncut, tmp_path, capsys):
     actor, names = {"keys": torch.zeros(2, 4)}, ["inner", "inner.push"]
     checkpoint = torch.load(tmp_path / "push" / "checkpoint.pt", weights_only=True)
     for handicap, words, key in ((0.0, "not the run of that name", new["keys"]["inner"]),
-                                 (1e9, "the trained policy never acted there", torch.zeros(4)),
-                                 (-1e9, "rules were of no help there", torch.zeros(4))):
+                                 (1e9, "never acted, its key learned nothing", torch.zeros(4)),
+                                 (-1e9, "rules were dropped, the keys learned nothing", torch.zeros(4))):
         checkpoint["policy"]["handicap"] = handicap
         torch.save(checkpoint, tmp_path / "push" / "checkpoint.pt")
         with torch.no_grad():
