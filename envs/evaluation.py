@@ -7,13 +7,54 @@ from typing import Callable, Sequence
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 from envs.ids import EnvError, resolve
+from envs.making import make_vec
 from envs.minigrid import PlainMiniGridVectorEnv, is_grid
 from envs.vector import GymVectorEnv, Observation, VectorEnv
 
 Act = Callable[[Observation], np.ndarray]  # a batch of observations -> (num_envs, d) actions
 ENDLESS = 100_000  # steps after which an episode without a time limit is taken to have no end
+
+
+class Evaluator:
+    """Evaluations and films of a run, on environments of their own: training does not notice them.
+
+    vec: the environments. generator: what chance there is in acting, the same in every evaluation.
+    """
+
+    def __init__(self, args, copies: int = 32, **kwargs):
+        """`args` are those of a script; `kwargs` go to the environments, of which there are `copies` at most."""
+        self.args, self.kwargs = args, kwargs
+        self.vec = make_vec(args.env, min(copies, args.eval_episodes), threads=torch.get_num_threads(), **kwargs)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.generator, self.log = torch.Generator().manual_seed(self.args.seed), []
+
+    def note(self, weights: torch.Tensor, who: int | torch.Tensor) -> None:
+        """Keep for the film the weights (n,) of the policies in the first environment, and which of them acts there."""
+        self.log.append((weights.tolist(), int(who)))
+
+    def play(self, act: Act, twice: bool = False) -> dict[str, float]:
+        """`args.eval_episodes` episodes, or twice as many, from the same start states every time; see `evaluate`."""
+        self._begin()
+        episodes = self.args.eval_episodes * (2 if twice else 1)
+        return evaluate(act, self.vec, episodes, 10_000 * self.args.seed + 5_000)
+
+    def report(self, act: Act, step: int, names: Sequence[str] = ()) -> dict[str, float]:
+        """What --evaluate does: play, print, film."""
+        result = self.play(act)
+        print(f"{self.args.env} after {step} steps:", ", ".join(f"{name} {x:.3f}" for name, x in result.items()))
+        self.film(act, Path(self.args.evaluate), names)
+        return result
+
+    def film(self, act: Act, folder: Path, names: Sequence[str] = ()) -> None:
+        """Film `args.video` episodes into the run `folder`; with `names`, draw the attention that `act` notes."""
+        self._begin()
+        record(act, self.args.env, self.args.video, 10_000 * self.args.seed + 7_000, folder / "video", names, self.log,
+               **self.kwargs)
 
 
 def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, float]:

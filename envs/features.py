@@ -1,15 +1,37 @@
 """Observations as what networks eat: one float32 matrix, shifted and scaled."""
+import gymnasium as gym
 import numpy as np
 import torch
 
-from envs.vector import Observation
+from envs.ids import EnvError
+from envs.vector import Observation, VectorEnv
 
 
-def flatten(obs: Observation) -> torch.Tensor:
+def continuous_sizes(vec: VectorEnv) -> tuple[int, int, int]:
+    """How many numbers there are in the features, in an action, and in a goal (0: no goals). Raises EnvError for
+    actions that are not continuous."""
+    if not isinstance(vec.action_space, gym.spaces.Box):
+        raise EnvError(f"{vec.env.spec.id} has {vec.action_space} actions; continuous ones (Box) are needed")
+    d = vec.action_space.shape[0]
+    if not vec.is_goal_env:
+        return vec.observation_space.shape[0], d, 0
+    sizes = [vec.observation_space[part].shape[0] for part in ("achieved_goal", "desired_goal", "observation")]
+    return sum(sizes), d, sizes[1]
+
+
+def time_limit_of(vec: VectorEnv) -> int:
+    """Steps of an episode. Raises EnvError where there is no limit, for hindsight stores whole episodes."""
+    if vec.max_episode_steps is None:
+        raise EnvError(f"{vec.env.spec.id} has no time limit: hindsight stores whole episodes; use --her-goals 0")
+    return vec.max_episode_steps
+
+
+def flatten(obs: Observation | torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
     """Features (B, f) float32. Goal environments: achieved goal, desired goal, observation (time feature last)."""
     if isinstance(obs, dict):
-        obs = np.concatenate([obs["achieved_goal"], obs["desired_goal"], obs["observation"]], axis=1)
-    return torch.from_numpy(np.asarray(obs, np.float32))
+        parts = [torch.as_tensor(obs[name]) for name in ("achieved_goal", "desired_goal", "observation")]
+        return torch.cat(parts, 1).float()
+    return torch.as_tensor(obs).float()
 
 
 def unflatten(features: torch.Tensor, goal_dim: int) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -18,6 +40,13 @@ def unflatten(features: torch.Tensor, goal_dim: int) -> torch.Tensor | dict[str,
         return features
     g = goal_dim
     return {"achieved_goal": features[:, :g], "desired_goal": features[:, g:2 * g], "observation": features[:, 2 * g:]}
+
+
+def example_of(vec: VectorEnv, obs: Observation) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Two copies of the first of these observations, as knowledge policies will meet them."""
+    if not vec.is_goal_env:
+        return to_tensors(obs)[:1].repeat(2, 1)
+    return unflatten(flatten(obs)[:1].repeat(2, 1), obs["desired_goal"].shape[1])
 
 
 def to_tensors(obs: Observation) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -38,6 +67,13 @@ class Normalizer:
         deviation = features - self.mean
         self.mean = self.mean + deviation.sum(0) / self.count
         self.square = self.square + (deviation * (features - self.mean)).sum(0)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, f), shifted and scaled, clipped to +-5; as they are where it is off."""
+        if not self.on:
+            return features
+        mean, std = self.stats()
+        return ((features - mean) / std).clamp(-5, 5)
 
     def stats(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation, (f,) float32 each; at least 0.01: what hardly varies is not blown up."""

@@ -10,6 +10,8 @@ import warnings
 
 import gymnasium as gym
 
+from errors import UserError
+
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # minigrid imports pygame, which greets on stdout
 with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about hand environments at every import
     import gymnasium_robotics
@@ -21,7 +23,7 @@ warnings.filterwarnings("ignore", r".*MiniGrid-\S+ is out of date")  # `resolve`
 _announced: set[str] = set()
 
 
-class EnvError(ValueError):
+class EnvError(UserError):
     """An environment that cannot be had as asked; the message is one line that names the remedy."""
 
 

@@ -154,6 +154,12 @@ class VectorEnv:
             self._restore(i, copy)
         self.ready = True
 
+    def state_dict(self) -> dict:
+        return self.snapshot()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.restore(state)
+
     def close(self) -> None:
         """Free simulators, windows and threads."""
         self.env.close()

@@ -9,6 +9,7 @@ rules index it from the front. Grid tasks give `image` (B, 7, 7, 3) uint8 and `d
 import difflib
 import hashlib
 import inspect
+import json
 import sys
 import traceback
 from pathlib import Path
@@ -17,13 +18,12 @@ from types import ModuleType
 import torch
 
 from knowledge import fetch, franka, minigrid, run  # noqa: F401  (importing a family registers its rules)
-from knowledge.keys import check_keys_file, save_keys, take_over
+from knowledge.keys import NAMES, names_of, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of, group, groups_for, rule, rules_for
 from knowledge.run import freeze, freeze_categorical
-from knowledge.trust import Trust
 
-__all__ = ["KnowledgeError", "Obs", "Policy", "Trust", "advise", "check_keys_file", "freeze", "freeze_categorical",
-           "group", "groups_for", "keep", "load", "rule", "rules_for", "save_keys", "take_over"]
+__all__ = ["KnowledgeError", "Obs", "Policy", "advise", "freeze", "freeze_categorical", "group", "groups_for", "keep",
+           "load", "rule", "rules_for", "take_over"]
 
 
 def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float = -1.0) -> torch.Tensor:
@@ -39,9 +39,11 @@ def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float
                         for name, policy in policies.items()], 1)
 
 
-def keep(spec: str, folder: Path) -> None:
-    """Write what is behind `spec` into the run folder, unless it is there: copies of Python files, and of other runs
-    the hash of their checkpoints."""
+def keep(spec: str, names: list[str], folder: Path) -> None:
+    """Write what is behind `spec` into the run folder, unless it is there: the names of the policies, copies of Python
+    files, and of other runs the hash of their checkpoints."""
+    if not (folder / NAMES).exists():
+        (folder / NAMES).write_text(json.dumps({"policies": names}))
     for _, content, kept in _sources(spec, folder):
         if not kept.exists():
             kept.write_bytes(content)
@@ -100,11 +102,8 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
 def _check_names(policies: dict[str, Policy], folder: Path) -> None:
     """Raise KnowledgeError where these are not the policies of the run in `folder`, or in another order: what it has
     learned about them is kept by place."""
-    file = folder / "checkpoint.pt"
-    if not file.is_file():
-        return
-    before = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["policy"].get("names")
-    if before not in (None, ["inner", *policies]):
+    before = names_of(folder)
+    if before != ["inner", *policies]:
         raise KnowledgeError(f"run {folder} was trained with {', '.join(before[1:]) or 'nothing'}, and this gives "
                              f"{', '.join(policies) or 'nothing'}; restore what it had, or start a new run")
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from errors import UserError
+
 Obs = torch.Tensor | dict[str, torch.Tensor]
 Policy = Callable[[Obs], torch.Tensor]
 
@@ -13,7 +15,7 @@ def copy_of(obs: Obs) -> Obs:
     return {name: x.clone() for name, x in obs.items()} if isinstance(obs, dict) else obs.clone()
 
 
-class KnowledgeError(ValueError):
+class KnowledgeError(UserError):
     """Knowledge that cannot be used; the message is one line: what was found and what to do."""
 
 

@@ -1,0 +1,5 @@
+"""The one kind of error that a user can put right."""
+
+
+class UserError(ValueError):
+    """Something asked for cannot be done. The message is one line: what was found, and the remedy."""

@@ -1,0 +1,138 @@
+"""Arguments of a run: from the command line, from a run that goes on, and whether they can work."""
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+import tyro
+
+from errors import UserError
+
+MAY_BE_ZERO = {"eval_every", "checkpoint_every", "video"}  # 0 switches these off
+RESUMED = ("total_timesteps", "device")  # what --resume may change
+EVALUATED = ("eval_episodes", "video", "device")  # what --evaluate may change
+
+
+def cli(args_type: type, algo: str, words: Sequence[str] | None = None) -> Any:
+    """Arguments from the command line, or from `words`.
+
+    With `--resume RUN` or `--evaluate RUN` the defaults are the arguments of that run, so what is not named stays as it
+    was. Raises UserError for both flags at once, and as `load_run` does.
+    """
+    asked = tyro.cli(args_type, args=words)
+    if asked.resume and asked.evaluate:
+        raise UserError("--resume goes on training, --evaluate does not: leave one of them out")
+    folder = asked.resume or asked.evaluate
+    if not folder:
+        return asked
+    stored = replace(_stored_args(folder, algo, args_type), resume=asked.resume, evaluate=asked.evaluate)
+    if asked.evaluate:
+        stored = replace(stored, video=0, device="auto")
+    return tyro.cli(args_type, args=words, default=stored)
+
+
+def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: Sequence[str] = ()
+            ) -> tuple[Any, dict | None]:
+    """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch.
+
+    Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
+    arguments that it was started with: total_timesteps may change with --resume, and with --evaluate what is shown, and `anew`.
+    Raises UserError for arguments that cannot work.
+    """
+    saved = None
+    if folder := args.resume or args.evaluate:
+        stored, saved = load_run(folder, algo, type(args))
+        _check_kept(args, stored, RESUMED if args.resume else (*EVALUATED, *anew))
+        if args.resume and saved["step"] >= args.total_timesteps:
+            raise UserError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            _check_number(field.name, value, ranges)
+    torch.manual_seed(args.seed)
+    return args, saved
+
+
+def _check_kept(args: Any, stored: Any, free: Sequence[str]) -> None:
+    """Raise UserError where an argument is not that of the run, for it would have no effect."""
+    for field in fields(args):
+        name, value, had = field.name, getattr(args, field.name), getattr(stored, field.name)
+        if name in (*free, "resume", "evaluate") or value == had:
+            continue
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, bool):
+            flag = f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+        raise UserError(f"{flag}: a run keeps the arguments that it was started with (here "
+                        f"{'without' if had == '' else had}); leave it out, or start a new run")
+
+
+def _check_number(name: str, value: float, ranges: dict[str, tuple[float, float]]) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    if name == "seed":
+        if not 0 <= value < 2 ** 63:
+            raise UserError(f"--seed must be 0 or more, and below 2 to the power of 63, not {value}")
+    elif name in ranges or name in MAY_BE_ZERO:
+        low, high = ranges.get(name, (0, math.inf))
+        if not low <= value <= high or math.isinf(value):
+            limits = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more, and finite"
+            raise UserError(f"{flag} must be {limits}, not {value}")
+    elif not 0 < value < torch.finfo(torch.float32).max:
+        raise UserError(f"{flag} must be greater than 0 and finite, not {value}")
+
+
+def _read_config(folder: str, algo: str) -> dict:
+    """config.json of a run of `algo`. Raises UserError if there is none, or it is another algorithm's, or damaged."""
+    config = Path(folder, "config.json")
+    if not config.is_file():
+        inside = [path for depth in (1, 2, 3) for path in Path(folder).glob("*/" * depth + "config.json")]
+        inside.sort(key=os.path.getmtime)
+        remedy = f"the last one in it is {inside[-1].parent}" if inside else f"runs are kept under runs/{algo}"
+        raise UserError(f"{folder} is not a run folder: it has no config.json; {remedy}")
+    try:
+        saved = json.loads(config.read_text())
+        made_by, stored = saved["algo"], dict(saved["args"])
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{config} is damaged ({type(error).__name__}); start the run anew") from error
+    if made_by != algo:
+        raise UserError(f"{folder} is a run of {made_by}, not of {algo}; use algos/{made_by}.py")
+    return saved | {"args": stored}
+
+
+def _stored_args(folder: str, algo: str, args_type: type) -> Any:
+    """The arguments that a run was started with. Raises UserError where this script does not have them."""
+    saved = _read_config(folder, algo)
+    names = {field.name for field in fields(args_type)}
+    if gone := sorted(saved["args"].keys() - names):
+        raise UserError(f"{folder} was made with --{gone[0].replace('_', '-')}, which algos/{algo}.py does not have; "
+                        f"use its own script (commit {saved.get('commit')}, or algos-{algo}.py in it)")
+    if new := sorted(names - saved["args"].keys()):
+        print(f"note: {folder} is older than {', '.join(new)}: as by default", file=sys.stderr)
+    return args_type(**saved["args"])
+
+
+def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
+    """(arguments, checkpoint) of a run folder. Raises UserError if it is none, another algorithm's, or damaged."""
+    args, checkpoint = _stored_args(folder, algo, args_type), Path(folder, "checkpoint.pt")
+    if not checkpoint.is_file():
+        raise UserError(f"{folder} has no checkpoint.pt: it was cut before its first one; start it anew")
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (ValueError, RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{checkpoint} is damaged ({type(error).__name__}); start the run anew") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+        raise UserError(f"{checkpoint} is no checkpoint of a run; start the run anew")
+    return args, saved
+
+
+def hidden_layers(text: str) -> list[int]:
+    """[256, 256, 256] for "256x3". Raises UserError for anything else than width x depth."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise UserError(f"--hidden is width x depth, as in 256x3, not {text!r}")
+    width, depth = map(int, text.split("x"))
+    return [width] * depth

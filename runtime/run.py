@@ -1,0 +1,274 @@
+"""A run: its folder, what is due at which step, checkpoints, signals, progress line."""
+import csv
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from errors import UserError
+
+EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
+PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
+CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "streamnet.py", "errors.py"]  # makes the results
+
+
+@contextmanager
+def exit_codes(algo: str):
+    """End the program with one line on stderr: code 2 for a UserError, 130 for Ctrl-C where there is no run yet that
+    could be saved, or for a second one while it is."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{algo}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{algo}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class Run:
+    """A run folder that is written, and the step the run is at.
+
+    step: environment steps so far. over: all of them are done. folder: the run folder.
+    """
+
+    def __init__(self, algo: str, args: Any, env_id: str, saved: dict | None, parts: dict[str, Any]):
+        """Start a run of `args` (a dataclass with the run arguments of every script), or go on from the checkpoint
+        `saved`, random state included. `parts` are what a checkpoint keeps, {name: thing}: dicts of tensors and
+        numbers, or things with a state_dict. Raises UserError for a folder that is in use or cannot be written."""
+        if args.track:  # before anything is created
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--track needs Weights & Biases: pip install wandb") from error
+        self.args, self.parts = args, parts
+        self.step = self.before = saved["step"] if saved else 0  # before: that of the last look at what is due
+        name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.run_dir or Path("runs", algo, args.env, name))
+        while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
+            self.folder = self.folder.with_name(f"{self.folder.name}a")
+        self._write_config(algo, env_id)
+        print(f"run folder: {self.folder}" + (f", from step {self.step} on" if args.resume else ""), file=sys.stderr)
+        self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or f"algos/{algo}.py")
+        if self.script.stem == algo and self.script.is_file():  # not where something else calls `main`
+            self._keep_script()
+        if args.track:
+            wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
+        self.start = time.monotonic() - (saved["wall_s"] if saved else 0.0)
+        self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        self.scalars = self._csv("scalars.csv", ["step", "wall_s", "name", "value"])
+        self.evals = self._csv("eval.csv", ["step", "wall_s", *EVALUATION])
+        self.signal, self.stopped = 0, False  # SIGINT or SIGTERM that came; whether it was obeyed
+        self.handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=not sys.stderr.isatty())
+        if saved:
+            torch.set_rng_state(saved["rng"])
+
+    def _write_config(self, algo: str, env_id: str) -> None:
+        args = self.args
+        try:
+            if args.resume:  # perhaps with more steps, by other code, elsewhere
+                config = json.loads((self.folder / "config.json").read_text())
+                config["args"]["total_timesteps"] = args.total_timesteps
+                config["resumed"] = [*config.get("resumed", []), {"step": self.step, **describe_machine()}]
+            else:
+                if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                    raise UserError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
+            write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+        except OSError as error:
+            remedy = "make it writable" if args.resume else "name another --run-dir"
+            raise UserError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
+
+    def _keep_script(self) -> None:
+        """A copy of the script, for a commit does not tell what it was between two commits; a word where it is another
+        by now."""
+        kept = self.folder / f"algos-{self.script.name}"  # <name>.py may be the rules
+        if not self.args.resume:
+            kept.write_bytes(self.script.read_bytes())
+        elif kept.is_file() and kept.read_bytes() != self.script.read_bytes():
+            print(f"note: {self.script} has changed since this run began, with {kept}", file=sys.stderr)
+
+    def _ask(self, signum: int, _frame) -> None:
+        self.signal = signum
+        signal.signal(signum, self.handlers[signum])  # a second one does not wait
+
+    def _csv(self, name: str, columns: list[str]):
+        path, old = self.folder / name, []
+        if path.exists():  # rows later than the checkpoint will be made again, a last one may be cut
+            with path.open() as file:
+                old = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdigit()
+                       and int(row[0]) <= self.step]
+        write_whole(path, lambda p: p.write_text("".join(",".join(row) + "\n" for row in [columns, *old])))
+        return path.open("a", newline="", buffering=1)  # line-buffered: a killed run keeps its curve
+
+    @property
+    def over(self) -> bool:
+        return self.step >= self.args.total_timesteps
+
+    def advance(self, steps: int) -> bool:
+        """Count `steps` more environment steps; False, and nothing is counted, where the run is over or stopped."""
+        if self.over or self.stopped:
+            return False
+        self.before, self.step = self.step, self.step + steps
+        self.bar.update(steps)
+        return True
+
+    def due(self, every: int) -> bool:
+        """Whether the last `advance` passed a multiple of `every` steps; 0 is never due."""
+        return every > 0 and self.step // every > self.before // every
+
+    def wall_s(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return round(time.monotonic() - self.start, 1)
+
+    def log(self, scalars: dict[str, float | torch.Tensor], names: Sequence[str] = ()) -> None:
+        """Append scalars to scalars.csv and TensorBoard; elements of a vector `x` as `x/<name>`, of one shorter than
+        `names` for the last of these. Raises UserError where a loss is no number any more: the last checkpoint is the
+        last good one."""
+        wall_s, flat = self.wall_s(), {}
+        for key, value in scalars.items():
+            values = torch.as_tensor(value).reshape(-1).tolist()
+            if torch.as_tensor(value).dim() == 0:
+                flat[key] = values[0]
+            else:
+                flat |= {f"{key}/{name}": x for name, x in zip(names[-len(values):], values)}
+        for name, value in flat.items():
+            self.scalars.write(f"{self.step},{wall_s},{name},{value:.6g}\n")
+            self.board.add_scalar(name, value, self.step)
+            if name.endswith("loss") and not math.isfinite(value):
+                raise UserError(f"the run has diverged: {name} is {value} at step {self.step}; lower --learning-rate, "
+                                f"and begin anew ({self.folder} keeps its last checkpoint)")
+
+    def log_evaluation(self, result: dict[str, float]) -> None:
+        """Append what `envs.evaluate` returned to eval.csv, and show it in the progress line."""
+        values = ",".join(f"{result[name]:.6g}" for name in EVALUATION)
+        self.evals.write(f"{self.step},{self.wall_s()},{values}\n")
+        self.log({f"eval/{name}": value for name, value in result.items()})
+        success = result["success_rate"]
+        line = f"return {result['return_mean']:.2f}" + ("" if math.isnan(success) else f", success {success:.2f}")
+        self.bar.set_postfix_str(line)
+        if self.bar.disable:  # no terminal
+            print(f"step {self.step}: {line}", file=sys.stderr, flush=True)
+
+    def save_if_due(self) -> None:
+        """Write the checkpoint where one is due, the run is over, or a signal asks the run to end."""
+        self.stopped = self.signal != 0
+        if self.stopped or self.over or self.due(self.args.checkpoint_every):
+            checkpoint = {"step": self.step, "wall_s": self.wall_s(), "rng": torch.get_rng_state()}
+            for name, part in self.parts.items():
+                checkpoint[name] = part.state_dict() if hasattr(part, "state_dict") else part
+            write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
+
+    def finish(self) -> None:
+        """Close files, give signals back, say what the run can be used for. A run that was stopped before its end exits
+        with 128 + signal."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        for thing in (self.bar, self.board, self.scalars, self.evals):
+            thing.close()
+        what, flags = "finished; score and film it", ["--evaluate", str(self.folder), "--video", "2"]
+        if not self.over:
+            what, flags = "saved; continue", ["--resume", str(self.folder)]
+        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+        print(f"{what} with: {shlex.join([python, os.path.relpath(self.script), *flags])}", file=sys.stderr)
+        if not self.over:
+            sys.exit(128 + self.signal)
+
+
+def restore(parts: dict[str, Any], saved: dict | None, only: Sequence[str] | None = None) -> None:
+    """Bring `parts`, or `only` some of them, to what the checkpoint `saved` kept of them, in place; None: leave them.
+    Raises UserError where the checkpoint lacks one."""
+    for name in [] if saved is None else only or parts:
+        if name not in saved:
+            raise UserError(f"the checkpoint has no {name}: another version saved it; go on with that one")
+        _restore(parts[name], saved[name])
+
+
+def _restore(part: Any, saved: Any) -> None:
+    if hasattr(part, "load_state_dict"):
+        part.load_state_dict(saved)
+        return
+    for name, value in saved.items():
+        if isinstance(value, dict) and name in part:
+            _restore(part[name], value)
+        elif isinstance(part.get(name), torch.Tensor) and part[name].shape == value.shape:
+            part[name].copy_(value)
+        else:
+            part[name] = value
+
+
+class Means:
+    """Sums scalars on their device; `take` gives their means since the last time, nothing where there were none."""
+
+    def __init__(self):
+        self.totals, self.count = {}, 0
+
+    def add(self, scalars: dict[str, torch.Tensor]) -> None:
+        for name, x in scalars.items():  # what a checkpoint brought is on the CPU
+            self.totals[name] = self.totals[name].to(x.device) + x if name in self.totals else x
+        self.count += 1
+
+    def take(self) -> dict[str, torch.Tensor]:
+        means = {name: total / self.count for name, total in self.totals.items()}
+        self.totals, self.count = {}, 0
+        return means
+
+    def state_dict(self) -> dict:
+        return {"totals": self.totals, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.totals, self.count = state["totals"], state["count"]
+
+
+def write_whole(path: Path, write) -> None:
+    """Call `write` on a temporary path and rename it to `path`: a reader, or a kill, never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def to_plain(tree: Any) -> Any:
+    """Nested dicts and lists with arrays turned to tensors: `torch.load(weights_only=True)` reads these without
+    executing code."""
+    if isinstance(tree, dict):
+        return {key: to_plain(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [to_plain(value) for value in tree]
+    if isinstance(tree, np.generic):
+        return tree.item()
+    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+
+
+def describe_machine() -> dict:
+    """Commit, package versions and hardware: what a number needs beside it."""
+    commit = os.environ.get("RUN_COMMIT")  # where the code runs outside its repository
+    if not commit and shutil.which("git"):
+        def git(*words: str) -> str:
+            root = Path(__file__).parent.parent
+            return subprocess.run(["git", *words], capture_output=True, text=True, cwd=root).stdout
+        commit = git("describe", "--always").strip()
+        if commit and git("status", "--porcelain", "--", *CODE):
+            commit += "-dirty"  # by new files, too
+    return {"commit": commit or None, "python": platform.python_version(),
+            "versions": {name: version(name) for name in PACKAGES},
+            "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
