@@ -30,6 +30,7 @@ import envs
 import knowledge
 import runtime
 from buffers import Batch, ReplayBuffer
+from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
@@ -77,55 +78,11 @@ class Args:
     init_from: str = ""  # run folder whose keys and query are taken over by name
 
 
-# limits of numbers that need not be above 0, or may not be any
+# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "her_goals": (0, math.inf), "random_actions": (0, 1), "goal_range": (0, 10),
           "cosine_scale": (0, math.inf), "ext_log_std": (-20, 2)}
-# ranges of `make tune`: (low, high) on a log scale, or choices
 TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature": (0.01, 1.0),
         "updates_per_step": (0.05, 0.5), "batch_size": [256, 512, 1024], "random_actions": [0.0, 0.1, 0.2, 0.3]}
-
-
-# Networks are dicts of tensors, {"actor.0.weight": ..., "actor.0.bias": ...}, and losses are functions of them: what
-# torch.func differentiates, and what torch.compile turns into one graph with the optimisers inside.
-# twin: networks
-def init_mlp(name: str, sizes: list[int], stack: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Parameters of a ReLU network in PyTorch's default initialisation; `stack=(2,)` makes two side by side."""
-    params = {}
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
-        bound = fan_in ** -0.5
-        params[f"{name}.{i}.weight"] = torch.empty(*stack, fan_in, fan_out).uniform_(-bound, bound)
-        params[f"{name}.{i}.bias"] = torch.empty(*stack, *(1,) * len(stack), fan_out).uniform_(-bound, bound)
-    return params
-
-
-def mlp(params: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    """(B, in) -> (B, out), or (2, B, out) of two networks side by side."""
-    depth = sum(f"{name}.{i}.weight" in params for i in range(len(params)))
-    for i in range(depth):
-        x = torch.matmul(x, params[f"{name}.{i}.weight"]) + params[f"{name}.{i}.bias"]
-        if i < depth - 1:
-            x = F.relu(x)
-    return x
-
-
-def adam_state(params: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    return {moment: {name: torch.zeros_like(p) for name, p in params.items()} for moment in ("mean", "square")}
-
-
-def adam(params: dict, grads: dict, moments: dict, count: torch.Tensor, learning_rate: float) -> None:
-    """Adam in place, all tensors at once. `count` is a tensor: as a number it would be compiled in as a constant."""
-    m, v = list(moments["mean"].values()), list(moments["square"].values())
-    p, g = [params[name] for name in moments["mean"]], [grads[name] for name in moments["mean"]]
-    torch._foreach_lerp_(m, g, 1 - 0.9)
-    torch._foreach_mul_(v, 0.999)
-    torch._foreach_addcmul_(v, g, g, 1 - 0.999)
-    scale = torch._foreach_sqrt(v)
-    torch._foreach_div_(scale, (1 - 0.999 ** count).sqrt())
-    torch._foreach_add_(scale, 1e-8)
-    step = torch._foreach_div(m, scale)
-    torch._foreach_mul_(step, learning_rate / (1 - 0.9 ** count))
-    torch._foreach_sub_(p, step)
-# twin end
 
 
 def gaussian_policy(params: dict, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,9 +170,9 @@ def make_agent(args: Args, f: int, d: int, n: int, device: torch.device) -> dict
     actor["keys"] = torch.randn(n + 1, KEY_DIM)
     trained = {"actor": actor, "critic": critic,
                "temperature": {"log_alpha": torch.tensor(math.log(args.initial_temperature))}}
-    rest = {"target": {name: p.clone() for name, p in critic.items()}, "count": torch.zeros(()),
-            "moments": {group: adam_state(params) for group, params in trained.items()}}
-    return tree_map(lambda x: x.to(device), trained | rest)
+    moments = {group: adam_state(params) for group, params in trained.items()}
+    target = {name: p.clone() for name, p in critic.items()}
+    return tree_map(lambda x: x.to(device), trained | {"target": target, "moments": moments, "count": torch.zeros(())})
 
 
 def update(agent: dict, batch: Batch, noise: Noise, next_noise: Noise, args: Args) -> dict:
