@@ -4,6 +4,9 @@ A policy takes observations, a tensor (B, n) or a dict of tensors, and returns (
 actions, or (B, A) multi-hot advice for discrete ones, zeros where it has none. Goal tasks give a dict of
 `observation` (B, n), `achieved_goal` and `desired_goal` (B, 3); `observation` may end with a time feature, so
 rules index it from the front. Grid tasks give `image` (B, 7, 7, 3) uint8 and `direction` (B,).
+
+The policy that a run leaves behind holds its knowledge, if that is made of tensor operations alone: torch.where in
+place of `if`, x.shape[0] in place of len(x).
 """
 
 import difflib
@@ -20,10 +23,9 @@ import torch
 from knowledge import fetch, franka, minigrid, run  # noqa: F401  (importing a family registers its rules)
 from knowledge.keys import NAMES, names_of, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of, group, groups_for, rule, rules_for
-from knowledge.run import freeze, freeze_categorical
 
-__all__ = ["KnowledgeError", "Obs", "Policy", "advise", "freeze", "freeze_categorical", "group", "groups_for", "keep",
-           "load", "rule", "rules_for", "take_over"]
+__all__ = ["KnowledgeError", "Obs", "Policy", "advise", "group", "groups_for", "keep", "load", "rule", "rules_for",
+           "take_over"]
 
 
 def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float = -1.0) -> torch.Tensor:
@@ -34,14 +36,14 @@ def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float
     """
     if not policies:
         batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
-        return torch.zeros(len(batch), 0, action_dim, device=batch.device, dtype=_action_dtype(obs))
+        return torch.zeros(batch.shape[0], 0, action_dim, device=batch.device, dtype=_action_dtype(obs))
     return torch.stack([_ask(policy, f"knowledge {name}", action_dim, obs, lowest)
                         for name, policy in policies.items()], 1)
 
 
 def keep(spec: str, names: list[str], folder: Path) -> None:
     """Write what is behind `spec` into the run folder, unless it is there: the names of the policies, copies of Python
-    files, and of other runs the hash of their checkpoints."""
+    files, and of other runs the hash of their policies."""
     if not (folder / NAMES).exists():
         (folder / NAMES).write_text(json.dumps({"policies": names}))
     for _, content, kept in _sources(spec, folder):
@@ -53,11 +55,11 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
     """The files behind `spec`, what is kept of each, and where the run in `folder` keeps it."""
     sources = []
     for kind, _, name in (item.strip().partition(":") for item in spec.split(",")):
-        path = Path(name, "checkpoint.pt") if kind in ("run", "inner") else Path(kind)
+        path = run.file_of(kind, Path(name)) if kind in ("run", "inner") else Path(kind)
         kept = folder / str(path).replace("..", "up").strip("./").replace("/", "-")
         if path.suffix == ".py":
             sources.append((path, path.read_bytes() if path.is_file() else b"", kept))
-        elif path.suffix == ".pt" and path.is_file():
+        elif path.suffix == ".pt2" and path.is_file():
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
             sources.append((path, digest, kept.with_suffix(".sha256")))
@@ -91,7 +93,7 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     """
     if kept_in:
         _check_kept(spec, Path(kept_in))
-    policies = _load(spec, env_id, action_dim, example, lowest, (), kept_in)
+    policies = _load(spec, env_id, action_dim, example, lowest, kept_in)
     if kept_in:
         _check_names(policies, Path(kept_in))
     elif policies:
@@ -108,15 +110,16 @@ def _check_names(policies: dict[str, Policy], folder: Path) -> None:
                              f"{', '.join(policies) or 'nothing'}; restore what it had, or start a new run")
 
 
-def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, runs: tuple[Path, ...],
-          kept_in: str | Path | None) -> dict[str, Policy]:
-    """As `load`; `runs` are the folders being loaded, outermost first."""
+def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, kept_in: str | None
+          ) -> dict[str, Policy]:
+    """As `load`, without the checks of what is kept."""
     policies: dict[str, Policy] = {}
     for item in (item.strip() for item in spec.split(",") if item.strip() != "none"):
         if item.startswith("llm:"):
             raise KnowledgeError(f"knowledge {item}: generated code is not available in this version; use a .py file")
         if item.startswith(("run:", "inner:")):
-            found = _load_run(item, action_dim, example, lowest, runs)
+            kind, _, folder = item.partition(":")
+            found = run.load(kind, Path(folder), action_dim, example, lowest)
         elif item.partition(":")[0].endswith(".py"):
             found = _load_file(item, kept_in)
         else:
@@ -148,7 +151,7 @@ def _load_rules(item: str, env_id: str) -> dict[str, Policy]:
     raise KnowledgeError(f"knowledge '{item}' is unknown for {env_id}: {remedy}")
 
 
-def _load_file(item: str, kept_in: str | Path | None) -> dict[str, Policy]:
+def _load_file(item: str, kept_in: str | None) -> dict[str, Policy]:
     """Public functions that a user's file defines, {<file stem>.<function>: policy}, as the run in `kept_in` has it."""
     path, _, wanted = item.partition(":")
     kept = [kept for _, _, kept in _sources(path, Path(kept_in)) if kept.is_file()] if kept_in else []
@@ -175,26 +178,10 @@ def _load_file(item: str, kept_in: str | Path | None) -> dict[str, Policy]:
     return {f"{stem}.{name}": value for name, value in found.items() if wanted in ("", name)}
 
 
-def _load_run(item: str, action_dim: int, example: Obs, lowest: float, runs: tuple[Path, ...]) -> dict[str, Policy]:
-    """A frozen agent, together with the knowledge it was trained with, or its inner policy alone."""
-    kind, _, name = item.partition(":")
-    folder = Path(name)
-    runs = (*runs, folder.resolve())
-    if runs[-1] in runs[:-1]:
-        raise KnowledgeError(f"run {folder} has itself as knowledge: {' -> '.join(path.name for path in runs)}")
-
-    def load_its_own(spec: str, env_id: str) -> dict[str, Policy]:
-        _check_kept(spec, folder)
-        try:
-            return _load(spec, env_id, action_dim, example, lowest, runs, folder)
-        except KnowledgeError as error:
-            raise KnowledgeError(f"run {folder}, trained in {env_id}: {error}") from error
-
-    return run.load(folder, load_its_own, example, kind == "inner")
-
-
 def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) -> torch.Tensor:
     """What `policy` would do, (B, action_dim). Raises KnowledgeError unless it can be used."""
+    if torch.compiler.is_exporting():  # a trace has no values to look at
+        return policy(copy_of(obs))
     shape, dtype = (len(next(iter(obs.values())) if isinstance(obs, dict) else obs), action_dim), _action_dtype(obs)
     try:
         with torch.no_grad():

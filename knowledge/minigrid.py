@@ -145,7 +145,7 @@ def explore(obs: dict[str, Tensor]) -> Tensor:
     free = (seen == EMPTY) | (seen == FLOOR)
     ahead, left, right = free[:, 3, 5], free[:, 2, 6], free[:, 4, 6]
     lost = ~(seen == GOAL).flatten(1).any(1)
-    advice = torch.zeros(len(seen), ACTIONS, device=seen.device)
+    advice = torch.zeros(seen.shape[0], ACTIONS, device=seen.device)
     advice[:, FORWARD] = (lost & ahead).float()
     advice[:, LEFT] = (lost & ~ahead & (left | ~right)).float()
     advice[:, RIGHT] = (lost & ~ahead & (right | ~left)).float()

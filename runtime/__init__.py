@@ -14,8 +14,9 @@ A run folder holds
 from errors import UserError
 from runtime.args import checked, cli, hidden_layers, load_run
 from runtime.device import can_compile, compile_for, compiled, finishing, pick_device, use_fast_matmul
+from runtime.policy import save_policy
 from runtime.run import EVALUATION, Means, Run, exit_codes, restore, to_plain, write_whole
 
 __all__ = ["EVALUATION", "Means", "Run", "UserError", "can_compile", "checked", "cli", "compile_for", "compiled",
-           "exit_codes", "finishing", "hidden_layers", "load_run", "pick_device", "restore", "to_plain",
-           "use_fast_matmul", "write_whole"]
+           "exit_codes", "finishing", "hidden_layers", "load_run", "pick_device", "restore", "save_policy",
+           "to_plain", "use_fast_matmul", "write_whole"]

@@ -123,29 +123,6 @@ def test_untrained_actors_stay_what_they_are(tmp_path, monkeypatch):
     assert all(row == first for row in others)
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(inner_key="head"), dict(fusion="logit"), dict(silent="uniform"),
-                                    dict(entropy_fix="off"), dict(official=True)])
-def test_a_frozen_agent_has_the_probabilities_of_the_agent(kwargs, tmp_path):
-    train(tmp_path / "run", total_timesteps=256, eval_every=0, **kwargs)
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    args = ppo_kian.Args(**kwargs)
-    if args.official:
-        args = ppo_kian.Args(inner_key="head", sharpness=1.0, silent="uniform", entropy_of="fused")
-    agent = ppo_kian.Agent(args, (7, 7, 3), 7, 3)
-    agent.load_state_dict(saved["agent"])
-    assert ("inner" in saved["policy"]["keys"]) == (args.inner_key == "vector")
-    obs = envs.to_tensors(envs.make_vec(DOORKEY, 8).reset(3))
-    rules = knowledge.load("auto", DOORKEY, 7, obs)
-    with torch.no_grad():
-        p = agent(obs["image"], knowledge.advise(rules, obs, 7), args).log_probs.exp()
-        hidden = agent.trunk(agent.encoder(obs["image"]))
-        factor = agent.query(hidden) @ agent.keys[0] if args.fusion == "logit" else torch.ones(8)
-        inner = torch.softmax(factor.unsqueeze(1) * agent.inner(hidden), -1)
-    for kind, expected in (("run", p), ("inner", inner)):
-        frozen, = knowledge.load(f"{kind}:{tmp_path / 'run'}", DOORKEY, 7, obs).values()
-        assert torch.allclose(frozen(obs), expected, atol=1e-5)
-
-
 def test_zero_shot_elsewhere(uncut, capsys):
     ppo_kian.main(ppo_kian.Args(evaluate=str(uncut), env="MiniGrid-DoorKey-8x8-v0", eval_episodes=2))
     line = capsys.readouterr().out
@@ -230,13 +207,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(kwargs, words, tmp_path):
     message = str(error.value)
     assert words in message and "\n" not in message
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_sees_a_grid_is_no_knowledge_elsewhere(uncut):
-    """Said of the run, not of its rules, which would fail on such observations, too."""
-    for obs in (torch.zeros(2, 4), {"observation": torch.zeros(2, 26)}):
-        with pytest.raises(knowledge.KnowledgeError, match=f"run {uncut} was trained in {DOORKEY} on other obs"):
-            knowledge.load(f"run:{uncut}", "CartPole-v1", 7, obs, 0.0)
 
 
 def test_film_and_attention_figure(uncut, tmp_path):

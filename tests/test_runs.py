@@ -163,20 +163,6 @@ def test_every_variant_trains_evaluates_and_becomes_knowledge(kwargs, tmp_path, 
         train(tmp_path / "next", env=env, total_timesteps=400, eval_every=0, knowledge=f"run:{tmp_path / 'run'}")
 
 
-def test_frozen_agent_acts_as_the_agent(uncut, capsys):
-    """`run:` plays the same actions as --evaluate with the heaviest policy."""
-    sac_kian.main(sac_kian.Args(evaluate=str(uncut[0]), eval_episodes=4))
-    line, = (line for line in capsys.readouterr().out.splitlines() if "heaviest" in line)
-    heaviest = float(line.split("return_mean ")[1].split(",")[0])
-    vec = envs.make_vec("FetchPickAndPlace-v2", 4)
-    example = envs.unflatten(envs.flatten(vec.reset(0)), 3)
-    policy, = knowledge.load(f"run:{uncut[0]}", "FetchPickAndPlace-v2", 4, example).values()
-
-    def act(obs):
-        return policy(envs.unflatten(envs.flatten(obs), 3)).numpy()
-    assert envs.evaluate(act, vec, 4, 10_000 + 5_000)["return_mean"] == pytest.approx(heaviest, abs=1e-3)
-
-
 def test_keys_are_taken_over_by_name(uncut, tmp_path, capsys):
     keys = json.loads((uncut[0].parent / "keys.json").read_text())["keys"]
     args = sac_kian.Args(hidden="16x1", load_keys=str(uncut[0]), warm="all")
