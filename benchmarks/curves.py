@@ -4,8 +4,8 @@
                                                                       # but never a longer run by a shorter one
     python benchmarks/curves.py gather --into stream_barrier RUN...   # several scripts side by side, under this name
 
-A variant is named by what its settings in `config.json` differ in from the script's present defaults: first the actor,
-then the knowledge, then other flags. A peer's `config.json` names its variant, and the algorithm it stands beside.
+A variant is named by its script, and by what its settings in `config.json` differ in from the script's present defaults:
+first the knowledge, then other flags. A peer's `config.json` names its variant, and the algorithm it stands beside.
 """
 import csv
 import json
@@ -16,13 +16,9 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = ["variant", "seed", "step", "wall_s", "episodes", "return_mean", "return_std", "success_rate", "length_mean",
            "online_return", "total_timesteps", "commit", "cpu"]
-# arguments that do nothing without knowledge
-KNOWLEDGE = {"knowledge", "inner_key", "cosine_scale", "ext_action", "ext_log_std", "entropy_fix", "credit", "practice",
-             "imitation", "attention_temperature", "fusion", "sharpness", "silent", "entropy_of", "init_from",
-             "save_keys", "load_keys", "warm"}
 # arguments that name a run, not a variant
 RUN = {"env", "seed", "total_timesteps", "device", "compile", "run_dir", "resume", "evaluate", "eval_every",
-       "eval_episodes", "checkpoint_every", "video", "track", "save_keys", "impl", "overshoot_every"}
+       "eval_episodes", "checkpoint_every", "video", "track"}
 
 
 def defaults(algo: str) -> dict:
@@ -44,18 +40,14 @@ def defaults(algo: str) -> dict:
 
 
 def variant(config: dict) -> str:
-    """Name of a run's settings: `kian`, `plain`, `kian fetch.official`, `kian --practice 0.0`, ..."""
+    """Name of a run's settings: `sac_kian`, `sac_kian fetch.official`, `sac_kian --cosine-scale 0.0`, ..."""
     if "variant" in config:  # a peer names itself
         return config["variant"]
     args, usual = config["args"], defaults(config["algo"])
-    words = [args["actor"]] if "actor" in args else [config["algo"]]
-    plain = words == ["plain"]
-    if args.get("knowledge", "auto") != "auto" and (not plain or args.get("bc_coef")):  # cloning imitates it
+    words = [config["algo"]]
+    if args.get("knowledge") != usual.get("knowledge"):
         words.append(args["knowledge"])
-    ignored = RUN | {"actor", "knowledge"} | (KNOWLEDGE if plain else set())
-    if not (args.get("init_from") or args.get("load_keys")):  # nothing is taken over
-        ignored |= {"warm"}
-    changed = {k: v for k, v in args.items() if k not in ignored and v != usual.get(k)}
+    changed = {k: v for k, v in args.items() if k not in RUN | {"knowledge"} and v != usual.get(k)}
     if "init_from" in changed:
         changed["init_from"] = origin(Path(changed["init_from"]))
     return " ".join([*words, *(flag(k.replace("_", "-"), v) for k, v in sorted(changed.items()))])
@@ -103,8 +95,6 @@ def gather(folders: list[str], into: str = "") -> None:
         name, seed = variant(config), str(args["seed"])
         if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
             print(f"note: {folder} is older than {', '.join(new)}: named as if by default")
-        if into and ("actor" in args or "variant" in config):  # others begin with their script's name
-            name = f"{config['algo']} {name}"
         old = load(path) if path.exists() else []
         rows = [row for row in old if (row["variant"], row["seed"]) != (name, seed)]
         replaced = [row for row in old if (row["variant"], row["seed"]) == (name, seed)]

@@ -34,11 +34,12 @@ class Reading:
     """How the curves of a method in an environment are read: benchmarks/paper.toml."""
     score: str = "return_mean"  # column of eval.csv
     threshold: float | None = None  # score that counts as learned
-    baseline: str = "plain"  # variant that others are compared with
+    baseline: str = ""  # variant that others are compared with
     untrained: tuple[str, ...] = ()  # variants that learn nothing: their last evaluation holds for every step
     skip_start: bool = False  # whether the evaluation at step 0 is left out
     paper: str = "none given"  # what the paper gives
     label: str = ""  # of the score; empty: from the column's name
+    beside: tuple[str, ...] = ()  # other methods whose curves in the same environments stand in the same tables
 
     def __post_init__(self):
         self.label = self.label or self.score.removesuffix("_mean").removesuffix("_rate").replace("_", " ")
@@ -305,7 +306,14 @@ def main(html: Path) -> None:
             hold(results[algo][env], how.untrained)
         elif algo not in ("rules", "speed", "zero_shot"):
             print(f"left out: {path.relative_to(ROOT)}; give benchmarks/paper.toml a [method.{algo}]")
+    others = {other for algo in results for other in reading(algo).beside}  # they are shown there
     for algo, environments in results.items():
+        for env, variants in environments.items():
+            for other in reading(algo).beside:
+                variants |= results.get(other, {}).get(env, {})
+    for algo, environments in results.items():
+        if algo in others:
+            continue
         known = sorted({name for variants in environments.values() for name in variants})
         if (baseline := reading(algo).baseline) and baseline not in known and len(known) > 1:
             print(f"{algo} is compared with nothing: its baseline (benchmarks/paper.toml) is '{baseline}', its curves "
@@ -332,7 +340,7 @@ def main(html: Path) -> None:
         if new != old:
             path.write_text(new)
             print(f"rewrote {path.relative_to(ROOT)}")
-    html.write_text(page(results))
+    html.write_text(page({algo: results[algo] for algo in results if algo not in others}))
     print(f"open {html}")
 
 

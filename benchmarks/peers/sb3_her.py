@@ -211,7 +211,7 @@ def main(args: Args) -> int:
     commit = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
                                                     text=True, cwd=Path(__file__).parent).stdout.strip()
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items() if value != preset[name]]
-    config = {"algo": "sac_kian", "variant": " ".join([f"stable-baselines3 {args.preset}", *flags]),
+    config = {"algo": "sac", "variant": " ".join([f"stable-baselines3 {args.preset}", *flags]),
               "args": asdict(args), "env_id": env_id, "settings": settings, "commit": commit or None,
               "python": platform.python_version(),
               "versions": {name: version(name) for name in PACKAGES},
