@@ -43,7 +43,7 @@ class Args:
     # twin: run arguments
     env: str = "FetchPickAndPlace-v2"  # environment id; older Fetch ids become the installed one
     seed: int = 1  # of all that is random: networks, environments, exploration
-    total_timesteps: int = 250_000  # environment steps, summed over environments; with --resume: a new total
+    total_timesteps: int = 150_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 32  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
