@@ -103,7 +103,7 @@ class HandOver:
     return_gap: how much worse solo episodes are than the agent at its best, in standard deviations of returns; 1 while
     nothing is known. Below MARGIN the hand-over is `done`, for good, and the gap, so the imitation, fades. The best
     of a noisy mean is high by luck alone, so it is also done where over all episodes the agent is not MARGIN ahead:
-    external policies have not `helped`; and where solo episodes were no better than uniform ones, nothing was `learned`.
+    external policies have not `helped`. Where solo episodes were no better than uniform ones, nothing was `learned`.
     """
 
     MARGIN = 0.2

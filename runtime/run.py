@@ -25,7 +25,7 @@ from errors import UserError
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
 PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
-CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "streamnet.py", "errors.py"]  # makes the results
+CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "streamnet.py", "errors.py"]
 
 
 @contextmanager
@@ -216,26 +216,27 @@ def _restore(part: Any, saved: Any) -> None:
 
 
 class Means:
-    """Sums scalars on their device; `take` gives their means since the last time, nothing where there were none."""
+    """Sums scalars on their device; `take` gives the mean of each since the last time, nothing where there were none."""
 
     def __init__(self):
-        self.totals, self.count = {}, 0
+        self.totals, self.counts = {}, {}
 
     def add(self, scalars: dict[str, torch.Tensor]) -> None:
-        for name, x in scalars.items():  # what a checkpoint brought is on the CPU
-            self.totals[name] = self.totals[name].to(x.device) + x if name in self.totals else x
-        self.count += 1
+        for name, x in scalars.items():
+            total = self.totals.get(name, torch.zeros(()))
+            self.totals[name] = total.to(x.device) + x  # what a checkpoint brought is on the CPU
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, torch.Tensor]:
-        means = {name: total / self.count for name, total in self.totals.items()}
-        self.totals, self.count = {}, 0
+        means = {name: total / self.counts[name] for name, total in self.totals.items()}
+        self.totals, self.counts = {}, {}
         return means
 
     def state_dict(self) -> dict:
-        return {"totals": self.totals, "count": self.count}
+        return {"totals": self.totals, "counts": self.counts}
 
     def load_state_dict(self, state: dict) -> None:
-        self.totals, self.count = state["totals"], state["count"]
+        self.totals, self.counts = state["totals"], state["counts"]
 
 
 def write_whole(path: Path, write) -> None:
