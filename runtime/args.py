@@ -42,7 +42,8 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
     """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch.
 
     Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
-    arguments that it was started with: total_timesteps may change with --resume; what is shown, and `anew`, with --evaluate.
+    arguments that it was started with: total_timesteps may change with --resume; what is shown, and `anew`, with
+    --evaluate.
     Raises UserError for arguments that cannot work.
     """
     saved = None

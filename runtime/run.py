@@ -216,7 +216,7 @@ def _restore(part: Any, saved: Any) -> None:
 
 
 class Means:
-    """Sums scalars on their device; `take` gives the mean of each since the last time, nothing where there were none."""
+    """Sums scalars on their device; `take` gives the mean of each since the last time."""
 
     def __init__(self):
         self.totals, self.counts = {}, {}
