@@ -32,9 +32,9 @@ import torch
 
 import envs
 import knowledge
+import runtime
 from algos import ppo_kian as ppo
-from algos import sac_kian as sac
-from algos import stream_ac
+from algos import sac, sac_kian, stream_ac
 from benchmarks import stream_autograd
 from runtime import compile_for, use_fast_matmul
 
@@ -44,7 +44,7 @@ PEERS = {"sac": {"stable_baselines3": PEER}, "ppo": {"stable_baselines3": PEER, 
 GRID = ppo.Args(env="MiniGrid-DoorKey-8x8-v0", actor="plain")
 FILL = 2000  # transitions of uniform actions in every buffer before timing: 40 Fetch episodes
 CAPACITY = 50_000  # of every buffer; SB3 looks through all of it for each HER batch, and a million would slow it down
-SMALL = sac.Args(env="HalfCheetah-v5", actor="plain", num_envs=8, updates_per_step=1.0, her_goals=0, batch_size=256,
+SMALL = sac.Args(env="HalfCheetah-v5", num_envs=8, updates_per_step=1.0, her_goals=0, batch_size=256,
                  hidden="256x2", learning_rate=3e-4, gamma=0.99, tau=0.005)
 BIG = replace(SMALL, env="FetchPush-v4", her_goals=4, batch_size=2048, hidden="512x3", learning_rate=1e-3, gamma=0.95,
               tau=0.05)
@@ -52,41 +52,40 @@ LOOP = replace(BIG, batch_size=256, hidden="256x2")
 
 
 class Ours:
-    """sac_kian's functions in the order of its main(), without practice and logging. All this file knows of them."""
+    """The functions of sac.py, or with `rules` of sac_kian.py, in the order of its main(), without logging. All that this
+    file knows of them."""
 
-    def __init__(self, args: sac.Args, compiled: bool = False):
-        self.args = args
-        # Without the time feature SB3 sees observations of the same width.
-        self.vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), time_feature=False)
+    def __init__(self, args: sac.Args, compiled: bool = False, rules: str = ""):
+        self.args, self.vec = args, envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(),
+                                                  time_feature=False)  # without it SB3 sees as many numbers
+        self.f, self.d, self.g = envs.continuous_sizes(self.vec)
         obs = self.vec.reset(args.seed)
-        self.features = envs.flatten(obs)
-        self.f, self.d = self.features.shape[1], self.vec.action_space.shape[0]
-        self.g = obs["desired_goal"].shape[1] if self.vec.is_goal_env else 0
-        example = envs.unflatten(self.features, self.g)
-        self.external = {} if args.actor == "plain" else knowledge.load(args.knowledge, args.env, self.d, example)
-        self.relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if self.g else 0
-        self.buffer = sac.ReplayBuffer(CAPACITY, self.vec.max_episode_steps if self.relabelled else 1, args.num_envs,
-                                       2 * self.f + self.d + 2)
+        self.obs, sizes, script = envs.flatten(obs), [], sac
+        if rules:
+            self.external = knowledge.load(rules, args.env, self.d, envs.example_of(self.vec, obs))
+            self.args, sizes, script = replace_type(args, sac_kian.Args), [len(self.external)], sac_kian
+        self.script, self.sizes = script, [self.d, *sizes]
+        args = replace(self.args, buffer_size=CAPACITY, total_timesteps=CAPACITY)
+        self.buffer, self.relabelled = script.make_buffer(args, self.vec, self.f, self.d, self.g)
         self.normalizer = envs.Normalizer(self.f, args.normalize)
-        self.agent = sac.make_agent(args, self.f, self.d, len(self.external))
-        self.learn = torch.compile(sac.update, fullgraph=True, dynamic=False) if compiled else sac.update
-        self.totals = {}
+        self.agent = script.make_agent(args, self.f, *self.sizes, torch.device("cpu"))
+        self.learn = torch.compile(script.update, fullgraph=True, dynamic=False) if compiled else script.update
+        self.scalars = runtime.Means()
         self.train(FILL, learn=False)
+
+    def look(self, obs: torch.Tensor) -> torch.Tensor:
+        if self.script is sac:
+            return self.normalizer(obs)
+        return sac_kian.Seen(self.normalizer(obs), knowledge.advise(self.external, envs.unflatten(obs, self.g), self.d))
 
     @torch.no_grad()
     def update(self, times: int) -> None:
-        """Updates: sample, relabel, ask the rules, learn, add up what is logged."""
-        args, f, g, d, n = self.args, self.f, self.g, self.d, len(self.external)
+        """Updates: sample, relabel, ask the external policies, learn, add up what is logged."""
         for _ in range(times):
-            batch, later = self.buffer.sample(args.batch_size, self.relabelled)
-            if self.relabelled:
-                sac.relabel(batch, later, f, g, d, self.vec)
-            advice, next_advice = (knowledge.advise(self.external, envs.unflatten(x, g), d)
-                                   for x in (batch[:, :f], batch[:, f + d + 2:]))
-            noise, next_noise = (sac.draw_noise(args.batch_size, n, d) for _ in range(2))
-            scalars = self.learn(self.agent, batch, *self.normalizer.stats(), advice, next_advice, noise, next_noise,
-                                 args)
-            self.totals = {name: self.totals.get(name, 0.0) + x for name, x in scalars.items()}
+            batch = self.buffer.sample(self.args.batch_size, self.relabelled)
+            batch = batch._replace(obs=self.look(batch.obs), next_obs=self.look(batch.next_obs))
+            noise, next_noise = (self.script.draw_noise(self.args.batch_size, *self.sizes) for _ in range(2))
+            self.scalars.add(self.learn(self.agent, batch, noise, next_noise, self.args))
 
     @torch.no_grad()
     def train(self, steps: int, learn: bool = True) -> None:
@@ -95,21 +94,20 @@ class Ours:
         for _ in range(steps // k):
             action = 2 * torch.rand(k, self.d) - 1
             if learn:
-                mean, std = self.normalizer.stats()
-                advice = knowledge.advise(self.external, envs.unflatten(self.features, self.g), self.d)
-                noise = sac.draw_noise(k, len(self.external), self.d)
-                decision = sac.decide(self.agent["actor"], ((self.features - mean) / std).clamp(-5, 5), advice, noise,
-                                      args)
-                explore = (torch.rand(k) < args.random_actions) & (decision.selected[:, 0] > 0.5)
-                action = torch.where(explore.unsqueeze(1), action, decision.action)
-            obs, reward, terminated, truncated, info = self.vec.step(self.vec.to_box(action.numpy()))
-            flags = torch.from_numpy(np.stack([reward, terminated], 1).astype(np.float32))
-            self.buffer.add(torch.cat([self.features, action, flags, envs.flatten(info["final_obs"])], 1),
-                            torch.from_numpy(terminated | truncated))
-            self.normalizer.add(self.features)
-            self.features = envs.flatten(obs)
+                noise = self.script.draw_noise(k, *self.sizes)
+                decision = self.script.decide(self.agent["actor"], self.look(self.obs), noise, args)
+                action = torch.where(torch.rand(k, 1) < args.random_actions, action, decision.action)
+            next_obs, reward, terminated, truncated, info = self.vec.step(self.vec.to_box(action.numpy()))
+            self.buffer.add(self.obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"]))
+            self.normalizer.add(self.obs)
+            self.obs = envs.flatten(next_obs)
             if learn:
                 self.update(int(k * args.updates_per_step))
+
+
+def replace_type(args: sac.Args, kind: type) -> sac_kian.Args:
+    """`args` as those of a script that has all of them."""
+    return kind(**vars(args))
 
 
 class Peer:
@@ -352,8 +350,7 @@ def measure(table: str, work: str, unit: str, contenders: list[Contender], share
     return rows
 
 
-def learners(args: sac.Args, job: Literal["update", "train"], compiled: bool, bf16: bool, kian: bool
-             ) -> list[Contender]:
+def learners(args: sac.Args, job: Literal["update", "train"], compiled: bool, kian: bool) -> list[Contender]:
     """SB3 and ours on `job`, each with a buffer of its own that holds the same number of transitions."""
     torch.compiler.reset()  # torch refuses to compile a function more than eight times
     torch.manual_seed(args.seed)
@@ -361,11 +358,9 @@ def learners(args: sac.Args, job: Literal["update", "train"], compiled: bool, bf
     peer, ours = Peer(args), {"ours, eager": Ours(args)}
     if compiled:
         ours["ours, compiled"] = Ours(args, compiled=True)
-    if compiled and bf16:
-        ours["ours, compiled, bfloat16"] = Ours(replace(args, bf16=True), compiled=True)
     if kian:
-        name = f"ours, {'compiled' if compiled else 'eager'}, KIAN with 2 rules"
-        ours[name] = Ours(replace(args, actor="kian", knowledge="fetch.v4"), compiled)
+        name = f"ours, {'compiled' if compiled else 'eager'}, KIAN with 2 external policies"
+        ours[name] = Ours(args, compiled, "fetch.v4")
     # A graph holds for the precision it was compiled at, and every contender keeps to one: nothing is compiled twice.
     run = getattr(peer, job)
     return [Contender("SB3", run), Contender('SB3, matmul "medium"', run, "medium"),
@@ -423,20 +418,6 @@ def time_stream(share: int, rounds: int, compiled: bool) -> list[dict]:
     return rows
 
 
-def bfloat16_pays() -> bool:
-    """Whether bfloat16 matrix products are faster here than float32 ones: CPUs without them emulate them slowly."""
-    use_fast_matmul(torch.device("cpu"))
-    a, b = torch.randn(2, 512, 512)
-
-    def seconds(x: torch.Tensor, y: torch.Tensor) -> float:
-        start = time.perf_counter()
-        torch.mm(x, y)
-        return time.perf_counter() - start
-
-    times = [(seconds(a.bfloat16(), b.bfloat16()), seconds(a, b)) for _ in range(10)]
-    return min(half for half, _ in times) < min(full for _, full in times)  # the least disturbed of each
-
-
 def describe_cpu() -> str:
     """Name of the processor, as far as the system tells, and the instructions torch uses on it."""
     info = Path("/proc/cpuinfo")
@@ -450,22 +431,19 @@ def time_sac(full: bool, rounds: int) -> list[dict]:
     fast = "medium" if use_fast_matmul(torch.device("cpu")) else "highest"
     print(f"float32 products: ours {fast} (runtime.use_fast_matmul tests the CPU), SB3 highest (torch's default) and "
           "medium")
-    bf16 = bfloat16_pays()
-    if not bf16:
-        print("no native bfloat16 here: its rows are left out")
 
     one_update = "one update of critics, actor, temperature and targets, sampling included"
     rows = measure(
         "updates, small", f"{one_update}; 17 features, 6 actions, batch 256, networks 256x2, no HER", "updates",
-        learners(SMALL, "update", compiled=True, bf16=bf16, kian=False), 100 if full else 10, rounds)
+        learners(SMALL, "update", compiled=True, kian=False), 100 if full else 10, rounds)
     rows += measure(
         "updates, big", f"{one_update}; 31 features, 4 actions, batch 2048, networks 512x3, HER (future, 4 goals). "
         "KIAN also asks two rules, before and after the step, and scores what they would do", "updates",
-        learners(BIG, "update", compiled=full, bf16=bf16, kian=True), 3 if full else 1, rounds)
+        learners(BIG, "update", compiled=full, kian=True), 3 if full else 1, rounds)
     rows += measure(
         "training", "FetchPush, one update per step; batch 256, networks 256x2, HER. SB3: 8 steps of 1 environment, "
         "8 updates; ours: 1 step of 8 environments, 8 updates", "steps",
-        learners(LOOP, "train", compiled=full, bf16=bf16, kian=False), 200 if full else 40, rounds)
+        learners(LOOP, "train", compiled=full, kian=False), 200 if full else 40, rounds)
     rows += step_arm("stepping", "FetchPickAndPlace-v4", 960 if full else 160, rounds)
     rows += step_arm("stepping Franka", "FrankaPickAndPlaceSparse-v0", 3200 if full else 320, rounds)
     return rows
