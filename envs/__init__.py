@@ -7,7 +7,8 @@ Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achiev
 `image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI.
 """
 from envs.evaluation import Act, Evaluator, evaluate, find_renderer, record
-from envs.features import (Normalizer, continuous_sizes, example_of, flatten, time_limit_of, to_tensors, unflatten)
+from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, time_limit_of, to_tensors,
+                           unflatten)
 from envs.ids import EnvError, resolve
 from envs.making import make, make_vec
 from envs.series import Series
@@ -15,9 +16,9 @@ from envs.stream import StreamEnv, evaluate_stream, record_stream
 from envs.vector import Observation, VectorEnv
 
 __all__ = ["Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "StreamEnv", "VectorEnv",
-           "continuous_sizes", "evaluate", "evaluate_stream", "example_of", "find_renderer", "flatten", "make",
-           "make_vec", "record", "record_stream", "resolve", "restore", "snapshot", "time_limit_of", "to_tensors",
-           "unflatten"]
+           "continuous_sizes", "discrete_sizes", "evaluate", "evaluate_stream", "example_of", "find_renderer",
+           "flatten", "make", "make_vec", "record", "record_stream", "resolve", "restore", "snapshot", "time_limit_of",
+           "to_tensors", "unflatten"]
 
 
 def snapshot(vec: VectorEnv) -> dict:

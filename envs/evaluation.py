@@ -116,7 +116,7 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
             obs, _, terminated, truncated, _ = vec.step(act(obs))
             ended = bool(terminated[0] or truncated[0])
         imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=vec.env.metadata.get("render_fps", 25))
-        if names:
+        if names and len(log) > first:  # a policy may act without attention
             weights, acting = zip(*log[first:])
             draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png", crop=not grid)
     vec.close()

@@ -2,6 +2,7 @@
 import gymnasium as gym
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from envs.ids import EnvError
 from envs.vector import Observation, VectorEnv
@@ -17,6 +18,19 @@ def continuous_sizes(vec: VectorEnv) -> tuple[int, int, int]:
         return vec.observation_space.shape[0], d, 0
     sizes = [vec.observation_space[part].shape[0] for part in ("achieved_goal", "desired_goal", "observation")]
     return sum(sizes), d, sizes[1]
+
+
+def discrete_sizes(vec: VectorEnv) -> tuple[tuple[int, ...], int]:
+    """Shape of what is seen, (7, 7, 3) cells of a grid or (f,) features, and the number of actions. Raises EnvError for
+    goals, and for actions that are not discrete."""
+    if not isinstance(vec.action_space, gym.spaces.Discrete):
+        raise EnvError(f"{vec.env.spec.id} has {vec.action_space} actions; discrete ones are needed, or a script for "
+                       "continuous ones, as algos/sac.py")
+    if vec.is_goal_env:
+        raise EnvError(f"{vec.env.spec.id} has goals; a flat array or a view of a grid is needed")
+    space = vec.observation_space
+    seen = space["image"] if isinstance(space, gym.spaces.Dict) else space
+    return seen.shape, int(vec.action_space.n)
 
 
 def time_limit_of(vec: VectorEnv) -> int:
@@ -45,7 +59,7 @@ def unflatten(features: torch.Tensor, goal_dim: int) -> torch.Tensor | dict[str,
 def example_of(vec: VectorEnv, obs: Observation) -> torch.Tensor | dict[str, torch.Tensor]:
     """Two copies of the first of these observations, as knowledge policies will meet them."""
     if not vec.is_goal_env:
-        return to_tensors(obs)[:1].repeat(2, 1)
+        return tree_map(lambda x: torch.cat([x[:1], x[:1]]), to_tensors(obs))
     return unflatten(flatten(obs)[:1].repeat(2, 1), obs["desired_goal"].shape[1])
 
 

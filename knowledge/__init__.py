@@ -87,12 +87,14 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     (`inner:<RUN_DIR>`).
     Each policy is called once, on `example`: a batch of two or more observations as it will meet them. What it returns
     has to be within [lowest, 1]: -1 for actions, 0 for advice. `kept_in` is the folder of a run that goes on or is
-    evaluated: of Python files its copies are taken, and other runs have to be what they were when it began.
+    evaluated: of Python files its copies are taken, and other runs have to be what they were when it began. The
+    policies are those of the environment that it was trained in, also where it is evaluated in another one.
 
     Raises KnowledgeError, a ValueError whose message is one line, for whatever cannot be used.
     """
     if kept_in:
         _check_kept(spec, Path(kept_in))
+        env_id = json.loads(Path(kept_in, "config.json").read_text())["args"]["env"]
     policies = _load(spec, env_id, action_dim, example, lowest, kept_in)
     if kept_in:
         _check_names(policies, Path(kept_in))

@@ -7,6 +7,7 @@ import torch
 
 from knowledge.registry import KnowledgeError
 
+QUERY = ("query.", "encoder.", "trunk.")  # the networks that make a query: PPO's reads what two others make of an image
 NAMES = "knowledge.json"  # in a run folder: the names of its policies, in the order of its keys
 
 
@@ -23,7 +24,7 @@ def names_of(folder: Path) -> list[str]:
 
 @torch.no_grad()
 def take_over(actor: dict[str, torch.Tensor], normalizer, names: list[str], source: str) -> None:
-    """Overwrite, in place, the query network of `actor` and those of its keys whose names the run `source` knows;
+    """Overwrite, in place, the query networks of `actor` and those of its keys whose names the run `source` knows;
     others keep their fresh ones, for a key means something only to the query that it was learned with.
 
     `actor` maps names to tensors: "keys" (n+1, m) in the order of `names`, "query.0.weight", ... With the query comes
@@ -37,12 +38,12 @@ def take_over(actor: dict[str, torch.Tensor], normalizer, names: list[str], sour
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
         old = saved["agent"].get("actor", saved["agent"])
         keys = dict(zip(theirs, old["keys"]))
-        query = {name: p for name, p in old.items() if name.startswith("query.")}
+        query = {name: p for name, p in old.items() if name.startswith(QUERY)}
     except Exception as error:  # a foreign file raises anything
         raise KnowledgeError(f"--init-from {source}: no keys can be read there ({type(error).__name__}); name a run of "
                              "this script with knowledge") from error
     keys[f"inner.{folder.resolve().name}"] = keys.pop("inner")
-    ours = {name: p for name, p in actor.items() if name.startswith("query.")}
+    ours = {name: p for name, p in actor.items() if name.startswith(QUERY)}
     if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in query.items()}:
         raise KnowledgeError(f"--init-from {source}: its query network has other sizes; the inputs have to be the same")
     if normalizer is not None:

@@ -199,7 +199,11 @@ def restore(parts: dict[str, Any], saved: dict | None, only: Sequence[str] | Non
     for name in [] if saved is None else only or parts:
         if name not in saved:
             raise UserError(f"the checkpoint has no {name}: another version saved it; go on with that one")
-        _restore(parts[name], saved[name])
+        try:
+            _restore(parts[name], saved[name])
+        except RuntimeError as error:  # of other sizes
+            raise UserError(f"the run was trained on other observations or actions ({name} has other sizes); name an "
+                            "environment like its own") from error
 
 
 def _restore(part: Any, saved: Any) -> None:
