@@ -88,9 +88,8 @@ class Args:
     init_from: str = ""  # run folder: keys and query are taken over by name, its inner policy becomes an external one
 
 
-# limits of numbers that need not be above 0, or may not be any
+# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf)}
-# ranges of `make tune`: (low, high) on a log scale, or choices
 TUNE = {"learning_rate": (2e-4, 3e-3), "entropy_coef": (1e-3, 5e-2), "num_steps": [64, 128, 256],
         "epochs": [2, 4, 8], "batch_size": [128, 256, 512], "gae_lambda": [0.9, 0.95, 0.98]}
 
