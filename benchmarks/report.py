@@ -65,7 +65,8 @@ def hold(variants: Variants, untrained: tuple[str, ...]) -> None:
 
 def zero_shot(algo: str) -> tuple[list[str], list[list[str]]]:
     """Trained agents in tasks they have not seen, one row per variant: ours, and the paper's in round brackets."""
-    rows = load(RESULTS / "zero_shot" / f"{algo}.csv")
+    files = [RESULTS / "zero_shot" / f"{name}.csv" for name in (algo, *reading(algo).beside)]
+    rows = [row for file in files if file.is_file() for row in load(file)]
     given = {(entry["test"], name): value for entry in paper()["zero_shot"] if entry["algo"] == algo
              for name, value in entry["paper"].items()}
     score = reading(algo).score

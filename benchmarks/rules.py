@@ -1,13 +1,16 @@
-"""What rules are worth before any learning: success and return of each alone, of chance, and of simple mixtures.
+"""What external policies are worth before any learning: success and return of each alone, of chance, and of simple
+mixtures.
 
-    python benchmarks/rules.py --env FetchPush-v2                       # the rules that --knowledge auto takes
+    python benchmarks/rules.py --env FetchPush-v2                       # the policies that --knowledge auto takes
     python benchmarks/rules.py --env FetchPickAndPlace-v2 --knowledge mine.py,fetch.carry_to_goal
+    python benchmarks/rules.py --env MiniGrid-DoorKey-5x5-v0 --episodes 100   # discrete actions, drawn from advice
 
-If one rule drawn at random in every step already solves the task, a learned fusion of them says little about fusion;
-if nothing below does more than uniform actions, the rules will hardly help.
+If one of them drawn at random in every step already solves the task, a learned fusion says little about fusion; if
+nothing below does more than uniform actions, they will hardly help.
 """
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +24,34 @@ import torch
 import envs
 import knowledge
 
+SHARPNESS = 20.0  # of advice on discrete actions: softmax(this times advice)
 COLUMNS = ["env", "knowledge", "who", "episodes", "success_rate", "return_mean", "length_mean"]
 
 
+def discrete_contenders(names: list[str]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Who acts: {name: advice of n external policies (B, n, A) -> log-probabilities of actions (B, A)}.
+
+    `mix` is one of them drawn per step, `rule` the softmax of the sum of all advice. Without advice a policy acts at
+    random.
+    """
+    def alone(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda advice: torch.log_softmax(SHARPNESS * advice[:, i], -1)
+
+    def mix(advice: torch.Tensor) -> torch.Tensor:
+        return torch.logsumexp(torch.log_softmax(SHARPNESS * advice, -1) - math.log(len(names)), 1)
+
+    mixtures = {"mix": mix, "rule": lambda advice: torch.log_softmax(advice.sum(1), -1)}
+    return {name: alone(i) for i, name in enumerate(names)} | {
+        "uniform actions": lambda advice: torch.zeros_like(advice[:, 0])} | mixtures
+
+
+def draw(log_probs: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (B, A) -> actions (B,)."""
+    return (log_probs - (-torch.rand(log_probs.shape).clamp(1e-10, 1 - 1e-7).log()).log()).argmax(1)
+
+
 def contenders(names: list[str], d: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Who acts: {name: advice of n rules (B, n, d) -> actions (B, d)}."""
+    """Who acts: {name: advice of n external policies (B, n, d) -> actions (B, d)}."""
     def alone(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda advice: advice[:, i]
 
@@ -44,8 +70,8 @@ def contenders(names: list[str], d: int) -> dict[str, Callable[[torch.Tensor], t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--env", required=True, help="environment id with continuous actions")
-    parser.add_argument("--knowledge", default="auto", help="as in algos/sac_kian.py")
+    parser.add_argument("--env", required=True, help="environment id")
+    parser.add_argument("--knowledge", default="auto", help="as in algos/sac_kian.py and algos/ppo_kian.py")
     parser.add_argument("--episodes", type=int, default=500, help="episodes of each")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--csv", type=Path, help="file to add the rows to; one that is there already is replaced")
@@ -53,22 +79,29 @@ def main() -> None:
     if flags.episodes < 1 or flags.seed < 0:
         raise ValueError("--episodes must be at least 1, --seed 0 or more")
     vec = envs.make_vec(flags.env, min(32, flags.episodes), threads=torch.get_num_threads())
-    if not isinstance(vec.action_space, gym.spaces.Box):
-        raise ValueError(f"{flags.env} has {vec.action_space} actions; continuous ones (Box) are needed; rules for a "
-                         "grid: algos/ppo_kian.py --actor mix")
-    obs, d = vec.reset(flags.seed), vec.action_space.shape[0]
-    goal_dim = obs["desired_goal"].shape[1] if vec.is_goal_env else 0
+    discrete = isinstance(vec.action_space, gym.spaces.Discrete)
+    if discrete:  # the episodes that the PPO scripts are evaluated on
+        vec = envs.make_vec(flags.env, min(100, flags.episodes))
+    obs, d = vec.reset(flags.seed), int(vec.action_space.n) if discrete else vec.action_space.shape[0]
+    lowest = 0.0 if discrete else -1.0
+    external = knowledge.load(flags.knowledge, flags.env, d, envs.example_of(vec, obs), lowest)
 
-    def read(obs: envs.Observation) -> torch.Tensor | dict[str, torch.Tensor]:
-        return envs.unflatten(envs.flatten(obs), goal_dim)
+    def advise(obs: envs.Observation) -> torch.Tensor:
+        goal_dim = obs["desired_goal"].shape[1] if vec.is_goal_env else 0
+        read = envs.unflatten(envs.flatten(obs), goal_dim) if goal_dim else envs.to_tensors(obs)
+        return knowledge.advise(external, read, d, lowest)
 
-    rules = knowledge.load(flags.knowledge, flags.env, d, read(obs))
+    def player(choose: Callable[[torch.Tensor], torch.Tensor]) -> envs.Act:
+        if discrete:
+            return lambda obs: draw(choose(advise(obs))).numpy()
+        return lambda obs: vec.to_box(choose(advise(obs)).numpy())
+
     print(f"{envs.resolve(flags.env)}, {flags.episodes} episodes; +- is the standard error")
     rows = {}
-    for who, choose in contenders(list(rules), d).items():
+    names = list(external)
+    for who, choose in (discrete_contenders(names) if discrete else contenders(names, d)).items():
         torch.manual_seed(flags.seed)
-        result = envs.evaluate(lambda obs: vec.to_box(choose(knowledge.advise(rules, read(obs), d)).numpy()), vec,
-                               flags.episodes, 10_000 * flags.seed + 5_000)
+        result = envs.evaluate(player(choose), vec, flags.episodes, 10_000 * flags.seed + 5_000)
         row = [flags.env, flags.knowledge, who, str(flags.episodes), *(f"{result[name]:.4g}" for name in COLUMNS[4:])]
         rows[tuple(row[:3])] = row
         p, root = result["success_rate"], flags.episodes ** 0.5
