@@ -36,6 +36,8 @@ class Script(NamedTuple):
 POINT = "--env tests.tasks:Point-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
 SCRIPTS = [
     Script("sac", POINT, "critic_loss actor_loss q alpha entropy", refuses="CartPole-v1"),
+    Script("sac_handover", f"{POINT} --knowledge tests/tasks.py", "critic_loss actor_loss q alpha entropy attention/inner "
+           "selected/tasks.go_right return_solo return_gap", refuses="CartPole-v1", leaves="policy.pt2 inner.pt2"),
     Script("sac_kian", f"{POINT} --knowledge tests/tasks.py", "critic_loss actor_loss q alpha entropy attention/inner "
            "attention/tasks.approach selected/ key_norm/", refuses="CartPole-v1", leaves="policy.pt2 inner.pt2"),
 ]

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 import envs
-from algos import sac, sac_kian
+from algos import sac, sac_handover, sac_kian
 from buffers import Batch
+from networks import mlp
 
-# file of rules for tests of scripts that take knowledge, and how their method sees inputs
 RULES = "import torch\n\n\ndef low(obs):\n    return torch.full((len(obs), 1), -0.25, dtype=obs.dtype)\n\n\n" \
         "def high(obs):\n    return torch.full((len(obs), 1), 0.75, dtype=obs.dtype)\n"
 
 
 def make(script: ModuleType, args, f: int, d: int, n: int) -> dict:
     """A fresh agent; n external policies where the method has any."""
-    return script.make_agent(args, f, d, *([n] if script is sac_kian else []), torch.device("cpu"))
+    return script.make_agent(args, f, d, *([] if script is sac else [n]), torch.device("cpu"))
 
 
 def inputs_of(script: ModuleType, batch: int, f: int, d: int, n: int):
@@ -71,7 +71,7 @@ def test_update_is_adam_on_the_stated_losses(script):
 
     def q_of(params, obs, action):
         features = obs if script is sac else obs.features
-        return script.mlp(params, "q", torch.cat([features, action], 1))[..., 0]  # (2, B)
+        return mlp(params, "q", torch.cat([features, action], 1))[..., 0]  # (2, B)
 
     for _ in range(2):
         (obs, noise), (next_obs, next_noise) = (inputs_of(script, size, f, d, n) for _ in range(2))
@@ -167,7 +167,9 @@ def played(request, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "update", noted_update)
     monkeypatch.setattr(Counted, "received", {})
     (tmp_path / "rules.py").write_text(RULES)
-    given = {} if script is sac else dict(knowledge=str(tmp_path / "rules.py"), cosine_scale=0.0)
+    given = {} if script is sac else {"knowledge": str(tmp_path / "rules.py")}
+    if script is sac_handover:
+        given["solo_fraction"] = 0.0  # whoever is drawn acts
     args = script.Args(env="Counted-v0", total_timesteps=24, num_envs=2, hidden="8x1", batch_size=6, compile=False,
                        updates_per_step=0.25, random_actions=request.node.callspec.params["random_actions"],
                        eval_every=0, eval_episodes=3, checkpoint_every=0, device="cpu", run_dir=str(tmp_path / "run"),
@@ -177,7 +179,7 @@ def played(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("random_actions", [0.0, 1.0])
-@pytest.mark.parametrize("played", [sac, sac_kian], indirect=True)
+@pytest.mark.parametrize("played", [sac, sac_kian, sac_handover], indirect=True)
 def test_every_transition_by_hand(played, random_actions):
     script, saved, decisions, updates = played
     obs, action, reward, terminated, next_obs = saved["buffer"]["rows"].T
@@ -189,7 +191,7 @@ def test_every_transition_by_hand(played, random_actions):
     assert len(decisions) == 9
     decided, done = torch.cat([decision.action for decision in decisions])[:, 0], action[6:]
     inner = torch.ones(18, dtype=torch.bool)
-    if script is sac_kian:
+    if script is not sac:
         who = torch.cat([decision.selected for decision in decisions]).argmax(1)
         inner = who == 0
         assert {0, 1, 2} == set(who.tolist())
@@ -199,7 +201,7 @@ def test_every_transition_by_hand(played, random_actions):
 
 
 @pytest.mark.parametrize("random_actions", [0.2])
-@pytest.mark.parametrize("played", [sac, sac_kian], indirect=True)
+@pytest.mark.parametrize("played", [sac, sac_kian, sac_handover], indirect=True)
 def test_updates_see_normalised_transitions_in_their_number(played, random_actions):
     """Half an update is due at each of nine steps; at the first one, the fifth step, ten observations were seen."""
     script, saved, _, updates = played
