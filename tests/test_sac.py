@@ -11,8 +11,7 @@ from algos import sac, sac_handover, sac_kian
 from buffers import Batch
 from networks import mlp
 
-RULES = "import torch\n\n\ndef low(obs):\n    return torch.full((len(obs), 1), -0.25, dtype=obs.dtype)\n\n\n" \
-        "def high(obs):\n    return torch.full((len(obs), 1), 0.75, dtype=obs.dtype)\n"
+RULES = "def low(obs):\n    return 0 * obs - 0.25\n\n\ndef high(obs):\n    return 0 * obs + 0.75\n"
 
 
 def make(script: ModuleType, args, f: int, d: int, n: int) -> dict:
@@ -167,7 +166,7 @@ def played(request, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "update", noted_update)
     monkeypatch.setattr(Counted, "received", {})
     (tmp_path / "rules.py").write_text(RULES)
-    given = {} if script is sac else {"knowledge": str(tmp_path / "rules.py")}
+    given = {} if script is sac else {"knowledge": str(tmp_path / "rules.py"), "cosine_scale": 0.1}  # all act
     if script is sac_handover:
         given["solo_fraction"] = 0.0  # whoever is drawn acts
     args = script.Args(env="Counted-v0", total_timesteps=24, num_envs=2, hidden="8x1", batch_size=6, compile=False,
