@@ -35,13 +35,16 @@ class Script(NamedTuple):
 
 POINT = "--env tests.tasks:Point-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
 SCRIPTS = [
+    Script("ddpg", f"{POINT} --learning-starts 64 --updates-per-step 0.2", "critic_loss actor_loss q", refuses="CartPole-v1"),
     Script("sac", POINT, "critic_loss actor_loss q alpha entropy", refuses="CartPole-v1"),
     Script("sac_handover", f"{POINT} --knowledge tests/tasks.py", "critic_loss actor_loss q alpha entropy attention/inner "
            "selected/tasks.go_right return_solo return_gap", refuses="CartPole-v1", leaves="policy.pt2 inner.pt2"),
     Script("sac_kian", f"{POINT} --knowledge tests/tasks.py", "critic_loss actor_loss q alpha entropy attention/inner "
            "attention/tasks.approach selected/ key_norm/", refuses="CartPole-v1", leaves="policy.pt2 inner.pt2"),
+    Script("td3", f"{POINT} --learning-starts 64 --updates-per-step 0.2", "critic_loss actor_loss q", refuses="CartPole-v1"),
 ]
 
+BY_NAME = {script.name: script for script in SCRIPTS}
 STEPS = 512
 EVERY = ["--eval-every", "256", "--eval-episodes", "4", "--checkpoint-every", "256", "--device", "cpu", "--no-compile"]
 
@@ -266,7 +269,7 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(script, uncut, cut, tmp_path, 
 # One script stands for all in what is runtime's alone, and in processes of its own.
 
 def test_a_finished_run_can_be_given_more_steps(tmp_path):
-    script = SCRIPTS[0]
+    script = BY_NAME["sac"]
     command(script, *words(script, tmp_path / "uncut"))
     command(script, *words(script, tmp_path / "run", 256 + 6))
     last = curves(tmp_path / "run")[0][-1]["step"]
@@ -278,7 +281,7 @@ def test_a_finished_run_can_be_given_more_steps(tmp_path):
 
 def test_a_run_loses_nothing_by_signals(tmp_path):
     """It is killed, goes on, is told to end, goes on, is interrupted, goes on, each time but the last in a process."""
-    script, folder, program = SCRIPTS[0], tmp_path / "cut", [sys.executable, f"algos/{SCRIPTS[0].name}.py"]
+    script, folder, program = BY_NAME["sac"], tmp_path / "cut", [sys.executable, "algos/sac.py"]
     flags = [*script.flags.split(), *EVERY, "--total-timesteps", "1536"]  # scalars are due at 1000
     for at, name, code, more in ((700, "SIGKILL", -9, [*flags, "--run-dir", str(folder)]),
                                  (400, "SIGTERM", 143, ["--resume", str(folder)]),
@@ -295,8 +298,8 @@ def test_a_run_loses_nothing_by_signals(tmp_path):
 
 
 def test_a_wrong_word_on_the_command_line():
-    done = subprocess.run([sys.executable, f"algos/{SCRIPTS[0].name}.py", "--env", "FetchPickAndPlce-v2"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "algos/sac.py", "--env", "FetchPickAndPlce-v2"], cwd=ROOT,
                           capture_output=True, text=True)
     line, = done.stderr.splitlines()
-    assert done.returncode == 2 and done.stdout == "" and line.startswith(f"{SCRIPTS[0].name}: ")
+    assert done.returncode == 2 and done.stdout == "" and line.startswith("sac: ")
     assert "FetchPickAndPlace-v2" in line
