@@ -345,7 +345,6 @@ def main(args: Args) -> dict[str, float]:
 
     if args.evaluate:
         return evaluator.report(act, saved["step"], names)
-
     run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
     knowledge.keep(args.knowledge, names, run.folder)
     learn = runtime.compiled(update, args.compile, device)

@@ -188,3 +188,23 @@ def test_normalizer_is_mean_and_std_of_all_it_saw():
     mean, std = normalizer.stats()
     assert torch.allclose(mean, data.mean(0).float(), atol=1e-5)
     assert torch.allclose(std, data.std(0, correction=0).clamp(min=0.01).float(), atol=1e-5)
+
+
+def test_evaluation_gives_every_copy_the_same_number_of_episodes():
+    """Two copies whose episodes last 1 and 3 steps: a first-come rule would count the short one more often."""
+    class Uneven:
+        num_envs, length, max_episode_steps = 2, [1, 3], 3
+
+        def reset(self, seed):
+            self.t = [0, 0]
+
+        def step(self, action):
+            self.t = [t + 1 for t in self.t]
+            ended = np.array([t == n for t, n in zip(self.t, self.length)])
+            self.t = [0 if e else t for t, e in zip(self.t, ended)]
+            return None, np.ones(2), ended, np.zeros(2, bool), {"success": np.array([1.0, 0.0])}
+    result = envs.evaluate(lambda obs: None, Uneven(), 8, seed=0)
+    assert result == {"episodes": 8, "return_mean": 2.0, "return_std": 1.0, "success_rate": 0.5, "length_mean": 2.0}
+    assert envs.evaluate(lambda obs: None, Uneven(), 3, seed=0)["length_mean"] == pytest.approx((1 + 1 + 3) / 3)
+    with pytest.raises(ValueError):
+        envs.evaluate(lambda obs: None, Uneven(), 1, seed=0)

@@ -1,0 +1,185 @@
+"""What surrounds a run: arguments and where they come from, what is kept of the code, exit codes, films.
+
+test_contract.py has what every script does with it.
+"""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import envs
+import runtime
+from algos import sac, sac_kian
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(env="tests.tasks:Point-v0", num_envs=4, hidden="8x1", batch_size=16, compile=False, eval_every=0,
+             eval_episodes=2, checkpoint_every=0, device="cpu", total_timesteps=48)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    sac.main(sac.Args(**SMALL, gamma=0.9, run_dir=str(folder)))
+    return folder
+
+
+def change(folder, tmp_path, **args):
+    """A copy of a run whose config.json has other arguments; None: it has none of this name."""
+    copy = tmp_path / "copy"
+    copy.mkdir(exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["args"] = {name: value for name, value in (config["args"] | args).items() if value is not None}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes())
+    return str(copy)
+
+
+def test_a_run_goes_on_with_the_arguments_that_it_has(run):
+    args = runtime.cli(sac.Args, "sac", ["--resume", str(run), "--total-timesteps", "96"])
+    assert args == sac.Args(**(SMALL | {"total_timesteps": 96}), gamma=0.9, run_dir=str(run), resume=str(run))
+    args = runtime.cli(sac.Args, "sac", ["--evaluate", str(run)])
+    assert (args.gamma, args.evaluate, args.video, args.device) == (0.9, str(run), 0, "auto")  # another machine's
+    assert runtime.checked(args, "sac", sac.RANGES)[1]["step"] == 48
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--gamma", "0.95"], "--gamma 0.95: a run keeps"),  # the script's default is another value than the run's, too
+    (["--compile"], "--compile: a run keeps"), (["--no-normalize"], "--no-normalize: a run keeps"),
+    (["--eval-episodes", "4"], "--eval-episodes 4: a run keeps")])
+def test_an_argument_that_would_have_no_effect_is_refused(flags, words, run):
+    args = runtime.cli(sac.Args, "sac", ["--resume", str(run), "--total-timesteps", "96", *flags])
+    with pytest.raises(runtime.UserError, match=f"^{words}"):
+        sac.main(args)
+
+
+def test_runs_of_other_versions(run, tmp_path, capsys):
+    with pytest.raises(runtime.UserError, match="with --critic-norm, which algos/sac.py does not have; use its own"):
+        runtime.cli(sac.Args, "sac", ["--resume", change(run, tmp_path, critic_norm=True)])
+    args = runtime.cli(sac.Args, "sac", ["--evaluate", change(run, tmp_path, tau=None)])
+    assert args.tau == sac.Args().tau and capsys.readouterr().err.endswith("is older than tau: as by default\n")
+    if not torch.cuda.is_available():
+        elsewhere = change(run, tmp_path, device="cuda")
+        with pytest.raises(runtime.UserError, match="--device cuda: torch sees no GPU"):
+            sac.main(runtime.cli(sac.Args, "sac", ["--resume", elsewhere, "--total-timesteps", "96"]))
+
+
+def test_a_folder_of_runs_names_its_last_one(run):
+    with pytest.raises(runtime.UserError, match=f"no config.json; the last one in it is {run}$"):
+        runtime.cli(sac.Args, "sac", ["--resume", str(run.parent)])
+
+
+def test_ranges():
+    args = sac.Args()
+    for name, values in (("her_goals", [0]), ("gamma", [0.0, 1.0]), ("eval_every", [0]), ("seed", [0, 2 ** 63 - 1])):
+        for value in values:
+            runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
+    for name, values in (("gamma", [1.01]), ("num_envs", [0]), ("seed", [2 ** 63]), ("her_goals", [float("inf")]),
+                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1])):
+        for value in values:
+            with pytest.raises(runtime.UserError, match=f"--{name.replace('_', '-')} must be"):
+                runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
+
+
+def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
+    """A commit alone would not: a fork is in none yet."""
+    script = tmp_path / "algos" / "sac.py"
+    for words in (["init", "-q"],
+                  ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(runtime.run, "__file__", str(tmp_path / "runtime" / "run.py"))
+    monkeypatch.delenv("RUN_COMMIT", raising=False)
+    (tmp_path / "mine.txt").write_text("no code")
+    assert not runtime.run.describe_machine()["commit"].endswith("dirty")
+    script.parent.mkdir()
+    script.write_text("first")
+    assert runtime.run.describe_machine()["commit"].endswith("-dirty")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    sac.main(sac.Args(**SMALL, run_dir=str(tmp_path / "run")))
+    kept = tmp_path / "run" / "algos-sac.py"
+    assert kept.read_text() == "first" and "note" not in capsys.readouterr().err
+    script.write_text("second")
+    sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(tmp_path / "run"), "--total-timesteps", "60"]))
+    assert kept.read_text() == "first"
+    assert f"note: {script} has changed since this run began" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, code, line", [(runtime.UserError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
+                                               (KeyboardInterrupt(), 130, "x: interrupted")])
+def test_one_line_and_an_exit_code(error, code, line, capsys):
+    with pytest.raises(SystemExit) as end, runtime.exit_codes("x"):
+        raise error
+    assert end.value.code == code and capsys.readouterr().err == line + "\n"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    """Its last checkpoint stays, the last good one."""
+    monkeypatch.setattr(sac, "LOG_EVERY", 8)
+    with pytest.raises(runtime.UserError, match="diverged: critic_loss is nan at step"):
+        sac.main(sac.Args(**(SMALL | {"learning_rate": 1e30, "total_timesteps": 400}), updates_per_step=1.0,
+                          run_dir=str(tmp_path / "run")))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(runtime.UserError, match="name another --run-dir"):
+            sac.main(sac.Args(**SMALL, run_dir=str(folder)))
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_ctrl_c_spares_what_is_started_while_finishing():
+    """A terminal's Ctrl-C goes to all its processes: the child lives on, this process hears of it after the block."""
+    code = """
+import os, signal, subprocess
+from runtime import finishing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+try:
+    with finishing():
+        child = subprocess.Popen(["sleep", "0.5"])
+        os.killpg(0, signal.SIGINT)
+        print(child.wait(), flush=True)
+    print("not heard")
+except KeyboardInterrupt:
+    print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          start_new_session=True)
+    assert done.stdout.split() == ["0", "heard"], done.stdout + done.stderr
+
+
+def test_no_compiler_is_said_and_runs(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runtime.compiled(len, True, torch.device("cpu")) is len
+    assert "no C++ compiler (no-such-compiler)" in capsys.readouterr().err
+
+
+def test_means_are_since_the_last_time():
+    means = runtime.Means()
+    for x in (1.0, 2.0, 6.0):
+        means.add({"a": torch.tensor(x), "b": torch.tensor([x, 0.0])})
+    again = runtime.Means()
+    again.load_state_dict(means.state_dict())
+    for part in (means, again):
+        assert {name: value.tolist() for name, value in part.take().items()} == {"a": 3.0, "b": [3.0, 0.0]}
+        assert part.take() == {}
+
+
+def test_films_and_the_picture_of_who_acts(tmp_path, capsys):
+    (tmp_path / "rules.py").write_text("def still(obs):\n    return obs[:, :1] * 0\n")
+    run = str(tmp_path / "run")
+    sac_kian.main(sac_kian.Args(**(SMALL | {"env": "Pendulum-v1", "eval_episodes": 1}), run_dir=run, video=1,
+                                knowledge=str(tmp_path / "rules.py")))
+    assert (tmp_path / "run" / "video" / "episode-0.mp4").stat().st_size > 1000
+    assert (tmp_path / "run" / "video" / "attention-0.png").stat().st_size > 10_000
+    assert "filmed into" in capsys.readouterr().err
+
+
+def test_without_a_renderer_it_goes_on(run, monkeypatch, capsys):
+    monkeypatch.setattr(envs.evaluation, "find_renderer", lambda: None)
+    envs.record(None, "FetchReach-v2", 1, 0, run / "video")
+    assert "apt-get install" in capsys.readouterr().err and not (run / "video").exists()
