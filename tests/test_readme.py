@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tyro
+
+import runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "algos" / "README.md"
@@ -72,15 +73,19 @@ def test_command(command, tmp_path, monkeypatch):
     stem = Path(script.replace("my_idea", "sac_kian")).stem
     assert stem in WHOLE, f"a page names a new script: put {stem} and flags for a short run into WHOLE"
     module, few = importlib.import_module(f"algos.{stem}"), WHOLE[stem]
+
+    def read(words: list[str]):
+        return runtime.cli(module.Args, stem, words)
     run = tmp_path / "RUN"
     if any(word.startswith("runs/") or word == "RUN" or word.endswith(":RUN") or ":RUN," in word for word in flags):
-        module.main(tyro.cli(module.Args, args=[*few, "--run-dir", str(run), "--checkpoint-every", "200"]))
-        if "--resume" in flags:  # test_contract.py cuts and resumes
-            tyro.cli(module.Args, args=flags)
-            return
+        module.main(read([*few, "--run-dir", str(run), "--checkpoint-every", "200"]))
     flags = [str(run) if word.startswith("runs/") else word for word in flags]
-    few = ["--eval-episodes", "2"] if "--evaluate" in flags else [*few, "--run-dir", str(tmp_path / "new")]
-    module.main(tyro.cli(module.Args, args=[*flags, *few]))
+    if "--resume" in flags:  # test_contract.py cuts and resumes
+        assert read(flags).resume
+    elif "--evaluate" in flags:
+        module.main(read([*flags, "--eval-episodes", "2"]))
+    else:
+        module.main(read([*flags, *few, "--run-dir", str(tmp_path / "new")]))
 
 
 def test_a_page_can_be_read_in_five_minutes():
