@@ -1,6 +1,7 @@
 """Replay with hindsight goals (HER, strategy "future"): a ring of transitions that knows where episodes end.
 
-Andrychowicz et al., "Hindsight Experience Replay" (2017). Long, easy to get wrong, and no script's own idea.
+Andrychowicz et al., "Hindsight Experience Replay" (2017). This code is shared because it is long and easy to get wrong,
+and no script here is about it.
 """
 from typing import Callable, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 
 
 class Batch(NamedTuple):
-    """Transitions. obs and next_obs are features; those of goal tasks begin with achieved goal | desired goal."""
+    """Transitions. Features of tasks with goals begin with the achieved goal and the desired goal."""
     obs: torch.Tensor  # (B, f)
     action: torch.Tensor  # (B, d)
     reward: torch.Tensor  # (B, 1)
@@ -18,14 +19,16 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions of completed episodes, of at most `horizon` steps each; at least one episode per
-    environment has room. Open episodes wait aside and are never sampled. With horizon 1 every transition is an episode.
+    """The last `capacity` transitions of completed episodes, at least one episode per environment.
+
+    An episode has at most `horizon` steps. Open episodes are kept apart and never sampled. With horizon 1 every
+    transition is an episode of its own.
     """
 
     def __init__(self, capacity: int, horizon: int, num_envs: int, f: int, d: int, g: int = 0,
                  compute_reward: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None):
-        """f numbers in the features, d in an action, g in a goal; `compute_reward(achieved, desired)` of (B, g) each is
-        (B,), for hindsight."""
+        """f, d, g: how many numbers features, actions and goals have. `compute_reward`, which hindsight needs, maps
+        achieved and desired goals (B, g) to rewards (B,)."""
         self.widths = [f, d, 1, 1, f]  # of Batch
         self.g, self.compute_reward = g, compute_reward
         self.rows = torch.zeros(max(capacity, num_envs * horizon), sum(self.widths))  # a ring, an episode in a row
@@ -36,8 +39,8 @@ class ReplayBuffer:
 
     def add(self, obs: torch.Tensor, action: torch.Tensor, reward: np.ndarray, terminated: np.ndarray,
             truncated: np.ndarray, final_obs: torch.Tensor) -> None:
-        """One step of every environment: obs and final_obs (num_envs, f), the rest as `vec.step` gives it. Only
-        `terminated` is stored: at a time limit the task goes on, so its target bootstraps."""
+        """Store one step of every environment: obs and final_obs (num_envs, f), the rest as `vec.step` returns it. Of
+        the two ends only `terminated` is stored, because at a time limit the target bootstraps."""
         outcome = torch.from_numpy(np.stack([reward, terminated], 1)).float()  # (num_envs, 2)
         ended = torch.from_numpy(terminated | truncated)
         horizon = self.open_rows.shape[1]
@@ -52,15 +55,16 @@ class ReplayBuffer:
         self.stored += len(slots)
 
     def sample(self, batch_size: int, relabelled: int = 0) -> Batch:
-        """Random transitions, `relabelled` of them with a hindsight goal (fewer where most rows end their episode)."""
+        """Random transitions, `relabelled` of them with a hindsight goal (fewer if most rows are the last of their
+        episode)."""
         batch, later = self.draw(batch_size, relabelled)
         if relabelled:
             relabel(batch, later, self.g, self.compute_reward)
         return batch
 
     def draw(self, batch_size: int, relabelled: int) -> tuple[Batch, Batch]:
-        """Random transitions, and for the first `relabelled` a later one of the same episode, whose achieved goal is to
-        become theirs (HER, strategy "future")."""
+        """Random transitions, and for each of the first `relabelled` a later one of the same episode. Its achieved goal
+        becomes the hindsight goal (strategy "future")."""
         n = min(self.stored, len(self.rows))
         first = torch.randint(n, (2 * relabelled,))  # twice as many: the last step of an episode has no later one
         first = first[self.left[first] > 0][:relabelled]
@@ -80,9 +84,8 @@ class ReplayBuffer:
 
 
 def relabel(batch: Batch, later: Batch, g: int, compute_reward: Callable) -> None:
-    """Give the first transitions of `batch` the goals (g numbers) that `later` achieved, and the rewards that
-    `compute_reward(achieved, desired)` then finds; in place. Relabelled rows keep their `terminated`: hindsight ends no
-    task."""
+    """Give the first transitions of `batch` the goals (g numbers) that `later` achieved, and their rewards for these
+    goals by `compute_reward(achieved, desired)`. In place. `terminated` stays: a hindsight goal ends no task."""
     r, goal = len(later.obs), later.obs[:, :g]
     batch.obs[:r, g:2 * g] = batch.next_obs[:r, g:2 * g] = goal
     reward = compute_reward(batch.next_obs[:r, :g].numpy(), goal.numpy())

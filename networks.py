@@ -1,7 +1,7 @@
 """Networks as dicts of tensors, {"actor.0.weight": ..., "actor.0.bias": ...}, and Adam on them.
 
-What torch.nn and torch.optim are to eager code: losses are functions of such a dict, torch.func differentiates them,
-and torch.compile turns the losses, backward passes and optimisers of an update into one graph. No script's own idea.
+A loss is a function of such a dict. torch.func differentiates it, and torch.compile turns the losses, backward passes
+and optimisers of an update into one graph.
 """
 import torch
 import torch.nn.functional as F

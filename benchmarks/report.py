@@ -193,7 +193,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], list[list[str]]]:
-    """The reproduction status of one method: ours beside the paper's, per environment."""
+    """What a method, and those beside it, come to at the end of every environment, beside the paper's numbers."""
     rows = []
     for env, variants in environments.items():
         how = reading(algo, env)
@@ -203,10 +203,10 @@ def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
                 learned = sum(max(c.scores) >= how.threshold for c in curves)
                 share = "none" if not learned else learned if learned < len(curves) else "all"
                 seeds += f", {share} of them reached {how.threshold:g}"
-            rows.append([algo, env, name, estimate(stats.mean, [c.scores[-1] for c in curves]), ends(curves), seeds,
+            rows.append([env, name, estimate(stats.mean, [c.scores[-1] for c in curves]), ends(curves), seeds,
                          how.paper])
     score = f"{reading(algo).label}, last evaluation"
-    return ["script", "environment", "variant", score, "steps", "seeds", "published"], rows
+    return ["environment", "script, and its flags", score, "steps", "seeds", "published"], rows
 
 
 def paint(environments: dict[str, Variants]) -> dict[str, tuple[str, str]]:
@@ -307,11 +307,13 @@ def main(html: Path) -> None:
             hold(results[algo][env], how.untrained)
         elif algo not in ("rules", "speed", "zero_shot"):
             print(f"left out: {path.relative_to(ROOT)}; give benchmarks/paper.toml a [method.{algo}]")
+    listed = {(entry["algo"], entry["env"]) for entry in paper()["environment"]}
+    for algo in paper()["method"]:
+        for other in reading(algo).beside:
+            for env, variants in results.get(other, {}).items():
+                if env in results.get(algo, {}) or (algo, env) in listed:  # also where `algo` itself has no curve yet
+                    results.setdefault(algo, {}).setdefault(env, {}).update(variants)
     others = {other for algo in results for other in reading(algo).beside}  # they are shown there
-    for algo, environments in results.items():
-        for env, variants in environments.items():
-            for other in reading(algo).beside:
-                variants |= results.get(other, {}).get(env, {})
     for algo, environments in results.items():
         if algo in others:
             continue

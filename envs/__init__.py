@@ -1,4 +1,4 @@
-"""Environments: ids, fast vector stepping, exact snapshots, evaluation, video.
+"""Environments: ids, fast vector stepping, exact snapshots, evaluation, films.
 
     vec = envs.make_vec("FetchPush-v2", num_envs=16, seed=1)
     obs, reward, terminated, truncated, info = vec.step(action)   # info["final_obs"]: the true next observations
@@ -22,10 +22,10 @@ __all__ = ["Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series"
 
 
 def snapshot(vec: VectorEnv) -> dict:
-    """State of every copy as plain numbers and arrays: simulator, random streams, goals, elapsed steps."""
+    """The state of every environment as plain numbers and arrays: simulator, random streams, goals, elapsed steps."""
     return vec.snapshot()
 
 
 def restore(vec: VectorEnv, snap: dict) -> None:
-    """Put `snap` back: stepping continues bit by bit as it would have."""
+    """Put the state `snap` back. Stepping then goes on bit by bit as it did after the snapshot."""
     vec.restore(snap)

@@ -1,11 +1,12 @@
-"""Knowledge policies: named functions of a batch of observations.
+"""External policies: named functions of a batch of observations.
 
-A policy takes observations, a tensor (B, n) or a dict of tensors, and returns (B, d) in [-1, 1] for continuous
-actions, or (B, A) multi-hot advice for discrete ones, zeros where it has none. Goal tasks give a dict of
-`observation` (B, n), `achieved_goal` and `desired_goal` (B, 3); `observation` may end with a time feature, so
-rules index it from the front. Grid tasks give `image` (B, 7, 7, 3) uint8 and `direction` (B,).
+An external policy takes observations, a tensor (B, n) or a dict of tensors. For continuous actions it returns (B, d) in
+[-1, 1]. For discrete actions it returns advice (B, A): ones at the actions that it is for, zeros where it has nothing
+to say. Tasks with goals give a dict of `observation` (B, n), `achieved_goal` and `desired_goal` (B, 3). `observation`
+may end with a time feature, so policies index it from the front. Grid tasks give `image` (B, 7, 7, 3) uint8 and
+`direction` (B,).
 
-The policy that a run leaves behind holds its knowledge, if that is made of tensor operations alone: torch.where in
+A run exports its agent together with its external policies if these consist of tensor operations alone: torch.where in
 place of `if`, x.shape[0] in place of len(x).
 """
 
@@ -29,10 +30,10 @@ __all__ = ["KnowledgeError", "Obs", "Policy", "advise", "group", "groups_for", "
 
 
 def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float = -1.0) -> torch.Tensor:
-    """What each of n policies would do, (B, n, action_dim). Goals enter it: after relabelling, ask again.
+    """What each of n policies would do, (B, n, action_dim). It depends on the goal: ask again after relabelling.
 
-    Raises KnowledgeError for what is no such batch of numbers in [lowest, 1], as `load` does: a rule may fail in states
-    that a start does not show.
+    Raises KnowledgeError unless every policy returns such a batch of numbers in [lowest, 1]. `load` checks the same at
+    the start, but a policy may fail in states that come later.
     """
     if not policies:
         batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
@@ -42,8 +43,8 @@ def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float
 
 
 def keep(spec: str, names: list[str], folder: Path) -> None:
-    """Write what is behind `spec` into the run folder, unless it is there: the names of the policies, copies of Python
-    files, and of other runs the hash of their policies."""
+    """Write into the run folder what `spec` stands for, unless it is there already: the names of the policies, copies
+    of Python files, and the hashes of other runs' policies."""
     if not (folder / NAMES).exists():
         (folder / NAMES).write_text(json.dumps({"policies": names}))
     for _, content, kept in _sources(spec, folder):
@@ -52,7 +53,7 @@ def keep(spec: str, names: list[str], folder: Path) -> None:
 
 
 def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
-    """The files behind `spec`, what is kept of each, and where the run in `folder` keeps it."""
+    """For every file behind `spec`: its path, what is kept of it, and where the run in `folder` keeps that."""
     sources = []
     for kind, _, name in (item.strip().partition(":") for item in spec.split(",")):
         path = run.file_of(kind, Path(name)) if kind in ("run", "inner") else Path(kind)
@@ -67,8 +68,8 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
 
 
 def _check_kept(spec: str, folder: Path) -> None:
-    """A run goes on, and is evaluated, with the knowledge it was trained with: its own copies of Python files, which a
-    line on stderr says where they differ from the files. Raises KnowledgeError where another run has changed."""
+    """Compare the files behind `spec` with what the run in `folder` kept. A run goes on with its own copies of Python
+    files; a line on stderr says where these differ. Raises KnowledgeError if the policy of another run has changed."""
     for path, content, kept in dict.fromkeys(_sources(spec, folder)):
         if kept.exists() and content and kept.read_bytes() != content:
             if path.suffix != ".py":
@@ -85,12 +86,12 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public function
     defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner policies alone
     (`inner:<RUN_DIR>`).
-    Each policy is called once, on `example`: a batch of two or more observations as it will meet them. What it returns
-    has to be within [lowest, 1]: -1 for actions, 0 for advice. `kept_in` is the folder of a run that goes on or is
-    evaluated: of Python files its copies are taken, and other runs have to be what they were when it began. The
-    policies are those of the environment that it was trained in, also where it is evaluated in another one.
+    Each policy is called once, on `example`: a batch of two or more observations like those of the run. It must return
+    numbers in [lowest, 1], where `lowest` is -1 for actions and 0 for advice. `kept_in` is the folder of a run that is
+    resumed or evaluated. Then Python files are taken from the copies there, other runs must not have changed, and the
+    policies are those of the environment that the run was trained in, also where it is evaluated in another one.
 
-    Raises KnowledgeError, a ValueError whose message is one line, for whatever cannot be used.
+    Raises KnowledgeError, whose message is one line, for anything that cannot be used.
     """
     if kept_in:
         _check_kept(spec, Path(kept_in))
@@ -104,8 +105,8 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
 
 
 def _check_names(policies: dict[str, Policy], folder: Path) -> None:
-    """Raise KnowledgeError where these are not the policies of the run in `folder`, or in another order: what it has
-    learned about them is kept by place."""
+    """Raise KnowledgeError unless these are the policies of the run in `folder`, in the same order: its checkpoint
+    holds what it learned about them by position."""
     before = names_of(folder)
     if before != ["inner", *policies]:
         raise KnowledgeError(f"run {folder} was trained with {', '.join(before[1:]) or 'nothing'}, and this gives "
@@ -154,7 +155,8 @@ def _load_rules(item: str, env_id: str) -> dict[str, Policy]:
 
 
 def _load_file(item: str, kept_in: str | None) -> dict[str, Policy]:
-    """Public functions that a user's file defines, {<file stem>.<function>: policy}, as the run in `kept_in` has it."""
+    """The public functions of a user's file, {<file stem>.<function>: policy}. If the run in `kept_in` has a copy of
+    the file, they come from there."""
     path, _, wanted = item.partition(":")
     kept = [kept for _, _, kept in _sources(path, Path(kept_in)) if kept.is_file()] if kept_in else []
     source = kept[0] if kept else Path(path)
@@ -181,7 +183,7 @@ def _load_file(item: str, kept_in: str | None) -> dict[str, Policy]:
 
 
 def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) -> torch.Tensor:
-    """What `policy` would do, (B, action_dim). Raises KnowledgeError unless it can be used."""
+    """What `policy` would do, (B, action_dim). Raises KnowledgeError if that cannot be used."""
     if torch.compiler.is_exporting():  # a trace has no values to look at
         return policy(copy_of(obs))
     shape, dtype = (len(next(iter(obs.values())) if isinstance(obs, dict) else obs), action_dim), _action_dtype(obs)

@@ -2,14 +2,15 @@
 
 A run folder holds
 
-    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware; these again per resume
+    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware; also those of resumes
     scalars.csv     step, wall_s, name, value
     eval.csv        step, wall_s, episodes, return_mean, return_std, success_rate, length_mean
     checkpoint.pt   everything `--resume` needs, tensors and plain types only
     policy.pt2      the trained policy, observations -> actions, for any program that has torch
-    algos-<algo>.py the script as it was at the start
+    inner.pt2       the inner policy alone, of methods that fuse one with external policies
+    algos-<algo>.py a copy of the script, taken at the start
     events...       TensorBoard
-    video/          films, and what else a script draws
+    video/          films and other pictures
 """
 from errors import UserError
 from runtime.args import checked, cli, hidden_layers, load_run

@@ -1,4 +1,4 @@
-"""Arguments of a run: from the command line, from a run that goes on, and whether they can work."""
+"""Arguments of a run: reading them from the command line or from an earlier run, and checking them."""
 import json
 import math
 import os
@@ -22,8 +22,8 @@ EVALUATED = ("eval_episodes", "video", "device")  # what --evaluate may change
 def cli(args_type: type, algo: str, words: Sequence[str] | None = None) -> Any:
     """Arguments from the command line, or from `words`.
 
-    With `--resume RUN` or `--evaluate RUN` the defaults are the arguments of that run, so what is not named stays as it
-    was. Raises UserError for both flags at once, and as `load_run` does.
+    With `--resume RUN` or `--evaluate RUN` the arguments of that run are the defaults, so what is not named stays as it
+    was. Raises UserError for both flags at once, and for a folder that is no run of this script.
     """
     asked = tyro.cli(args_type, args=words)
     if asked.resume and asked.evaluate:

@@ -1,4 +1,4 @@
-"""The machine a run is on: CPU or GPU, compiler, precision of matrix products."""
+"""The machine of a run: CPU or GPU, compiler, precision of matrix products."""
 import os
 import shutil
 import signal
@@ -12,8 +12,8 @@ from errors import UserError
 
 
 def pick_device(name: str, fast_matmul: bool = False) -> torch.device:
-    """"cpu", "cuda", or "auto": a GPU if torch sees one. `fast_matmul`, for batches of a hundred rows or more: see
-    `use_fast_matmul`. Raises UserError for a GPU that is not there."""
+    """The device for "cpu", "cuda" or "auto" (a GPU if torch sees one). With `fast_matmul`, which pays for batches of a
+    hundred rows or more, also calls `use_fast_matmul`. Raises UserError for "cuda" without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -23,7 +23,7 @@ def pick_device(name: str, fast_matmul: bool = False) -> torch.device:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has the C++ compiler it needs on a CPU; says so once on stderr where it has not."""
+    """Whether torch.compile has the C++ compiler that it needs on a CPU. If not, a line on stderr says so."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
     if device.type != "cpu" or shutil.which(compiler):
         return True
@@ -32,7 +32,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiled(function: Callable, wanted: bool, device: torch.device, fullgraph: bool = True) -> Callable:
-    """`function` compiled into one graph where that is wanted and can be done, else itself."""
+    """`function` compiled into one graph if that is `wanted` and possible, otherwise `function` itself."""
     if not wanted or not can_compile(device):
         return function
     graph = torch.compile(function, fullgraph=fullgraph, dynamic=False)
@@ -44,9 +44,10 @@ def compiled(function: Callable, wanted: bool, device: torch.device, fullgraph: 
 
 
 def compile_for(function: Callable, options: dict, *example: Any) -> Callable:
-    """`function` as one graph, compiled now, for arguments like `example`: tensors of these shapes and types, all else
-    as it is here. That it stays so is not checked at every call, as torch.compile does: for small networks the check
-    takes as long as half of their update."""
+    """`function` as one graph, compiled at once, for arguments like `example`.
+
+    Later arguments must be tensors of the same shapes and types, and everything else must be equal. Nobody checks that:
+    the check that torch.compile makes at every call takes half as long as the update of a small network."""
     graph = torch.compile(function, fullgraph=True, dynamic=False, options=options).aot_compile((example, {}))
     graph.disable_guard_check()
     return graph
@@ -54,8 +55,8 @@ def compile_for(function: Callable, options: dict, *example: Any) -> Callable:
 
 @contextmanager
 def finishing():
-    """Keep Ctrl-C from the processes that are started inside: it goes to all of a terminal's processes, and a compiler
-    that dies of it would take the update with it. This process gets it when the block is over."""
+    """Delay Ctrl-C until the block is over. Ctrl-C goes to all processes of a terminal, and a compiler process that is
+    started in the block would die of it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -67,11 +68,11 @@ def finishing():
 
 
 def use_fast_matmul(device: torch.device) -> bool:
-    """Let oneDNN do float32 matrix products where that is faster *and* as accurate; returns whether it is used.
+    """Let oneDNN do float32 matrix products if that is faster *and* as accurate. Returns whether it is used.
 
-    torch's "medium" precision hands products to oneDNN: on AMD's Zen 5 twice the rate of MKL, on Zen 4 a tenth more,
-    still in true float32. On CPUs with AMX the same setting may compute in bfloat16, so the accuracy is tested, not
-    assumed. Without AVX-512 it gains nothing.
+    torch's "medium" precision hands products to oneDNN. On AMD's Zen 5 that is twice as fast as MKL, on Zen 4 a tenth
+    faster, still in true float32. On CPUs with AMX the same setting may compute in bfloat16, so the accuracy is tested
+    here. Without AVX-512 nothing is gained.
     """
     torch.set_float32_matmul_precision("highest")
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":

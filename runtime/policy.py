@@ -1,4 +1,4 @@
-"""The one way in which a policy leaves a run: an archive of torch.export, `policy.pt2`."""
+"""Export of a trained policy: `policy.pt2`, an archive of torch.export."""
 import io
 import logging
 import math
@@ -19,17 +19,17 @@ Obs = torch.Tensor | dict[str, torch.Tensor]
 
 
 def save_policy(path: Path, function: Callable[[Obs], torch.Tensor], example: Obs) -> bool:
-    """Write `function` to `path`, whole or not at all; returns whether it was written.
+    """Write `function` to `path`, whole or not at all. Returns whether it was written.
 
     `function` maps observations, a tensor (B, n) or a dict of tensors with B rows each, to actions (B, d) in [-1, 1] or
-    to log-probabilities (B, A). It may close over tensors, dicts of tensors and modules, also on a GPU: they are
-    written as they are now, for a CPU. `example` are observations of at least one row. They are not written.
+    to log-probabilities (B, A). It may use tensors, dicts of tensors and modules from outside, also on a GPU. They are
+    written with their present values, for a CPU. `example` are observations of at least one row; it is not written.
 
-    torch.export.load reads the file, for any batch size and without the code of the run; `--knowledge run:RUN_DIR`
-    reads it too, without executing anything from it. The random state does not move.
+    torch.export.load reads the file without the code of the run, for any batch size. `--knowledge run:RUN_DIR` reads it
+    too, and executes nothing from it. The random state does not change.
 
-    Where `function` does not trace (a branch in Python on what is observed, code in another process), a line on stderr
-    says why, and an older file at `path` is removed: it is no longer the policy of this run.
+    A function that branches in Python on what it observes, or asks another process, cannot be exported. Then a line on
+    stderr says why, and an older file at `path` is removed, because it is not the policy of this run any more.
     """
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
@@ -55,11 +55,11 @@ class _Module(torch.nn.Module):
 
 
 def _archive(function: Callable[[Obs], torch.Tensor], example: Obs) -> bytes:
-    """The bytes of the archive. Raises what a function raises that cannot be exported."""
+    """The bytes of the archive. Raises any kind of error for a function that cannot be exported."""
     one = tree_map(lambda x: x[:1].clone(), example)
     many = tree_map(lambda x: torch.cat([x, x, x]), example)  # a batch of one would be traced as a constant
     sizes = tree_map(lambda x: {0: torch.export.Dim("batch")}, many)
-    # before the trace: where a function caches tensors, it should not cache those of a trace, which hold no numbers
+    # called before the trace: a function that caches tensors must not cache those of a trace, which hold no numbers
     actions = [function(tree_map(torch.clone, obs)) for obs in (one, many)]
     program = torch.export.export(_Module(function), (many,), dynamic_shapes=(sizes,), strict=False)
     for node in program.graph.nodes:
@@ -70,7 +70,7 @@ def _archive(function: Callable[[Obs], torch.Tensor], example: Obs) -> bytes:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:  # of types that are as they are
             program.graph.erase_node(node)
     program.graph.eliminate_dead_code()  # log-probabilities of actions that nobody asked for
-    for values in (program.constants, program.state_dict):  # a view would be written with all that it is a view of
+    for values in (program.constants, program.state_dict):  # a view would be written with the whole tensor behind it
         for name, value in values.items():
             copy = value.detach().clone()
             values[name] = torch.nn.Parameter(copy, False) if isinstance(value, torch.nn.Parameter) else copy
@@ -84,8 +84,8 @@ def _archive(function: Callable[[Obs], torch.Tensor], example: Obs) -> bytes:
 
 
 def _compare(program: Callable[[Obs], torch.Tensor], obs: Obs, action: torch.Tensor) -> None:
-    """Raise ValueError unless `program` gives `action`, (B, d), each time: what a function remembers, or draws at
-    random, would be lost or frozen."""
+    """Raise ValueError unless `program` gives `action` (B, d) each time. A memory would be lost in the export, and a
+    random draw would be frozen."""
     rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
     if action.dim() != 2 or len(action) != rows:
         raise ValueError(f"it returns shape {tuple(action.shape)} for {rows} observations, not (B, d)")
@@ -105,7 +105,7 @@ def _is_tensor_operation(target) -> bool:
 
 @contextmanager
 def _silence():
-    """Keep what the tracer prints and logs where a function does not trace from the console: pages of it."""
+    """Hide what the tracer prints and logs: pages of it, for a function that cannot be traced."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -117,7 +117,7 @@ def _silence():
 
 
 def _why(error: Exception) -> str:
-    """The first line of `error`, shortened; for the two most common ones the remedy."""
+    """The first line of `error`, shortened. The two most common errors get a line with the remedy."""
     if type(error).__name__ == "GuardOnDataDependentSymNode":
         return "it branches in Python on the value of a tensor; torch.where can be exported"
     line = next(iter(str(error).strip().splitlines()), "")

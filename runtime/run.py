@@ -30,8 +30,8 @@ CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.
 
 @contextmanager
 def exit_codes(algo: str):
-    """End the program with one line on stderr: code 2 for a UserError, 130 for Ctrl-C where there is no run yet that
-    could be saved, or for a second one while it is."""
+    """End the program with one line on stderr. The exit code is 2 for a UserError. It is 130 for a Ctrl-C that comes
+    before there is a run to save, or for a second one while the run is being saved."""
     try:
         yield
     except UserError as error:
@@ -43,22 +43,24 @@ def exit_codes(algo: str):
 
 
 class Run:
-    """A run folder that is written, and the step the run is at.
+    """A run: it counts environment steps, writes its folder and obeys signals.
 
-    step: environment steps so far. over: all of them are done. folder: the run folder.
+    step: environment steps so far. over: whether all of them are done. folder: the run folder.
     """
 
     def __init__(self, algo: str, args: Any, env_id: str, saved: dict | None, parts: dict[str, Any]):
-        """Start a run of `args` (a dataclass with the run arguments of every script), or go on from the checkpoint
-        `saved`, random state included. `parts` are what a checkpoint keeps, {name: thing}: dicts of tensors and
-        numbers, or things with a state_dict. Raises UserError for a folder that is in use or cannot be written."""
+        """Start a run, or go on from the checkpoint `saved` with the random state that it holds.
+
+        `args` is a dataclass with the run arguments that every script has. `parts` is what checkpoints keep, {name:
+        part}. A part is a dict of tensors and numbers, or an object with a state_dict.
+        Raises UserError for a folder that is in use or cannot be written."""
         if args.track:  # before anything is created
             try:
                 import wandb
             except ImportError as error:
                 raise UserError("--track needs Weights & Biases: pip install wandb") from error
         self.args, self.parts = args, parts
-        self.step = self.before = saved["step"] if saved else 0  # before: that of the last look at what is due
+        self.step = self.before = saved["step"] if saved else 0  # before: the step before the last `advance`
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, args.env, name))
         while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
@@ -83,7 +85,7 @@ class Run:
     def _write_config(self, algo: str, env_id: str) -> None:
         args = self.args
         try:
-            if args.resume:  # perhaps with more steps, by other code, elsewhere
+            if args.resume:  # it may have more steps, other code or another machine by now
                 config = json.loads((self.folder / "config.json").read_text())
                 config["args"]["total_timesteps"] = args.total_timesteps
                 config["resumed"] = [*config.get("resumed", []), {"step": self.step, **describe_machine()}]
@@ -98,8 +100,8 @@ class Run:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
 
     def _keep_script(self) -> None:
-        """A copy of the script, for a commit does not tell what it was between two commits; a word where it is another
-        by now."""
+        """Copy the script into the run folder, because a commit does not show changes that were not committed. At a
+        resume say on stderr if the script is not the same any more."""
         kept = self.folder / f"algos-{self.script.name}"  # <name>.py may be the rules
         if not self.args.resume:
             kept.write_bytes(self.script.read_bytes())
@@ -112,7 +114,7 @@ class Run:
 
     def _csv(self, name: str, columns: list[str]):
         path, old = self.folder / name, []
-        if path.exists():  # rows later than the checkpoint will be made again, a last one may be cut
+        if path.exists():  # rows after the checkpoint will be written again; a kill may have cut the last one
             with path.open() as file:
                 old = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdigit()
                        and int(row[0]) <= self.step]
@@ -124,7 +126,7 @@ class Run:
         return self.step >= self.args.total_timesteps
 
     def advance(self, steps: int) -> bool:
-        """Count `steps` more environment steps; False, and nothing is counted, where the run is over or stopped."""
+        """Count `steps` more environment steps. Returns False, and counts nothing, if the run is over or stopped."""
         if self.over or self.stopped:
             return False
         self.before, self.step = self.step, self.step + steps
@@ -132,7 +134,7 @@ class Run:
         return True
 
     def due(self, every: int) -> bool:
-        """Whether the last `advance` passed a multiple of `every` steps; 0 is never due."""
+        """Whether the last `advance` passed a multiple of `every` steps. With 0 nothing is ever due."""
         return every > 0 and self.step // every > self.before // every
 
     def wall_s(self) -> float:
@@ -140,9 +142,10 @@ class Run:
         return round(time.monotonic() - self.start, 1)
 
     def log(self, scalars: dict[str, float | torch.Tensor], names: Sequence[str] = ()) -> None:
-        """Append scalars to scalars.csv and TensorBoard; elements of a vector `x` as `x/<name>`, of one shorter than
-        `names` for the last of these. Raises UserError where a loss is no number any more: the last checkpoint is the
-        last good one."""
+        """Append scalars to scalars.csv and TensorBoard.
+
+        An element of a vector `x` is written as `x/<name>`. A vector that is shorter than `names` belongs to the last
+        of them. Raises UserError if a loss is not finite: the last checkpoint is then the last good state."""
         wall_s, flat = self.wall_s(), {}
         for key, value in scalars.items():
             values = torch.as_tensor(value).reshape(-1).tolist()
@@ -158,7 +161,7 @@ class Run:
                                 f"and begin anew ({self.folder} keeps its last checkpoint)")
 
     def log_evaluation(self, result: dict[str, float]) -> None:
-        """Append what `envs.evaluate` returned to eval.csv, and show it in the progress line."""
+        """Append the result of `envs.evaluate` to eval.csv and show it in the progress line."""
         values = ",".join(f"{result[name]:.6g}" for name in EVALUATION)
         self.evals.write(f"{self.step},{self.wall_s()},{values}\n")
         self.log({f"eval/{name}": value for name, value in result.items()})
@@ -169,7 +172,7 @@ class Run:
             print(f"step {self.step}: {line}", file=sys.stderr, flush=True)
 
     def save_if_due(self) -> None:
-        """Write the checkpoint where one is due, the run is over, or a signal asks the run to end."""
+        """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end."""
         self.stopped = self.signal != 0
         if self.stopped or self.over or self.due(self.args.checkpoint_every):
             checkpoint = {"step": self.step, "wall_s": self.wall_s(), "rng": torch.get_rng_state()}
@@ -178,8 +181,8 @@ class Run:
             write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
 
     def finish(self) -> None:
-        """Close files, give signals back, say what the run can be used for. A run that was stopped before its end exits
-        with 128 + signal."""
+        """Close the files, restore the signal handlers and print the command that comes next. A run that was stopped
+        before its end exits with 128 + signal."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         for thing in (self.bar, self.board, self.scalars, self.evals):
@@ -194,8 +197,8 @@ class Run:
 
 
 def restore(parts: dict[str, Any], saved: dict | None, only: Sequence[str] | None = None) -> None:
-    """Bring `parts`, or `only` some of them, to what the checkpoint `saved` kept of them, in place; None: leave them.
-    Raises UserError where the checkpoint lacks one."""
+    """Load the checkpoint `saved` into `parts`, in place. With `only`, load these parts alone. Without a checkpoint
+    (None) do nothing. Raises UserError if the checkpoint lacks a part."""
     for name in [] if saved is None else only or parts:
         if name not in saved:
             raise UserError(f"the checkpoint has no {name}: another version saved it; go on with that one")
@@ -244,14 +247,14 @@ class Means:
 
 
 def write_whole(path: Path, write) -> None:
-    """Call `write` on a temporary path and rename it to `path`: a reader, or a kill, never sees half a file."""
+    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
 
 
 def to_plain(tree: Any) -> Any:
-    """Nested dicts and lists with arrays turned to tensors: `torch.load(weights_only=True)` reads these without
+    """Turn the arrays in nested dicts and lists into tensors. `torch.load(weights_only=True)` reads the result without
     executing code."""
     if isinstance(tree, dict):
         return {key: to_plain(value) for key, value in tree.items()}
@@ -263,7 +266,7 @@ def to_plain(tree: Any) -> Any:
 
 
 def describe_machine() -> dict:
-    """Commit, package versions and hardware: what a number needs beside it."""
+    """Commit, package versions and hardware, without which a measured number means little."""
     commit = os.environ.get("RUN_COMMIT")  # where the code runs outside its repository
     if not commit and shutil.which("git"):
         def git(*words: str) -> str:

@@ -147,7 +147,7 @@ def test_a_method_that_is_judged_by_returns(tmp_path):
     head, rows = report.across("new", environments)
     assert head[-1] == "P(above plain)" and [row[1:3] for row in rows] == [["2", "3"]] * 6
     assert [row[-1][:4] for row in rows] == ["0.00"] * 4 + ["", "1.00"] and rows[1][3].startswith("-0.40 [")
-    assert report.status("new", environments)[0][3] == "return, last evaluation"
+    assert report.status("new", environments)[0][2] == "return, last evaluation"
     report.draw("new", environments, tmp_path / "new.svg")
     drawn = (tmp_path / "new.svg").read_text()
     assert drawn.count(">return</text>") == 2 and all(f">{name}</text>" in drawn for name in environments["Door"])
