@@ -40,7 +40,7 @@ test: $(VENV)/.tests-installed gl  ## all tests, two files at a time: 6 to 10 mi
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=algos/sac_kian.py
-	$(BIN)/python tests/test_twins.py $(FROM)
+	$(BIN)/python tests/test_form.py $(FROM)
 
 speed: setup  ## updates/s and steps/s: ALGO=sac or ppo beside stable-baselines3, ALGO=stream beside plain autograd
 	$(BIN)/python benchmarks/speed.py $(or $(ALGO),sac) $(ARGS)
