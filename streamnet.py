@@ -154,11 +154,16 @@ def observe(stats: dict[str, torch.Tensor], obs: torch.Tensor, last: torch.Tenso
 
 def forward_batch(flat: torch.Tensor, net: Net, stats: dict[str, torch.Tensor], obs: torch.Tensor, frames: int,
                   normalize: bool, layer_norm: bool) -> list[torch.Tensor]:
-    """Outputs (B, .) of the heads for observations (B, n) of `envs.StreamEnv`, statistics as they are: what policy.pt2
-    holds. Raises ValueError where a state is more than one observation."""
+    """`observe` and `forward` for a batch of observations (B, n), statistics as they are: outputs (B, .) of the heads.
+    What policy.pt2 holds. Raises ValueError where networks see more than one observation."""
     if frames > 1:
         raise ValueError(f"the agent sees the last {frames} frames, an observation has one")
-
-    def of_one(x: torch.Tensor) -> list[torch.Tensor]:
-        return forward(flat, net, observe(stats, x, None, frames, normalize, learn=False), layer_norm)[0]
-    return torch.vmap(of_one)(obs)
+    size, layers = stats["mean"].numel(), views(flat, net)
+    x, time = obs[:, :size].unflatten(1, stats["mean"].shape), obs[:, size:]  # (B, n) or (B, channels, height, width)
+    if normalize:
+        x = (x - stats["mean"]) / deviation(stats)
+    x = torch.cat([x, time], 1).float() if x.dim() == 2 else x.float()
+    for (weight, bias), stride in zip(layers, net.strides):
+        a = F.conv2d(x, weight, bias, stride) if stride else F.linear(x.flatten(1), weight, bias)
+        x = F.leaky_relu(F.layer_norm(a, a.shape[1:]) if layer_norm else a)
+    return [F.linear(x.flatten(1), weight, bias) for weight, bias in layers[len(net.strides):]]

@@ -122,11 +122,9 @@ def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tens
 
 def policy_gradient(outputs: list[torch.Tensor], action: torch.Tensor, sign: torch.Tensor, tau: float
                     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Gradients of -log pi(a) - tau sign(delta) H with respect to the policy's outputs; entropy; deviation.
-
-    The step multiplies them by delta, so the sign makes the entropy part push towards more entropy either way.
-    Gaussian: mean and q (d,), deviation softplus(q). Discrete: logits (A,), action one-hot.
-    """
+    """Gradients of -log pi(a) - tau sign(delta) H with respect to the policy's outputs; entropy; deviation. The step
+    multiplies them by delta, so the sign makes the entropy part push towards more entropy either way. Gaussian: mean
+    and q (d,), deviation softplus(q). Discrete: logits (A,), action one-hot."""
     if len(outputs) == 2:  # Gaussian
         mean, q = outputs
         std = F.softplus(q)
@@ -166,13 +164,13 @@ def choose(agent: dict, nets: dict[str, Net], state: torch.Tensor, noise: torch.
 def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, action: torch.Tensor, row: torch.Tensor,
          noise: torch.Tensor, frames: int, args: Args) -> tuple[torch.Tensor, ...]:
     """Everything between two environment steps. `row` is what the environment returned, float64: observation, reward,
-    whether the episode ended, whether the next value counts. Learns from it, chooses the next action; returns next
-    state, next action, scaled reward, delta."""
-    obs, reward, ended, counts = row[:-3], row[-3:-2], row[-2:-1], row[-1:]
+    whether the episode ended, discount of the next value. Learns from it, chooses the next action; returns next state,
+    next action, scaled reward, delta."""
+    obs, reward, ended, discount = row[:-3], row[-3:-2], row[-2:-1], row[-1:]
     next_state = observe(agent["obs"], obs, state, frames, args.normalize_obs)
     reward = scale_reward(agent["reward"], reward, ended, args.gamma, args.scale_reward)
     delta, v, entropy, std, step_policy, trace_policy, step_value, trace_value = update(
-        agent, nets, state, action, next_state, reward, args.gamma * counts.float(), ended.float(), args)
+        agent, nets, state, action, next_state, reward, discount.float(), ended.float(), args)
     next_action = choose(agent, nets, next_state, noise, args)
     agent["totals"].add_(torch.cat([x.float().view(1) for x in (
         delta.abs(), v, entropy, std, step_policy, step_value, step_policy < args.learning_rate,
@@ -181,11 +179,11 @@ def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, action: torch.T
 
 
 def td_error(agent: dict, nets: dict[str, Net], state: torch.Tensor, next_state: torch.Tensor, reward: torch.Tensor,
-             counts: float, args: Args) -> float:
-    """delta of a transition under the weights of now; counts: whether the next value does."""
+             discount: float, args: Args) -> float:
+    """delta of a transition under the weights of now."""
     v, next_v = (forward(agent["value"]["weights"], nets["value"], s, args.layer_norm)[0][0]
                  for s in (state, next_state))
-    return (reward + args.gamma * counts * next_v - v).item()
+    return (reward + discount * next_v - v).item()
 
 
 def make_agent(args: Args, env: envs.StreamEnv) -> tuple[dict, dict[str, Net]]:
@@ -252,12 +250,9 @@ def main(args: Args) -> dict[str, float]:
         state = look(obs, last, learn=False)
         return to_env(choose(agent, nets, state, torch.zeros(d), args)), state
 
-    # go on, or evaluate
     begin(10_000 * args.seed)
-    learned = {"agent": agent}
-    parts = learned | {"env": env, "loop": loop}
-    if saved:
-        runtime.restore(learned if args.evaluate else parts, saved)
+    parts = {"agent": agent, "env": env, "loop": loop}
+    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
     if args.evaluate:
         return evaluator.report(act, saved["step"])
 
@@ -275,7 +270,9 @@ def main(args: Args) -> dict[str, float]:
         state, action = loop["state"], loop["action"]
         obs, reward, terminated, truncated, over = env.step(to_env(action))
         raw[:-3] = obs
-        raw[-3:] = reward, terminated or truncated, not (terminated or (truncated and not bootstrap))
+        raw[-3:] = reward, terminated or truncated, args.gamma
+        if terminated or (truncated and not bootstrap):  # what comes next has no value
+            raw[-1] = 0.0
         loop["return"] += reward
         loop["length"] += 1
         loop["state"], loop["action"], scaled, delta = learn(

@@ -156,14 +156,14 @@ def choose(agent: dict, nets: dict[str, Net], state: torch.Tensor, noise: torch.
 def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, action: torch.Tensor, row: torch.Tensor,
          noise: torch.Tensor, frames: int, args: Args) -> tuple[torch.Tensor, ...]:
     """Everything between two environment steps. `row` is what the environment returned, float64: observation, reward,
-    whether the episode ended, whether the next value counts. Learns from it, chooses the next action; returns next
-    state, next action, scaled reward, delta."""
-    obs, reward, ended, counts = row[:-3], row[-3:-2], row[-2:-1], row[-1:]
+    whether the episode ended, discount of the next value. Learns from it, chooses the next action; returns next state,
+    next action, scaled reward, delta."""
+    obs, reward, ended, discount = row[:-3], row[-3:-2], row[-2:-1], row[-1:]
     next_state = observe(agent["obs"], obs, state, frames, args.normalize_obs)
     reward = scale_reward(agent["reward"], reward, ended, args.gamma, args.scale_reward)
     next_action = choose(agent, nets, next_state, noise, args) if args.sarsa else None  # SARSA's update needs it
     delta, value, exploratory, step_value, trace_value = update(
-        agent, nets, state, action, next_state, next_action, reward, args.gamma * counts.float(), ended.float(), args)
+        agent, nets, state, action, next_state, next_action, reward, discount.float(), ended.float(), args)
     if not args.sarsa:
         next_action = choose(agent, nets, next_state, noise, args)
     agent["totals"].add_(torch.cat([x.float().view(1) for x in (
@@ -173,12 +173,12 @@ def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, action: torch.T
 
 
 def td_error(agent: dict, nets: dict[str, Net], state: torch.Tensor, action: torch.Tensor, next_state: torch.Tensor,
-             next_action: torch.Tensor, reward: torch.Tensor, counts: float, args: Args) -> float:
-    """delta of a transition under the weights of now; counts: whether the next value does, of next_action in SARSA."""
+             next_action: torch.Tensor, reward: torch.Tensor, discount: float, args: Args) -> float:
+    """delta of a transition under the weights of now; next_action counts in SARSA."""
     (q,), (next_q,) = (forward(agent["value"]["weights"], nets["value"], s, args.layer_norm)[0]
                        for s in (state, next_state))
     next_value = (next_q * next_action).sum() if args.sarsa else next_q.max()
-    return (reward + args.gamma * counts * next_value - (q * action).sum()).item()
+    return (reward + discount * next_value - (q * action).sum()).item()
 
 
 def make_agent(args: Args, env: envs.StreamEnv) -> tuple[dict, dict[str, Net]]:
@@ -241,12 +241,9 @@ def main(args: Args) -> dict[str, float]:
         state = look(obs, last, learn=False)
         return to_env(choose(agent, nets, state, torch.zeros(d), args)), state
 
-    # go on, or evaluate
     begin(10_000 * args.seed)
-    learned = {"agent": agent}
-    parts = learned | {"env": env, "loop": loop}
-    if saved:
-        runtime.restore(learned if args.evaluate else parts, saved)
+    parts = {"agent": agent, "env": env, "loop": loop}
+    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
     if args.evaluate:
         return evaluator.report(act, saved["step"])
 
@@ -264,7 +261,9 @@ def main(args: Args) -> dict[str, float]:
         state, action = loop["state"], loop["action"]
         obs, reward, terminated, truncated, over = env.step(to_env(action))
         raw[:-3] = obs
-        raw[-3:] = reward, terminated or truncated, not (terminated or (truncated and not bootstrap))
+        raw[-3:] = reward, terminated or truncated, args.gamma
+        if terminated or (truncated and not bootstrap):  # what comes next has no value
+            raw[-1] = 0.0
         loop["return"] += reward
         loop["length"] += 1
         loop["decision"] += 1

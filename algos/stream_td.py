@@ -117,24 +117,25 @@ def average(agent: dict, row: torch.Tensor, args: Args) -> torch.Tensor:
 
 
 def update(agent: dict, nets: dict[str, Net], state: torch.Tensor, next_state: torch.Tensor, reward: torch.Tensor,
-           args: Args) -> tuple[torch.Tensor, ...]:
-    """One transition, one step, in place; returns what is logged. A series never ends: every next value counts, and no
-    trace is cut. Reward: (1,)."""
+           discount: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
+    """One transition, one step, in place; returns what is logged. Reward and discount of the next value: (1,). A series
+    never ends: no trace is cut."""
     value, norm = agent["value"]["weights"], args.layer_norm
     (v,), value_cache = forward(value, nets["value"], state, norm)
     (next_v,), _ = forward(value, nets["value"], next_state, norm)
-    delta = reward + args.gamma * next_v - v  # (1,)
+    delta = reward + discount * next_v - v  # (1,)
     value_grad = backward(value, nets["value"], value_cache, [torch.full_like(v, -1.0)], norm)  # of -v
     return delta, v, *obgd(agent["value"], value_grad, delta, torch.zeros(1), args.kappa_value, args)
 
 
 def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, row: torch.Tensor, args: Args
          ) -> tuple[torch.Tensor, ...]:
-    """Everything between two rows. `row`, float64: the next row and the cumulant. Learns from it; returns next state,
-    the prediction made at `state` in units of the cumulant, scaled cumulant, delta."""
-    next_state = observe(agent["obs"], average(agent, row[:-1], args), None, 1, args.normalize_obs)
-    reward = scale_reward(agent["reward"], row[-1:], torch.zeros(1), args.gamma, args.scale_reward)
-    delta, v, step_value, trace_value = update(agent, nets, state, next_state, reward, args)
+    """Everything between two rows. `row`, float64: the next row, the cumulant, discount of the next value. Learns from
+    it; returns next state, the prediction made at `state` in units of the cumulant, scaled cumulant, delta."""
+    obs, reward, discount = row[:-2], row[-2:-1], row[-1:]
+    next_state = observe(agent["obs"], average(agent, obs, args), None, 1, args.normalize_obs)
+    reward = scale_reward(agent["reward"], reward, torch.zeros(1), args.gamma, args.scale_reward)
+    delta, v, step_value, trace_value = update(agent, nets, state, next_state, reward, discount.float(), args)
     scale = deviation(agent["reward"]) if args.scale_reward else torch.ones(1)
     agent["totals"].add_(torch.cat([x.float().view(1) for x in (
         delta.abs(), v, step_value, step_value < args.learning_rate, trace_value, scale)]))
@@ -142,20 +143,19 @@ def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, row: torch.Tens
 
 
 def td_error(agent: dict, nets: dict[str, Net], state: torch.Tensor, next_state: torch.Tensor, reward: torch.Tensor,
-             args: Args) -> float:
+             discount: float, args: Args) -> float:
     """delta of a transition under the weights of now."""
     v, next_v = (forward(agent["value"]["weights"], nets["value"], s, args.layer_norm)[0][0]
                  for s in (state, next_state))
-    return (reward + args.gamma * next_v - v).item()
+    return (reward + discount * next_v - v).item()
 
 
 def make_agent(args: Args, k: int) -> tuple[dict, dict[str, Net]]:
     """Fresh network, trace and statistics for rows of k numbers, and the shape of the network."""
     nets = {"value": make_net("vector", (k,), runtime.hidden_layers(args.hidden), [1])}
-    learners = {name: make_learner(net, args) for name, net in nets.items()}
-    return learners | {"obs": running_stats(k), "reward": reward_stats(), "totals": torch.zeros(len(SCALARS)),
-                       "rows": torch.zeros(1, dtype=torch.float64),
-                       "average": torch.zeros(k, dtype=torch.float64)}, nets
+    return {"value": make_learner(nets["value"], args), "obs": running_stats(k), "reward": reward_stats(),
+            "totals": torch.zeros(len(SCALARS)), "rows": torch.zeros(1, dtype=torch.float64),
+            "average": torch.zeros(k, dtype=torch.float64)}, nets
 
 
 def predict_untrained(agent: dict, nets: dict[str, Net], state: torch.Tensor, rows: np.ndarray, args: Args
@@ -182,16 +182,13 @@ def main(args: Args) -> dict[str, float]:
     first = average(agent, torch.from_numpy(series.rows[0]), args)
     loop = {"state": observe(agent["obs"], first, None, 1, args.normalize_obs), "overshoots": 0}
 
-    # go on, or evaluate
-    learned = {"agent": agent, "evaluator": evaluator}
-    parts = learned | {"loop": loop}
-    if saved:
-        runtime.restore(learned if args.evaluate else parts, saved)
+    parts = {"agent": agent, "evaluator": evaluator, "loop": loop}
+    runtime.restore(parts, saved, only=["agent", "evaluator"] if args.evaluate else None)
     if args.evaluate:
         return evaluator.report(saved["step"])
 
     # train
-    row = torch.zeros(series.rows.shape[1] + 1, dtype=torch.float64)
+    row = torch.zeros(series.rows.shape[1] + 2, dtype=torch.float64)
     raw = row.numpy()  # the same memory: assigning to it costs less than making a tensor
     learn = step
     if args.compile and runtime.can_compile(torch.device("cpu")):
@@ -202,11 +199,11 @@ def main(args: Args) -> dict[str, float]:
         run.log_evaluation(evaluator.score(0, n, predict_untrained(agent, nets, loop["state"], series.rows[1:n], args)))
     while run.advance(1):
         state, at = loop["state"], run.step - 1
-        raw[:-1] = series.rows[at + 1]
-        raw[-1] = series.target[at + args.lead]
+        raw[:-2] = series.rows[at + 1]
+        raw[-2:] = series.target[at + args.lead], args.gamma
         loop["state"], evaluator.predicted[at], scaled, delta = learn(agent, nets, state, row, args)
         if run.due(CHECK_EVERY):
-            after = td_error(agent, nets, state, loop["state"], scaled, args)
+            after = td_error(agent, nets, state, loop["state"], scaled, raw[-1], args)
             loop["overshoots"] += after * delta.item() < 0
 
         # log, evaluate, save
