@@ -33,6 +33,7 @@ import torch
 import envs
 import knowledge
 import runtime
+import streamnet
 from algos import ppo_kian as ppo
 from algos import sac, sac_kian, stream_ac
 from benchmarks import stream_autograd
@@ -156,25 +157,22 @@ class Stream:
     """stream_ac's functions in the order of its main(), without logging."""
 
     def __init__(self, impl: str):
-        self.impl, self.args = impl, (args := stream_ac.Args())
+        args = stream_ac.Args()
+        self.impl, self.args = impl, args
         torch.manual_seed(args.seed)
         self.env = envs.StreamEnv(args.env)
         self.agent, self.nets = stream_ac.make_agent(args, self.env)
-        self.n, self.low, self.high = self.env.shape[0], self.env.action_space.low, self.env.action_space.high
-        self.row = torch.zeros(self.n + 4, dtype=torch.float64)
-        self.begin(self.env.reset(seed=args.seed))
+        self.low, self.high = self.env.action_space.low, self.env.action_space.high
+        self.row = torch.zeros(self.env.size + 3, dtype=torch.float64)
+        self.begin(args.seed)
         self.learn = stream_ac.step if impl != "compiled" else compile_for(
-            stream_ac.step, stream_ac.COMPILED, self.agent, self.nets, self.state, self.action, self.row,
-            torch.zeros(len(self.low)), self.env.shape, 1, args)
+            stream_ac.step, streamnet.COMPILED, self.agent, self.nets, self.state, self.action, self.row,
+            torch.zeros(len(self.low)), 1, args)
 
-    def begin(self, obs: np.ndarray) -> None:
-        time = torch.tensor([self.env.time], dtype=torch.float64)
-        self.state = stream_ac.observe(self.agent["obs"], torch.from_numpy(obs), time, None, 1, self.args)
-        self.action = self.draw()
-
-    def draw(self) -> torch.Tensor:
-        noise = torch.randn(len(self.low))
-        return stream_ac.draw(self.agent["policy"]["weights"], self.nets[0], self.state, noise, self.args)
+    def begin(self, seed: int | None = None) -> None:
+        obs = torch.from_numpy(self.env.reset(seed))
+        self.state = streamnet.observe(self.agent["obs"], obs, None, 1, self.args.normalize_obs)
+        self.action = stream_ac.choose(self.agent, self.nets, self.state, torch.randn(len(self.low)), self.args)
 
     @torch.no_grad()
     def train(self, steps: int) -> None:
@@ -184,16 +182,15 @@ class Stream:
             self.loop(steps)
 
     def loop(self, steps: int) -> None:
-        raw, shape = self.row.numpy(), self.env.shape
+        raw = self.row.numpy()
         for _ in range(steps):
-            action = np.clip(self.action.numpy(), self.low, self.high)
-            obs, reward, terminated, truncated, over = self.env.step(action)
-            raw[:self.n] = obs
-            raw[self.n:] = self.env.time, reward, over, not over
+            obs, reward, _, _, over = self.env.step(np.clip(self.action.numpy(), self.low, self.high))
+            raw[:-3] = obs
+            raw[-3:] = reward, over, 0.0 if over else self.args.gamma
             self.state, self.action, *_ = self.learn(self.agent, self.nets, self.state, self.action, self.row,
-                                                     torch.randn(len(self.low)), shape, 1, self.args)
+                                                     torch.randn(len(self.low)), 1, self.args)
             if over:
-                self.begin(self.env.reset())
+                self.begin()
 
 
 class Grid:
