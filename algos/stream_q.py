@@ -39,7 +39,7 @@ CHECK_EVERY = 100  # steps between looks whether an update overshot its target
 @dataclass
 class Args:
     """Learn from every transition once, as it comes."""
-    # twin: run arguments
+    # run arguments
     env: str = "CartPole-v1"  # environment id: Gymnasium, MinAtar/..., ...NoFrameskip-v4; discrete actions
     seed: int = 1  # of all that is random: networks, environments, exploration
     total_timesteps: int = 500_000  # environment steps; with --resume: a new total
@@ -54,7 +54,6 @@ class Args:
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
-    # twin end
 
     # algorithm
     hidden: str = ""  # hidden layers, width x depth; empty: the paper's, of docs/stream.md (sizes)
@@ -260,10 +259,8 @@ def main(args: Args) -> dict[str, float]:
     while run.advance(1):
         state, action = loop["state"], loop["action"]
         obs, reward, terminated, truncated, over = env.step(to_env(action))
-        raw[:-3] = obs
-        raw[-3:] = reward, terminated or truncated, args.gamma
-        if terminated or (truncated and not bootstrap):  # what comes next has no value
-            raw[-1] = 0.0
+        discount = 0.0 if terminated or (truncated and not bootstrap) else args.gamma  # of the next value
+        raw[:-3], raw[-3], raw[-2], raw[-1] = obs, reward, terminated or truncated, discount
         loop["return"] += reward
         loop["length"] += 1
         loop["decision"] += 1

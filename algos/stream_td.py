@@ -37,7 +37,7 @@ CHECK_EVERY = 100  # steps between looks whether an update overshot its target
 @dataclass
 class Args:
     """Learn from every transition once, as it comes."""
-    # twin: run arguments
+    # run arguments
     env: str = "series/transformer"  # the generated series, or a CSV file whose last column is to be predicted
     seed: int = 1  # of all that is random: network, generated series
     total_timesteps: int = 68_000  # rows; with --resume: a new total
@@ -50,7 +50,6 @@ class Args:
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
-    # twin end
 
     # algorithm
     hidden: str = "128x2"  # hidden layers, width x depth
@@ -199,8 +198,7 @@ def main(args: Args) -> dict[str, float]:
         run.log_evaluation(evaluator.score(0, n, predict_untrained(agent, nets, loop["state"], series.rows[1:n], args)))
     while run.advance(1):
         state, at = loop["state"], run.step - 1
-        raw[:-2] = series.rows[at + 1]
-        raw[-2:] = series.target[at + args.lead], args.gamma
+        raw[:-2], raw[-2], raw[-1] = series.rows[at + 1], series.target[at + args.lead], args.gamma
         loop["state"], evaluator.predicted[at], scaled, delta = learn(agent, nets, state, row, args)
         if run.due(CHECK_EVERY):
             after = td_error(agent, nets, state, loop["state"], scaled, raw[-1], args)

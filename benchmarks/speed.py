@@ -185,8 +185,7 @@ class Stream:
         raw = self.row.numpy()
         for _ in range(steps):
             obs, reward, _, _, over = self.env.step(np.clip(self.action.numpy(), self.low, self.high))
-            raw[:-3] = obs
-            raw[-3:] = reward, over, 0.0 if over else self.args.gamma
+            raw[:-3], raw[-3], raw[-2], raw[-1] = obs, reward, over, 0.0 if over else self.args.gamma
             self.state, self.action, *_ = self.learn(self.agent, self.nets, self.state, self.action, self.row,
                                                      torch.randn(len(self.low)), 1, self.args)
             if over:
