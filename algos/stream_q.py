@@ -86,7 +86,7 @@ SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "e
 
 
 # twin: obgd
-def make_learner(net: Net, args: "Args") -> dict[str, torch.Tensor]:
+def make_learner(net: Net, args: Args) -> dict[str, torch.Tensor]:
     """What ObGD keeps of a network, flat (p,): weights, trace, and with --optimizer adaptive the second moments."""
     weights = sparse_init(net, args.sparsity)
     learner = {"weights": weights, "trace": torch.zeros_like(weights)}
@@ -96,7 +96,7 @@ def make_learner(net: Net, args: "Args") -> dict[str, torch.Tensor]:
 
 
 def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
-         args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
+         args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Overshooting-bounded descent on a flat network, in place; returns the step size and the L1 norm of the direction:
     of the trace, or with --optimizer adaptive of what its second moments make of it.
 

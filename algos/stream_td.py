@@ -75,7 +75,7 @@ SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "r
 
 
 # twin: obgd
-def make_learner(net: Net, args: "Args") -> dict[str, torch.Tensor]:
+def make_learner(net: Net, args: Args) -> dict[str, torch.Tensor]:
     """What ObGD keeps of a network, flat (p,): weights, trace, and with --optimizer adaptive the second moments."""
     weights = sparse_init(net, args.sparsity)
     learner = {"weights": weights, "trace": torch.zeros_like(weights)}
@@ -85,7 +85,7 @@ def make_learner(net: Net, args: "Args") -> dict[str, torch.Tensor]:
 
 
 def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
-         args: "Args") -> tuple[torch.Tensor, torch.Tensor]:
+         args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Overshooting-bounded descent on a flat network, in place; returns the step size and the L1 norm of the direction:
     of the trace, or with --optimizer adaptive of what its second moments make of it.
 
@@ -180,7 +180,6 @@ def main(args: Args) -> dict[str, float]:
     agent, nets = make_agent(args, series.rows.shape[1])
     first = average(agent, torch.from_numpy(series.rows[0]), args)
     loop = {"state": observe(agent["obs"], first, None, 1, args.normalize_obs), "overshoots": 0}
-
     parts = {"agent": agent, "evaluator": evaluator, "loop": loop}
     runtime.restore(parts, saved, only=["agent", "evaluator"] if args.evaluate else None)
     if args.evaluate:
