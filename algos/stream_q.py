@@ -39,7 +39,7 @@ CHECK_EVERY = 100  # steps between looks whether an update overshot its target
 @dataclass
 class Args:
     """Learn from every transition once, as it comes."""
-    # run arguments
+    # twin: run arguments
     env: str = "CartPole-v1"  # environment id: Gymnasium, MinAtar/..., ...NoFrameskip-v4; discrete actions
     seed: int = 1  # of all that is random: networks, environments, exploration
     total_timesteps: int = 500_000  # environment steps; with --resume: a new total
@@ -54,6 +54,7 @@ class Args:
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    # twin end
 
     # algorithm
     hidden: str = ""  # hidden layers, width x depth; empty: the paper's, of docs/stream.md (sizes)
@@ -85,7 +86,6 @@ SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "e
            "reward_scale")  # logged, means
 
 
-# twin: obgd
 def make_learner(net: Net, args: Args) -> dict[str, torch.Tensor]:
     """What ObGD keeps of a network, flat (p,): weights, trace, and with --optimizer adaptive the second moments."""
     weights = sparse_init(net, args.sparsity)
@@ -116,7 +116,6 @@ def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tens
     learner["weights"].sub_(step * delta * direction)
     learner["trace"].copy_(trace * (1 - cut))  # cut strictly after the update
     return step, size
-# twin end
 
 
 def epsilon(decision: int, exploration_steps: float, args: Args) -> float:

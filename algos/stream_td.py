@@ -37,7 +37,7 @@ CHECK_EVERY = 100  # steps between looks whether an update overshot its target
 @dataclass
 class Args:
     """Learn from every transition once, as it comes."""
-    # run arguments
+    # twin: run arguments
     env: str = "series/transformer"  # the generated series, or a CSV file whose last column is to be predicted
     seed: int = 1  # of all that is random: network, generated series
     total_timesteps: int = 68_000  # rows; with --resume: a new total
@@ -50,6 +50,7 @@ class Args:
     resume: str = ""  # run folder to continue exactly, with the arguments it has
     evaluate: str = ""  # run folder to evaluate; no training
     track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    # twin end
 
     # algorithm
     hidden: str = "128x2"  # hidden layers, width x depth
@@ -74,7 +75,6 @@ TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "obs_tr
 SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "reward_scale")  # logged, means
 
 
-# twin: obgd
 def make_learner(net: Net, args: Args) -> dict[str, torch.Tensor]:
     """What ObGD keeps of a network, flat (p,): weights, trace, and with --optimizer adaptive the second moments."""
     weights = sparse_init(net, args.sparsity)
@@ -105,7 +105,6 @@ def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tens
     learner["weights"].sub_(step * delta * direction)
     learner["trace"].copy_(trace * (1 - cut))  # cut strictly after the update
     return step, size
-# twin end
 
 
 def average(agent: dict, row: torch.Tensor, args: Args) -> torch.Tensor:

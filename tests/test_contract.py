@@ -42,6 +42,11 @@ SCRIPTS = [
            "selected/tasks.go_right return_solo return_gap", refuses="CartPole-v1", leaves="policy.pt2 inner.pt2"),
     Script("sac_kian", f"{POINT} --knowledge tests/tasks.py", "critic_loss actor_loss q alpha entropy attention/inner "
            "attention/tasks.approach selected/ key_norm/", refuses="CartPole-v1", leaves="policy.pt2 inner.pt2"),
+    Script("stream_ac", "--env Pendulum-v1 --no-time-feature --hidden 16x2", "abs_delta value entropy std step_policy "
+           "step_value capped_policy trace_value reward_scale overshoot return length", refuses="FrozenLake-v1"),
+    Script("stream_q", "--env CartPole-v1 --no-time-feature --hidden 16x2", "abs_delta value step_value exploratory "
+           "overshoot epsilon return length", refuses="Pendulum-v1"),
+    Script("stream_td", "--hidden 16x2", "abs_delta value step_value overshoot rmse true_std", leaves="", played=False),
     Script("td3", f"{POINT} --learning-starts 64 --updates-per-step 0.2", "critic_loss actor_loss q", refuses="CartPole-v1"),
 ]
 

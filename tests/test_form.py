@@ -22,6 +22,9 @@ TREE = {
     "sac": None,
     "sac_handover": ("sac_kian", {"Decision", "actor_loss", "decide", "make_agent", "update"}),
     "sac_kian": ("sac", {"Decision", "actor_loss", "critic_inputs", "decide", "draw_noise", "make_agent", "update"}),
+    "stream_ac": None,
+    "stream_q": ("stream_ac", {"choose", "make_agent", "policy", "step", "td_error", "update"}),
+    "stream_td": ("stream_ac", {"make_agent", "step", "update"}),
     "td3": ("ddpg", {"actor_loss", "critic_loss", "make_agent", "update"}),
 }
 HUNKS = 25  # a diff between parent and child has fewer
