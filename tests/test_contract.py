@@ -35,16 +35,31 @@ class Script(NamedTuple):
 
 
 POINT = "--env tests.tasks:Point-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
+DDPG = f"{POINT} --learning-starts 64 --updates-per-step 0.2"
+RULES = "--knowledge tests/tasks.py"
+PPO = "--num-envs 4 --num-steps 16 --batch-size 32"
+GRID = f"--env MiniGrid-DoorKey-5x5-v0 {PPO}"
+STREAM = "--hidden 16x1 --no-time-feature"
+LOSSES, SAC = "critic_loss actor_loss q", "critic_loss actor_loss q alpha entropy"
+OF_PPO, OF_STREAM = "policy_loss value_loss entropy approx_kl", "abs_delta value"
+BOTH = "policy.pt2 inner.pt2"
 SCRIPTS = [
-    Script("ddpg", f"{POINT} --learning-starts 64 --updates-per-step 0.2", "critic_loss actor_loss q", refuses="CartPole-v1"),
-    Script("sac", POINT, "critic_loss actor_loss q alpha entropy", refuses="CartPole-v1"),
-    Script("sac_handover", f"{POINT} --knowledge tests/tasks.py", "critic_loss actor_loss q alpha entropy attention/inner "
-           "selected/tasks.go_right return_solo return_gap", refuses="CartPole-v1", leaves="policy.pt2 inner.pt2"),
-    Script("sac_kian", f"{POINT} --knowledge tests/tasks.py", "critic_loss actor_loss q alpha entropy attention/inner "
-           "attention/tasks.approach selected/ key_norm/", refuses="CartPole-v1", leaves="policy.pt2 inner.pt2"),
-    Script("td3", f"{POINT} --learning-starts 64 --updates-per-step 0.2", "critic_loss actor_loss q", refuses="CartPole-v1"),
+    Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
+    Script("ppo", f"--env CartPole-v1 {PPO}", OF_PPO, refuses="Pendulum-v1"),
+    Script("ppo_a2t", GRID, OF_PPO, refuses="Pendulum-v1"),
+    Script("ppo_bc", GRID, OF_PPO, refuses="Pendulum-v1"),
+    Script("ppo_kian", GRID, f"{OF_PPO} attention/inner key_norm/", refuses="Pendulum-v1", leaves=BOTH),
+    Script("ppo_kogun", GRID, OF_PPO, refuses="Pendulum-v1"),
+    Script("sac", POINT, SAC, refuses="CartPole-v1"),
+    Script("sac_handover", f"{POINT} {RULES}", f"{SAC} attention/inner selected/tasks.go_right return_solo return_gap",
+           refuses="CartPole-v1", leaves=BOTH),
+    Script("sac_kian", f"{POINT} {RULES}", f"{SAC} attention/inner attention/tasks.approach selected/ key_norm/",
+           refuses="CartPole-v1", leaves=BOTH),
+    Script("stream_ac", f"--env Pendulum-v1 {STREAM}", f"{OF_STREAM} entropy"),
+    Script("stream_q", f"--env CartPole-v1 {STREAM}", OF_STREAM, refuses="Pendulum-v1"),
+    Script("stream_td", "--env series/transformer --hidden 16x1", OF_STREAM, leaves="", played=False),
+    Script("td3", DDPG, LOSSES, refuses="CartPole-v1"),
 ]
-
 BY_NAME = {script.name: script for script in SCRIPTS}
 STEPS = 512
 EVERY = ["--eval-every", "256", "--checkpoint-every", "256", "--device", "cpu", "--no-compile"]
@@ -294,7 +309,8 @@ def test_a_run_loses_nothing_by_signals(tmp_path):
     command(script, "--resume", str(folder), log_every=1000)
     command(script, *flags, log_every=1000)
     assert curves(folder) == curves(tmp_path / "uncut")
-    killed, ended, interrupted = (again["step"] for again in json.loads((folder / "config.json").read_text())["resumed"])
+    resumed = json.loads((folder / "config.json").read_text())["resumed"]
+    killed, ended, interrupted = (again["step"] for again in resumed)
     assert killed % 256 == 0 and ended % 256 > 0 and killed < ended < interrupted < 1536
 
 

@@ -255,7 +255,8 @@ def test_hindsight_learns_where_plain_replay_does_not(tmp_path):
 
 def test_policy_pt2_plays_as_the_run_was_scored(tmp_path):
     result = sac.main(sac.Args(env="Pendulum-v1", total_timesteps=400, num_envs=4, hidden="8x1", batch_size=32,
-                               compile=False, eval_every=0, eval_episodes=2, device="cpu", run_dir=str(tmp_path / "run")))
+                               compile=False, eval_every=0, eval_episodes=2, device="cpu",
+                               run_dir=str(tmp_path / "run")))
     program = torch.export.load(tmp_path / "run" / "policy.pt2").module()
     vec = envs.make_vec("Pendulum-v1", 2)
     again = envs.evaluate(lambda obs: vec.to_box(program(envs.to_tensors(obs)).numpy()), vec, 4, 10_000 + 5_000)
