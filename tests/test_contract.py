@@ -51,7 +51,7 @@ SCRIPTS = [
     Script("ppo_kian", GRID, f"{OF_PPO} attention/inner key_norm/", refuses="Pendulum-v1", leaves=BOTH),
     Script("ppo_kogun", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("sac", POINT, SAC, refuses="CartPole-v1"),
-    Script("sac_handover", f"{POINT} {RULES}", f"{SAC} attention/inner selected/tasks.go_right return_solo return_gap",
+    Script("sac_handover", f"{POINT} {RULES}", f"{SAC} attention/inner selected/tasks.go_right return_gap",
            refuses="CartPole-v1", leaves=BOTH),
     Script("sac_kian", f"{POINT} {RULES}", f"{SAC} attention/inner attention/tasks.approach selected/ key_norm/",
            refuses="CartPole-v1", leaves=BOTH),
@@ -126,22 +126,28 @@ def uncut(script, tmp_path_factory):
     return folder, result
 
 
-@pytest.fixture(scope="module")
-def cut(script, tmp_path_factory):
-    """A run that died later than at its last checkpoint."""
-    folder, save = tmp_path_factory.mktemp("runs") / "cut", runtime.Run.save_if_due
+def killed(at, script, folder, *more):
+    """A run that dies at step `at`, before it could save there."""
+    save = runtime.Run.save_if_due
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def save_or_die(run):
-        if run.step >= 3 * STEPS // 4:
+        if run.step >= at:
             raise Killed
         save(run)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.chdir(ROOT)
         patch.setattr(runtime.Run, "save_if_due", save_or_die)
-        command(script, *words(script, folder))
+        command(script, *words(script, folder), *more)
     for signum, handler in handlers.items():  # which a killed process has not either
         signal.signal(signum, handler)
+
+
+@pytest.fixture(scope="module")
+def cut(script, tmp_path_factory):
+    """A run that died later than at its last checkpoint."""
+    folder = tmp_path_factory.mktemp("runs") / "cut"
+    killed(3 * STEPS // 4, script, folder)
     return folder
 
 
@@ -163,7 +169,6 @@ def test_run_folder(script, uncut):
     names = {row["name"] for row in scalars}
     for expected in (*script.scalars.split(), "eval/return_mean", "eval/length_mean"):
         assert any(name == expected or expected.endswith("/") and name.startswith(expected) for name in names), expected
-    assert all(math.isfinite(float(row["value"])) for row in scalars if not row["name"].startswith("eval/"))
     config = json.loads((folder / "config.json").read_text())
     assert config["algo"] == script.name and config["args"]["total_timesteps"] == STEPS and config["versions"]["torch"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == int(last["step"])
@@ -191,7 +196,7 @@ def test_evaluate_plays_the_checkpoint_and_leaves_no_trace(script, cut, capsys):
 
 
 def test_another_seed_is_another_run(script, uncut, tmp_path):
-    command(script, *words(script, tmp_path / "run", STEPS // 2), "--seed", "2")
+    killed(STEPS // 2, script, tmp_path / "run", "--seed", "2")
     other, ours = curves(tmp_path / "run")[1], curves(uncut[0])[1]
     trained = [row for row in other if row["name"] == script.scalars.split()[0]]
     assert trained and not any(row in ours for row in trained)
