@@ -107,8 +107,9 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
     assert f"note: {script} has changed since this run began" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error, code, line", [(runtime.UserError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
-                                               (KeyboardInterrupt(), 130, "x: interrupted")])
+@pytest.mark.parametrize("error, code, line", [
+    (runtime.UserError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
+    (KeyboardInterrupt(), 130, "x: interrupted")])
 def test_one_line_and_an_exit_code(error, code, line, capsys):
     with pytest.raises(SystemExit) as end, runtime.exit_codes("x"):
         raise error
