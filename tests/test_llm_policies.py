@@ -11,8 +11,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_llm import KEY, Server
-from test_sandbox import pytestmark, without_seccomp  # noqa: F401  (skips where there is no seccomp)
 
 import envs
 import knowledge
@@ -21,6 +19,8 @@ from knowledge import KnowledgeError
 from llm import sandbox
 from llm import write_policies as wp
 from llm.sandbox import SandboxError
+from tests.test_llm import KEY, Server
+from tests.test_sandbox import pytestmark, without_seccomp  # noqa: F401  (skips where there is no seccomp)
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = {"ant": "Ant-v4", "fetch_pick_and_place": "FetchPickAndPlace-v4", "fetch_push": "FetchPush-v4",
@@ -241,6 +241,7 @@ def test_a_run_keeps_its_policies(tmp_path, capsys):
     shutil.copy(ROOT / "llm" / "policies" / "hopper.json", tmp_path / "mine.json")
     run, spec = tmp_path / "run", f"llm:{tmp_path / 'mine.json'}"
     run.mkdir()
+    (run / "config.json").write_text('{"args": {"env": "Hopper-v4"}}')
     knowledge.keep(spec, ["inner", *load(spec)], run)
     kept = json.loads((tmp_path / "mine.json").read_text())
     kept["policies"][0]["code"] = "def policy(obs):\n    return obs[:3]\n"
