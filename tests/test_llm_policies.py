@@ -195,7 +195,7 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize("spec, said", [
     ("llm:hoper", "known are ant, fetch_pick_and_place"), ("llm:none.py", "there is no file none.py"),
     ("llm:walker2d", "was written for Walker2d-v..., not for Hopper-v4"),
-    ("llm:bad.json", "none of llm.write_policies"), ("llm:evil.py", "import of os is not allowed"),
+    ("llm:bad.json", "not a file of llm.write_policies"), ("llm:evil.py", "import of os is not allowed"),
     ("llm:short.py", r"shape \(2,\)"),
     ("llm:raises.py", "ZeroDivisionError in line 2"), ("llm:", "there is no file"),
     ("llm:unused.json", "marks no policy as used")])
