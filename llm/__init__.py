@@ -1,0 +1,1 @@
+"""Language models as a source of knowledge: ask one, keep its answers, run the code that it wrote in a sandbox."""
