@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import tyro
 
-from algos import ppo_kian, sac_kian, stream_ac, stream_q, stream_td
+from algos import ppo, ppo_kian, sac_kian, stream_ac, stream_q, stream_td
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32", "--updates-per-step",
        "0.05", "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
 FEW_GRID = ["--total-timesteps", "256", "--num-envs", "2", "--num-steps", "64", "--batch-size", "64", "--eval-every",
             "0", "--eval-episodes", "2", "--video", "0"]
-WHOLE = {"sac_kian": (sac_kian, FEW), "ppo_kian": (ppo_kian, FEW_GRID)}  # script: (module, few steps)
+WHOLE = {"sac_kian": (sac_kian, FEW), "ppo_kian": (ppo_kian, FEW_GRID), "ppo": (ppo, FEW_GRID)}  # script: (module, few steps)
 FEW_STREAM = ["--total-timesteps", "300", "--hidden", "16x1", "--no-compile", "--eval-every", "0"]
 STREAMS = {"stream_ac": (stream_ac, [*FEW_STREAM, "--eval-episodes", "1"]),
            "stream_q": (stream_q, [*FEW_STREAM, "--eval-episodes", "1"]), "stream_td": (stream_td, FEW_STREAM)}
