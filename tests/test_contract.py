@@ -34,7 +34,7 @@ class Script(NamedTuple):
     played: bool = True  # whether there are episodes; else eval.csv has what the last rows of a series came to
 
 
-POINT = "--env tests.tasks:Point-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
+POINT = "--env tests.tasks:PointDense-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
 DDPG = f"{POINT} --learning-starts 64 --updates-per-step 0.2"
 RULES = "--knowledge tests/tasks.py"
 PPO = "--num-envs 4 --num-steps 16 --batch-size 32"
@@ -76,8 +76,8 @@ def words(script, folder, steps=STEPS):
     return [*script.flags.split(), *EVERY, *played, "--total-timesteps", str(steps), "--run-dir", str(folder)]
 
 
-def command(script, *words, log_every=128):
-    """What `python algos/<name>.py <words>` does, in this process, with scalars at every 128 steps."""
+def command(script, *words, log_every=96):
+    """What `python algos/<name>.py <words>` does, in this process, with scalars at every 96 steps."""
     module = import_module(f"algos.{script.name}")
     with pytest.MonkeyPatch.context() as patch, runtime.exit_codes(module.ALGO):
         patch.setattr(module, "LOG_EVERY", log_every)
@@ -168,7 +168,7 @@ def test_run_folder(script, uncut):
     assert result.keys() == set(runtime.EVALUATION)
     names = {row["name"] for row in scalars}
     for expected in (*script.scalars.split(), "eval/return_mean", "eval/length_mean"):
-        assert any(name == expected or expected.endswith("/") and name.startswith(expected) for name in names), expected
+        assert any(name == expected or expected[-1] == "/" and name.startswith(expected) for name in names), expected
     config = json.loads((folder / "config.json").read_text())
     assert config["algo"] == script.name and config["args"]["total_timesteps"] == STEPS and config["versions"]["torch"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == int(last["step"])

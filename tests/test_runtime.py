@@ -77,6 +77,7 @@ def test_ranges():
     for name, values in (("her_goals", [0]), ("gamma", [0.0, 1.0]), ("eval_every", [0]), ("seed", [0, 2 ** 63 - 1])):
         for value in values:
             runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
+    assert torch.initial_seed() == 2 ** 63 - 1  # the last one: `checked` seeds torch
     for name, values in (("gamma", [1.01]), ("num_envs", [0]), ("seed", [2 ** 63]), ("her_goals", [float("inf")]),
                          ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1])):
         for value in values:
