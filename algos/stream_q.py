@@ -213,6 +213,7 @@ def main(args: Args) -> dict[str, float]:
     bootstrap = args.bootstrap_on_truncation == "on" or (args.bootstrap_on_truncation == "auto" and env.kind == "atari")
     agent, nets = make_agent(args, env)
     d = int(env.action_space.n)
+    # exploration is planned once: a run that is given more steps goes on with epsilon_end
     loop = {"overshoots": 0, "decision": 1, "exploration_steps": args.exploration_fraction * args.total_timesteps}
 
     def draw_noise() -> torch.Tensor:
