@@ -105,13 +105,21 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     """
     if kept_in:
         _check_kept(spec, Path(kept_in))
-        env_id = json.loads(Path(kept_in, "config.json").read_text())["args"]["env"]
+        env_id = _trained_in(Path(kept_in)) or env_id
     policies = _load(spec, env_id, action_dim, example, lowest, kept_in)
     if kept_in:
         _check_names(policies, Path(kept_in))
     elif policies:
         print(f"knowledge: {', '.join(policies)}", file=sys.stderr)
     return policies
+
+
+def _trained_in(folder: Path) -> str:
+    """The environment id of a run; empty where its config.json does not say."""
+    try:
+        return json.loads((folder / "config.json").read_text())["args"]["env"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _check_names(policies: dict[str, Policy], folder: Path) -> None:

@@ -31,13 +31,13 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
 
 
 def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys):
-    """Variants are named by actor, knowledge and changed flags; a run replaces its rows, but no longer one's; a cut one
+    """Variants are named by script, knowledge and changed flags; a run replaces its rows, but no longer one's; a cut one
     is said to be cut."""
     shutil.copytree(ROOT / "algos", tmp_path / "algos")
     monkeypatch.setattr(curves, "RESULTS", tmp_path / "benchmarks" / "results")
     usual = curves.defaults("sac_kian") | {"env": "FetchPush-v2", "total_timesteps": 1000}
-    for k, changed in enumerate([{}, {"actor": "plain", "practice": 0.0}, {"knowledge": "fetch.official", "seed": 2},
-                                 {"gamma": 0.9, "eval_every": 7, "gone": 5, "warm": "keys"}]):
+    for k, changed in enumerate([{}, {"knowledge": "none"}, {"knowledge": "fetch.official", "seed": 2},
+                                 {"gamma": 0.9, "eval_every": 7, "gone": 5}]):
         run = tmp_path / f"run{k}" / "MinAtar"  # runs may lie deeper
         run.mkdir(parents=True)
         config = {"algo": "sac_kian", "args": usual | changed, "commit": "c", "cpu": "x"}
@@ -49,26 +49,25 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     curves.gather(folders)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"skipped, no run: {folders[-1]}"
-    assert "unfinished" not in said[1] and said[2].endswith("plain, seed 1; unfinished, 999 of 1000 steps")
+    assert "unfinished" not in said[1] and said[2].endswith("sac_kian none, seed 1; unfinished, 999 of 1000 steps")
     found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate")
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
-        "kian": [(1, [0, 1000], [0.1, 0.0])], "plain": [(1, [0, 999], [0.1, 0.1])],
-        "kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "kian --gamma 0.9 --gone 5": [(1, [0, 997], [0.1, 0.3])]}
-    assert said[-2].endswith("kian, seed 1; replaces a run of c")
-    assert said[-1] == "note: rows of plain in FetchPush-v2.csv differ in commit: c, d"
+        "sac_kian": [(1, [0, 1000], [0.1, 0.0])], "sac_kian --gamma 0.9 --gone 5": [(1, [0, 997], [0.1, 0.3])],
+        "sac_kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "sac_kian none": [(1, [0, 999], [0.1, 0.1])]}
+    assert said[-2].endswith("sac_kian, seed 1; replaces a run of c")
+    assert said[-1] == "note: rows of sac_kian none in FetchPush-v2.csv differ in commit: c, d"
     assert [seeds[0].cut for seeds in found.values()] == [False, True, True, True]
-    assert found["kian"][0].commits == {"c"} and found["plain"][0].commits == {"c", "d"}  # nothing is left of b's
+    assert found["sac_kian"][0].commits == {"c"} and found["sac_kian none"][0].commits == {"c", "d"}  # nothing is left of b's
     (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
     curves.gather(folders[1:2])  # a smoke run by the same name
-    assert "kept, longer: plain, seed 1 of FetchPush-v2.csv has 999 steps" in capsys.readouterr().out
+    assert "kept, longer: sac_kian none, seed 1 of FetchPush-v2.csv has 999 steps" in capsys.readouterr().out
     assert curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate") == found
-    script = (tmp_path / "algos" / "sac_kian.py").read_text()  # a flag of a fork: plain runs differ in it, too
-    field = '    warm: Literal["keys", "keys+query", "all"]'
+    script = (tmp_path / "algos" / "sac_kian.py").read_text()  # a flag of a fork
+    field = '    init_from: str = ""'
     assert field in script
     (tmp_path / "algos" / "sac_kian.py").write_text(script.replace(field, f"    norm: bool = True  # new\n{field}"))
-    for changed, name in (({"actor": "plain", "norm": False}, "plain --no-norm"),
-                          ({"actor": "plain", "eval_select": "argmax"}, "plain --eval-select argmax"),
-                          ({"init_from": "a/RUN", "warm": "keys"}, "kian --init-from RUN --warm keys")):
+    for changed, name in (({"knowledge": "none", "norm": False}, "sac_kian none --no-norm"),
+                          ({"init_from": "a/RUN", "tau": 0.1}, "sac_kian --init-from RUN --tau 0.1")):
         assert curves.variant({"algo": "sac_kian", "args": usual | changed}) == name
     capsys.readouterr()
     curves.gather(folders[:1])
@@ -79,7 +78,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
         curves.gather(folders[:1])
     (tmp_path / "algos" / "sac_kian.py").write_text(script)
     curves.gather(folders[1:2], into="side")
-    assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian plain"]
+    assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian none"]
 
 
 def test_online_returns_are_means_of_episodes_and_keep_divergence(tmp_path):
@@ -106,14 +105,14 @@ def test_summary_of_hand_made_curves(tmp_path):
             ("kian", 2, 20_000, 60, 0.5, 0), ("kian", 2, 50_000, 150, 0.9, 0),
             ("plain", 1, 0, 0, 0.0, 0), ("plain", 1, 5000, 10, 0.12, 0), ("plain", 1, 20_000, 40, 0.6, 0)]
     variants = curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate")
-    head, (kian, plain) = report.summarise(variants, report.Reading("success_rate", 0.9))
+    head, (kian, plain) = report.summarise(variants, report.Reading("success_rate", 0.9, "plain"))
     assert head == ["", "seeds", "steps to 0.9, median (range)", "minutes, median", "success at 5k", "success at 20k",
                     "mean up to 20k", "P(above plain)", "last (at step)", "worst seed", "code"]
     assert kian == ["kian", "2", "35k (20k to 50k)", "1.8", "0.20", "0.70", "0.37", "0.50", "0.95 (50k)", "0.90", "abc"]
     assert plain == ["plain", "1", "not reached", "", "0.12", "0.60", "0.28", "", "0.60 (20k)", "0.60", "abc"]
     short = rows + [("peer", 1, 0, 0, 0.0, 0), ("peer", 1, 6000, 99, 0.2, 0)]  # shortens nobody, claims nothing
     _, (_, peer, _) = (same := report.summarise(curves.load_curves(write(tmp_path / "x.csv", short), "success_rate"),
-                                                report.Reading("success_rate", 0.9)))
+                                                report.Reading("success_rate", 0.9, "plain")))
     assert same[0] == head and same[1][0] == kian
     assert peer == ["peer", "1", "not reached", "", "0.17", "", "", "", "0.20 (6k)", "0.20", "abc"]
     plain, = variants["plain"]
@@ -121,7 +120,7 @@ def test_summary_of_hand_made_curves(tmp_path):
     assert report.summarise(variants, report.Reading())[1][1][1] == "1 (1 unfinished)"
     rows += [("kian --gamma 2.0", 1, 0, 0, 0.1, 0), ("kian --gamma 2.0", 1, 20_000, 9, "nan", "nan")]  # diverged
     _, (_, wild, _) = report.summarise(curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate"),
-                                       report.Reading("success_rate", 0.9))
+                                       report.Reading("success_rate", 0.9, "plain"))
     assert wild == ["kian --gamma 2.0", "1", "not reached", "", *["nan"] * 3, "0.00", "nan (20k)", "nan", "abc"]
 
 
@@ -133,13 +132,14 @@ def returns(tmp_path: Path, env: str, last: int) -> Path:
         for seed in (1, 2, 3) for step in (0, last // 2 // 2048 * 2048, last)])
 
 
-def test_a_method_that_is_judged_by_returns(tmp_path):
+def test_a_method_that_is_judged_by_returns(tmp_path, monkeypatch):
     """Nothing is about success, or about a threshold where there is none; environments with other budgets together."""
     files = [returns(tmp_path, "Maze", 99_000), returns(tmp_path, "Door", 400_000)]
     with pytest.raises(ValueError, match="Maze.csv has no success_rate"):
         curves.load_curves(files[0], "success_rate")
     environments = {path.stem: curves.load_curves(path, "return_mean") for path in files}
-    assert report.reading("new", "Maze") == report.Reading("return_mean", None, "plain", (), False, "none given")
+    assert report.reading("new", "Maze") == report.Reading("return_mean", None, "", (), False, "none given")
+    monkeypatch.setattr(report, "reading", lambda algo, env="": report.Reading(baseline="plain"))
     head, rows = report.summarise(environments["Maze"], report.reading("new", "Maze"))
     assert head == ["", "seeds", "return at 99k", "mean up to 99k", "P(above plain)",
                     "worst seed", "code"]
@@ -169,8 +169,9 @@ def test_what_does_not_learn_holds_for_the_budget_of_the_others(tmp_path):
 def test_page_in_a_browser(tmp_path):
     """The script inside draws every curve, those of runs that diverged aside, pointing gives values, the address
     filters, and nothing is fetched."""
-    results = {"sac_kian": {p.stem: curves.load_curves(p, "success_rate")
-                            for p in sorted((curves.RESULTS / "sac_kian").glob("*.csv"))},
+    results = {"sac_kian": {p.stem: curves.load_curves(p, "success_rate") | curves.load_curves(
+        curves.RESULTS / "sac_handover" / p.name, "success_rate")
+        for p in sorted((curves.RESULTS / "sac").glob("*.csv"))},
                "new": {env: curves.load_curves(returns(tmp_path, env, 99_000), "return_mean")
                        for env in ("Maze", "Door")},
                "stream_ac": {"HalfCheetah-v4": curves.load_curves(curves.RESULTS / "stream_ac" / "HalfCheetah-v4.csv",
@@ -180,7 +181,7 @@ def test_page_in_a_browser(tmp_path):
     assert set(re.findall(r"https?://[^\"]*", html)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert all(source.startswith("`data:") for source in re.findall(r"\b(?:src|href)\b\W+?([`'\"].{5})", html))
     point = """<script>document.querySelector("circle").dispatchEvent(new MouseEvent("mouseenter"));
-        document.querySelector("[data-box=plain]").click()</script></html>"""
+        document.querySelector("[data-box=sac]").click()</script></html>"""
     (tmp_path / "report.html").write_text(html.replace("</html>", point))
 
     def dom(fragment: str = "") -> str:
@@ -200,10 +201,10 @@ def test_page_in_a_browser(tmp_path):
             name, (first, *_) = next(iter(variants.items()))
             assert f"{name}\n{first.steps[0]} steps" in section  # what pointing there shows
             assert "NaN" not in section and "undefined" not in section
-            for other in variants:  # plain was unticked, in every environment
+            for other in variants:  # sac was unticked, in every environment
                 shown = section.split(f'<g data-name="{other}"')[1].split(">")[0]
-                assert ("display: none" in shown) == (other == "plain")
+                assert ("display: none" in shown) == (other == "sac")
     tip = everything.split('id="tip"')[1].split("</div>")[0]
-    assert "hidden" not in tip and "kian\n0 steps\nsuccess 0." in tip
+    assert "hidden" not in tip and "sac\n0 steps\nsuccess 0." in tip
     shown = [part.split(">")[0] for part in push.split("<section")[1:]]
     assert [s for s in shown if "hidden" not in s] == [s for s in shown if 'data-env="FetchPush-v2"' in s] != []

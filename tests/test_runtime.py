@@ -98,7 +98,7 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
     script.parent.mkdir()
     script.write_text("first")
     assert runtime.run.describe_machine()["commit"].endswith("-dirty")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
     sac.main(sac.Args(**SMALL, run_dir=str(tmp_path / "run")))
     kept = tmp_path / "run" / "algos-sac.py"
     assert kept.read_text() == "first" and "note" not in capsys.readouterr().err
