@@ -31,8 +31,8 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
 
 
 def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys):
-    """Variants are named by script, knowledge and changed flags; a run replaces its rows, but no longer one's; a cut one
-    is said to be cut."""
+    """Variants are named by script, knowledge and changed flags; a run replaces its rows, but no longer one's; a cut
+    one is said to be cut."""
     shutil.copytree(ROOT / "algos", tmp_path / "algos")
     monkeypatch.setattr(curves, "RESULTS", tmp_path / "benchmarks" / "results")
     usual = curves.defaults("sac_kian") | {"env": "FetchPush-v2", "total_timesteps": 1000}
@@ -57,7 +57,8 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert said[-2].endswith("sac_kian, seed 1; replaces a run of c")
     assert said[-1] == "note: rows of sac_kian none in FetchPush-v2.csv differ in commit: c, d"
     assert [seeds[0].cut for seeds in found.values()] == [False, True, True, True]
-    assert found["sac_kian"][0].commits == {"c"} and found["sac_kian none"][0].commits == {"c", "d"}  # nothing is left of b's
+    assert found["sac_kian"][0].commits == {"c"}
+    assert found["sac_kian none"][0].commits == {"c", "d"}  # nothing is left of b's
     (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
     curves.gather(folders[1:2])  # a smoke run by the same name
     assert "kept, longer: sac_kian none, seed 1 of FetchPush-v2.csv has 999 steps" in capsys.readouterr().out
