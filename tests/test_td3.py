@@ -7,8 +7,8 @@ import torch
 from algos import ddpg, td3
 from buffers import Batch
 
-# One number of state and action: mu(s) = tanh(.9 s), Q(s, a) = .4 s + 1.1 a - .2 s a is not linear in (s, a), so critics
-# here are linear, Q(s, a) = .4 s + 1.1 a, and those of targets Q'(s, a) = .5 s + a with mu'(s) = tanh(.8 s).
+# One number of state and action: mu(s) = tanh(.9 s), Q(s, a) = .4 s + 1.1 a; of the targets mu'(s) = tanh(.8 s) and
+# Q'(s, a) = .5 s + a.
 OBS, ACTION = torch.tensor([[0.2], [1.5]]), torch.tensor([[0.3], [-0.6]])
 REWARD, NEXT, END = torch.tensor([[0.5], [-1.0]]), torch.tensor([[1.0], [-0.5]]), torch.tensor([[0.0], [1.0]])
 BATCH = Batch(OBS, ACTION, REWARD, END, NEXT)
@@ -36,11 +36,11 @@ def test_ddpg_losses():
     y = [0.5 + 0.99 * (0.5 + math.tanh(0.8)), -1.0]
     assert scalars["target_q"].item() == pytest.approx(sum(y) / 2, abs=1e-6)
     assert scalars["critic_loss"].item() == pytest.approx(((0.41 - y[0]) ** 2 + (-0.06 - y[1]) ** 2) / 2, abs=1e-6)
-    step = 3e-4  # Adam's first step is the learning rate, against the sign of the gradient: Q_0 is too low, Q_1 too high
+    step = 3e-4  # Adam's first step is the learning rate, against the gradient's sign: Q_0 is too low, Q_1 too high
     weight = agent["critic"]["q.0.weight"].squeeze(1).tolist()
     assert weight == pytest.approx([0.4 - step, 1.1 + step], abs=1e-6)
     bias = agent["critic"]["q.0.bias"].item()
-    loss = -sum(weight[0] * s + weight[1] * math.tanh(0.9 * s) + bias for s in (0.2, 1.5)) / 2  # after the critic's step
+    loss = -sum(weight[0] * s + weight[1] * math.tanh(0.9 * s) + bias for s in (0.2, 1.5)) / 2
     assert scalars["actor_loss"].item() == pytest.approx(loss, abs=1e-6)
     assert agent["actor"]["actor.0.weight"].item() == pytest.approx(0.9 + step, abs=1e-6)  # Q grows with the action
     assert agent["target"]["actor.0.weight"].item() == pytest.approx(0.8 + 0.005 * (0.9 + step - 0.8), abs=1e-6)
