@@ -45,6 +45,8 @@ OF_PPO, OF_STREAM = "policy_loss value_loss entropy approx_kl", "abs_delta value
 BOTH = "policy.pt2 inner.pt2"
 SCRIPTS = [
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
+    Script("lesr", f"--env Pendulum-v1 {DDPG.split(' ', 2)[2]} --features tests/features.py", LOSSES,
+           refuses="CartPole-v1"),
     Script("ppo", f"--env CartPole-v1 {PPO}", OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_a2t", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_bc", GRID, OF_PPO, refuses="Pendulum-v1"),

@@ -19,6 +19,7 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # says algos/README.md, by its diff commands
 CHANGED = {
     "ddpg": {"actor_loss", "critic_loss", "decide", "make_agent", "update"},
+    "lesr": set(),
     "ppo_a2t": {"Agent", "Output", "ppo_loss"},
     "ppo_bc": {"Agent", "ppo_loss"},
     "ppo_kian": {"Agent", "Output", "ppo_loss"},
