@@ -167,7 +167,7 @@ class Client:
         if self.args.mode != "off" and key in self.recorded:
             return _reply(self.recorded[key])
         if self.args.mode == "replay":
-            last = " ".join(messages[-1]["content"].split())[:200]
+            last = _short(messages[-1]["content"], 200)
             raise UserError(f"not recorded for model {self.args.model} in {self.file}: {key[:16]}, \"{last}\"; record "
                             "it with --mode record --model NAME --base-url URL")
         with self._lock:
@@ -219,11 +219,14 @@ class Client:
                 said = self._connection.chat.completions.create(
                     model=self.args.model, messages=messages, temperature=self.args.temperature,
                     **{self._limit: self.args.max_tokens}, extra_body=extra)
-                text = said.choices[0].message.content if said.choices else None
+                if isinstance(said, str):
+                    raise UserError(f"{self.server} is no chat completions server, it answers '{_short(said)}'; "
+                                    "--base-url mostly ends in /v1")
+                text, finish_reason = _said(said)
                 if text:
                     usage = said.usage.model_dump(exclude_none=True) if said.usage else {}
-                    return {"answer": text, "finish_reason": said.choices[0].finish_reason, "usage": usage,
-                            "reported_model": said.model}
+                    return {"answer": text, "finish_reason": finish_reason, "usage": usage,
+                            "reported_model": said.model or self.args.model}
                 reason = "an answer without text"
             except openai.BadRequestError as error:
                 if "max_completion_tokens" not in str(error) or self._limit == "max_completion_tokens":
@@ -253,7 +256,19 @@ class Client:
         """One line, in which no key can be read."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        return " ".join(text.split())[:500]
+        return _short(text, 500)
+
+
+def _said(completion: Any) -> tuple[str | None, str | None]:
+    """Text and finish_reason of an answer, None where it has none: not every server keeps to the form."""
+    try:
+        return completion.choices[0].message.content, completion.choices[0].finish_reason
+    except (AttributeError, TypeError, IndexError):
+        return None, None
+
+
+def _short(text: str, length: int = 60) -> str:
+    return " ".join(text.split())[:length]
 
 
 def _reply(record: dict[str, Any]) -> Reply:

@@ -111,8 +111,8 @@ def test_no_rows(honest):
 
 
 def test_code_in_takes_the_last_block_that_defines_it():
-    reply = "Try\n```python\ndef policy(obs):\n    return 1\n```\nor better\n```py\ndef policy(obs):\n    return 2\n```\n" \
-            "used so:\n```\npolicy(obs)\n```\n"
+    reply = ("Try\n```python\ndef policy(obs):\n    return 1\n```\nor better\n```py\ndef policy(obs):\n    return 2\n"
+             "```\nused so:\n```\npolicy(obs)\n```\n")
     assert code_in(reply, ["policy"]) == "def policy(obs):\n    return 2\n"
     assert code_in("def policy(obs):\n    return 3", ["policy"]) == "def policy(obs):\n    return 3\n"
     for bad in ["I cannot.", "```python\ndef policy(obs):\n    return np.cli", "```\nx = 1\n```", ""]:
