@@ -6,6 +6,7 @@
     chat.estimate([messages] * 5)                     # one line: calls, tokens; raises UserError above --max-calls
     reply = chat.ask(messages, sample=0)              # Reply(text, truncated, source, model, key)
     for reply in chat.ask_all(conversations): ...     # in order, --workers at a time
+    chat.write_by_hand(messages, answer, sample)      # what a person wrote, for the tests and for examples
     code, messages = chat.ask_for(messages, parse)    # parse(text) -> code; its ValueError is told to the model
 
 Modes: `replay` (default) answers from the recordings, with no key and no network, and a question that was never asked
@@ -37,6 +38,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from errors import UserError
+from llm.sandbox import SandboxUnavailable
 
 HANDWRITTEN = "handwritten"  # the model and the source of answers that a person wrote
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -85,6 +87,10 @@ def key_of(model: str, messages: list[Message], params: dict[str, Any]) -> str:
     question = {"messages": messages, "model": model, "params": params}
     text = json.dumps(question, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+class Unusable(UserError):
+    """The model answered, and none of its answers has the form that was asked for."""
 
 
 class Client:
@@ -176,13 +182,23 @@ class Client:
                 raise UserError(f"--max-calls {self.args.max_calls} are used up{kept}: raise it and run the same again")
             self.calls += 1
         record = {"key": key, "source": "api", "model": self.args.model, "server": self.server,
-                  "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "messages": messages, "params": params,
-                  **self._call(messages, extra)}
+                  "time": _now(), "messages": messages, "params": params, **self._call(messages, extra)}
         if self.args.mode == "record":
             with self._lock:
                 append(self.file, record)
                 self.recorded[key] = record
         return _reply(record)
+
+    def write_by_hand(self, messages: list[Message], answer: str, sample: int = 0, extra: dict | None = None) -> None:
+        """Record what a person answers in the place of a model, for this client's model `handwritten`."""
+        if self.args.model != HANDWRITTEN:
+            raise UserError(f"an answer of {self.args.model} is not written by hand; the model has to be {HANDWRITTEN}")
+        params = self._params(sample, extra)
+        record = {"key": key_of(HANDWRITTEN, messages, params), "source": HANDWRITTEN, "model": HANDWRITTEN,
+                  "time": _now(), "messages": messages, "params": params, "answer": answer}
+        with self._lock:
+            append(self.file, record)
+            self.recorded[record["key"]] = record
 
     def ask_all(self, conversations: list[list[Message]], extra: dict | None = None) -> Iterator[Reply]:
         """The answers to many conversations (sample 0 each), in their order, `--workers` calls at a time. The first
@@ -199,16 +215,19 @@ class Client:
     def ask_for(self, messages: list[Message], parse: Callable[[str], T], tries: int = 3, sample: int = 0,
                 extra: dict | None = None) -> tuple[T, list[Message]]:
         """What `parse` makes of the answer, and the conversation with the answer at its end. Where it raises ValueError
-        the model is told what was wrong and asked again. Raises UserError, with the last reason, after `tries`."""
+        the model is told what was wrong and asked again. Raises Unusable, with the last reason, after `tries`; other
+        errors, of `ask` and of a machine without sandbox, go through."""
         for attempt in range(tries):
             reply = self.ask(messages, sample, extra)
             messages = [*messages, {"role": "assistant", "content": reply.text}]
             try:
                 return parse(reply.text), messages
+            except SandboxUnavailable:
+                raise
             except ValueError as error:
                 reason = f"{error}" + (f"; it was cut after {self.args.max_tokens} tokens" if reply.truncated else "")
                 messages = [*messages, {"role": "user", "content": prompt("again", reason=reason)}]
-        raise UserError(f"{self.args.model} gave no usable answer in {tries} tries: {reason}")
+        raise Unusable(f"{self.args.model} gave no usable answer in {tries} tries: {reason}")
 
     def _call(self, messages: list[Message], extra: dict | None) -> dict[str, Any]:
         """Ask the server, and again while it says that it is busy; the entries of the recording that come from it."""
@@ -269,6 +288,10 @@ def _said(completion: Any) -> tuple[str | None, str | None]:
 
 def _short(text: str, length: int = 60) -> str:
     return " ".join(text.split())[:length]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _reply(record: dict[str, Any]) -> Reply:

@@ -18,7 +18,7 @@ dict `info` of numbers: `explain` gives it for one row, `call` drops it. Used as
 A row whose call raises, or gives another shape or a number that is not finite, is NaN; `box.error` then says what
 happened in the first of them, fit for the model to read, and `box.failed` of `box.rows` counts them since the start.
 SandboxError is raised where the process is lost: out of time, out of memory, an answer that is none. The next call
-starts it again.
+starts it again. SandboxUnavailable, one of them, means that the machine is the reason, not the code.
 
 What holds the code: a static check (a list of what is allowed), then a process that has no environment variables, at
 most 1 GiB of memory, `seconds` per 1,024 rows, and, on Linux, a seccomp filter set after numpy is imported: it may
@@ -61,6 +61,10 @@ Arrays = np.ndarray | dict[str, np.ndarray]
 
 class SandboxError(UserError):
     """Generated code that cannot be used; the message is one line."""
+
+
+class SandboxUnavailable(SandboxError):
+    """This machine cannot shut code in, whatever the code is: no reason to tell the model."""
 
 
 # ---- static check: what is not listed is refused -----------------------------------------------------------------
@@ -264,7 +268,7 @@ class Sandbox:
     def _start(self) -> None:
         """Start the process, let it shut itself in, and give it the code."""
         if not hasattr(select, "poll"):
-            raise SandboxError("generated code runs on Linux and macOS alone; use rules, or a .py file of your own")
+            raise SandboxUnavailable("generated code runs on Linux and macOS alone; use rules, or a file of your own")
         keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         serve = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from llm.sandbox import serve; serve({self.memory})"
@@ -273,10 +277,14 @@ class Sandbox:
             stderr=subprocess.DEVNULL, env=keep | quiet, cwd=os.sep, bufsize=0)
         for pipe in (self._process.stdin, self._process.stdout):
             os.set_blocking(pipe.fileno(), False)
-        _, missing = self._answer(0, (), time.monotonic() + START_SECONDS)
+        try:
+            _, missing = self._answer(0, (), time.monotonic() + START_SECONDS)
+        except SandboxError:
+            raise SandboxUnavailable("the process for generated code does not start; python -m llm.sandbox says why"
+                                     ) from None
         if missing and not self.allowed:
             self.close()
-            raise SandboxError(f"generated code is refused: {_printable(missing)}, so that files, network and "
+            raise SandboxUnavailable(f"generated code is refused: {_printable(missing)}, so that files, network and "
                                "processes are not blocked; read the code, then set ALLOW_GENERATED_CODE=1")
         load = {"source": self.source, "functions": self.functions, "seconds": self.seconds}
         _, text = self._exchange(load, b"", 0, ())
@@ -550,3 +558,7 @@ def _shut_in(memory: int) -> str:
         except OSError as error:
             missing = f"this machine's kernel takes no seccomp filter ({error})"
     return missing
+
+
+if __name__ == "__main__":  # python -m llm.sandbox: is this machine able to shut code in?
+    print(_shut_in(2**30) or "files, network and processes are blocked for generated code")

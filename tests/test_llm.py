@@ -329,10 +329,11 @@ def test_recordings_that_are_none(tmp_path, line, said):
 
 
 def test_what_a_person_wrote_is_said_to_be_so(tmp_path):
-    client.append(tmp_path / "a.jsonl", recorded("handwritten", "handwritten"))
-    args = Args()
-    found = client.read(tmp_path / "a.jsonl")[key_of("handwritten", HELLO, {"sample": 0})]
-    assert args.model == "handwritten" and found["source"] == "handwritten"
+    Client(Args(), tmp_path / "a.jsonl").write_by_hand(HELLO, "yes", sample=3)
+    reply = Client(Args(), tmp_path / "a.jsonl").ask(HELLO, sample=3)
+    assert (reply.text, reply.source, reply.model) == ("yes", "handwritten", "handwritten")
+    with pytest.raises(UserError, match="not written by hand"):
+        Client(Args(model="m"), tmp_path / "a.jsonl").write_by_hand(HELLO, "yes")
 
 
 def test_prompts():
