@@ -38,6 +38,7 @@ class Args(client.Args):
     candidates: int = 5  # answers to ask for; in replay at most those that are recorded
     keep: int = 1  # policies that are used, the first that pass
     repairs: int = 2  # times that an answer which fails goes back to the model
+    grammar: str = ""  # file with a grammar for servers of the llama.cpp family, for example llm/prompts/policy.gbnf
     recordings: str = str(ROOM / "recordings" / "policies.jsonl")  # what was said, one answer a line
     out: str = ""  # file of the policies; empty: llm/policies/<task>.json, with the model's name if a model wrote them
 
@@ -101,17 +102,20 @@ def gate(reply: str, task: dict[str, Any]) -> str:
 def write(args: Args) -> Path:
     """Ask, check, and write the file; what was asked is kept in the recordings whatever comes of it."""
     if args.candidates < 1 or args.keep < 1 or args.repairs < 0:
-        raise UserError(f"--candidates {args.candidates}, --keep {args.keep}, --repairs {args.repairs}: they have to be "
-                        "at least 1, 1 and 0")
+        raise UserError(f"--candidates {args.candidates}, --keep {args.keep}, --repairs {args.repairs}: they have to "
+                        "be at least 1, 1 and 0")
     name, task = task_for(args.env)
+    if args.grammar and not Path(args.grammar).is_file():
+        raise UserError(f"--grammar {args.grammar} does not exist; name a file")
+    extra = {"grammar": Path(args.grammar).read_text()} if args.grammar else None
     chat = client.Client(args, args.recordings)
     messages = question(task)
-    chat.estimate([messages] * args.candidates)
+    chat.estimate([messages] * args.candidates, extra)
     policies, kept = [], 0
     for sample in range(args.candidates):
-        if args.mode == "replay" and sample and chat.key(messages, sample) not in chat.recorded:
+        if args.mode == "replay" and sample and chat.key(messages, sample, extra) not in chat.recorded:
             break
-        entry = candidate(chat, messages, sample, task, args.repairs + 1)
+        entry = candidate(chat, messages, sample, task, args.repairs + 1, extra)
         entry["used"] = entry["refused"] == "" and kept < args.keep
         kept += entry["used"]
         policies.append(entry)
@@ -131,8 +135,8 @@ def write(args: Args) -> Path:
     return out
 
 
-def candidate(chat: client.Client, messages: list[client.Message], sample: int, task: dict[str, Any], tries: int
-              ) -> dict[str, Any]:
+def candidate(chat: client.Client, messages: list[client.Message], sample: int, task: dict[str, Any], tries: int,
+              extra: dict[str, Any] | None) -> dict[str, Any]:
     """One answer, repaired where it needs that; `refused` says why it cannot be used, empty where it can."""
     reply, code, refused = "", "", ""
 
@@ -142,11 +146,11 @@ def candidate(chat: client.Client, messages: list[client.Message], sample: int, 
         return gate(text, task)
 
     try:
-        code, _ = chat.ask_for(messages, parse, tries, sample)
+        code, _ = chat.ask_for(messages, parse, tries, sample, extra)
     except client.Unusable as error:
         refused = str(error)
     source = client.HANDWRITTEN if chat.args.model == client.HANDWRITTEN else "api"
-    return {"sample": sample, "key": chat.key(messages, sample), "source": source, "model": chat.args.model,
+    return {"sample": sample, "key": chat.key(messages, sample, extra), "source": source, "model": chat.args.model,
             "refused": refused, "reply": reply, "code": code, "sha256": digest(code) if code else ""}
 
 
