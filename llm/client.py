@@ -108,6 +108,7 @@ class Client:
         self.calls = 0  # asked of the server so far
         self.first_wait = 1.0  # seconds before the second try; it doubles with every further one
         self._lock = threading.Lock()
+        self._stopped = threading.Event()  # one of many calls has failed, or Ctrl-C came: the others try no more
         self._limit = "max_tokens"  # some servers call it max_completion_tokens
         self.server = ""
         if args.mode != "replay":
@@ -202,15 +203,28 @@ class Client:
 
     def ask_all(self, conversations: list[list[Message]], extra: dict | None = None) -> Iterator[Reply]:
         """The answers to many conversations (sample 0 each), in their order, `--workers` calls at a time. The first
-        that fails ends it; those that were under way are still kept."""
-        with ThreadPoolExecutor(self.args.workers) as pool:
-            futures = [pool.submit(self.ask, messages, 0, extra) for messages in conversations]
+        that fails, or Ctrl-C, ends it; those that were under way are still kept."""
+        failures = []
+
+        def ask(messages: list[Message]) -> Reply:
             try:
-                for future in futures:
-                    yield future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
+                return self.ask(messages, 0, extra)
+            except Exception as error:
+                failures.append(error)
+                self._stopped.set()
+                raise
+
+        pool = ThreadPoolExecutor(self.args.workers)
+        futures = [pool.submit(ask, messages) for messages in conversations]
+        try:
+            for future in futures:
+                yield future.result()
+        except Exception:
+            raise failures[0] from None  # what the others say since then follows from it
+        finally:
+            self._stopped.set()
+            pool.shutdown(cancel_futures=True)  # waits for those under way
+            self._stopped.clear()
 
     def ask_for(self, messages: list[Message], parse: Callable[[str], T], tries: int = 3, sample: int = 0,
                 extra: dict | None = None) -> tuple[T, list[Message]]:
@@ -262,10 +276,10 @@ class Client:
                 wait = max(wait, asked) if asked else wait
             except (openai.APIConnectionError, openai.APIResponseValidationError, json.JSONDecodeError) as error:
                 reason = f"{type(error).__name__}: {error.__cause__ or error}"
-            if attempt < TRIES - 1:
-                time.sleep(wait)
-        raise UserError(self._hidden(f"{self.server} did not answer in {TRIES} tries, at last: {reason}; look whether "
-                                     "it runs, then run the same again: it goes on where it stopped"))
+            if attempt < TRIES - 1 and self._stopped.wait(wait):
+                break
+        raise UserError(self._hidden(f"{self.server} did not answer in {attempt + 1} tries, at last: {reason}; look "
+                                     "whether it runs, then run the same again: it goes on where it stopped"))
 
     def _refused(self, error: Exception) -> UserError:
         return UserError(self._hidden(f"{self.server} refuses model {self.args.model}: {error}; check --base-url, "

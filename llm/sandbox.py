@@ -164,8 +164,8 @@ def _names(node: ast.AST) -> list[str]:
 
 
 def code_in(reply: str, functions: list[str]) -> str:
-    """The last fenced block of `reply` that defines the first of `functions`; all of it where it has no fence at all.
-    Raises SandboxError where there is none."""
+    """The last fenced block of `reply` that defines all `functions`, else those that define some of them, together; all
+    of it where it has no fence. Raises SandboxError where one of them is missing."""
     blocks, lines = [], None  # lines of the block that is open
     for line in reply.splitlines():
         if not line.lstrip().startswith("```"):
@@ -178,11 +178,13 @@ def code_in(reply: str, functions: list[str]) -> str:
             lines = None
     if not blocks and lines is None:
         blocks = [reply]
-    found = [block for block in blocks if re.search(rf"^def {functions[0]}\b", block, re.M)]
-    if not found:
+    defines = [[bool(re.search(rf"^def {name}\b", block, re.M)) for name in functions] for block in blocks]
+    whole = [block for block, has in zip(blocks, defines) if all(has)]
+    parts = [block for block, has in zip(blocks, defines) if any(has)]
+    if not whole and not all(any(column) for column in zip(*defines)) or not blocks:
         cut = ", and its last one is not closed" if lines is not None else ""
-        raise SandboxError(f"the reply has no fenced Python block that defines {functions[0]}{cut}")
-    return found[-1].strip() + "\n"
+        raise SandboxError(f"the reply has no fenced Python block that defines {' and '.join(functions)}{cut}")
+    return (whole[-1] if whole else "\n\n".join(parts)).strip() + "\n"
 
 
 def _printable(text: str) -> str:

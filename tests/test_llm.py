@@ -264,9 +264,23 @@ def test_many_at_a_time_in_order(server, tmp_path):
 
 def test_one_failure_of_many_ends_it_and_keeps_the_rest(server, tmp_path):
     server.script = ["fine", (401, {}, "no more"), "fine"]
+    questions = [[{"role": "user", "content": c}] for c in "abc"]
     with pytest.raises(UserError, match="no more"):
-        list(chat(server, tmp_path, workers=1).ask_all([[{"role": "user", "content": c}] for c in "abc"]))
+        list(chat(server, tmp_path, workers=1).ask_all(questions))
     assert len(client.read(tmp_path / "recordings" / "some.jsonl")) >= 1
+    assert len(list(chat(server, tmp_path, workers=1).ask_all(questions))) == 3
+
+
+def test_one_failure_of_many_stops_the_tries_of_the_others(server, tmp_path):
+    server.script = [(429, {"Retry-After": "59"}, "busy"), (401, {}, "no more")]
+    questions = [[{"role": "user", "content": c}] for c in "ab"]
+    with pytest.raises(UserError, match="no more"):
+        list(chat(server, tmp_path, workers=2).ask_all(questions))
+    assert len(server.requests) == 2  # the busy one is not asked again
+    again = chat(server, tmp_path, workers=1)
+    assert [reply.text for reply in again.ask_all(questions)] == ["fine 2", "fine 3"]
+    server.script = ["fine"] * 4 + [(500, {}, "oh")] * 3
+    assert again.ask(HELLO).text == "fine 7"  # and later calls have all their tries
 
 
 def test_estimate_before_the_first_call(server, tmp_path, capsys):

@@ -115,6 +115,10 @@ def test_code_in_takes_the_last_block_that_defines_it():
              "```\nused so:\n```\npolicy(obs)\n```\n")
     assert code_in(reply, ["policy"]) == "def policy(obs):\n    return 2\n"
     assert code_in("def policy(obs):\n    return 3", ["policy"]) == "def policy(obs):\n    return 3\n"
+    both = "```\nimport numpy as np\ndef f(x):\n    return x\n```\nand\n```\ndef g(x):\n    return 2\n```"
+    assert code_in(both, ["f", "g"]) == "import numpy as np\ndef f(x):\n    return x\n\ndef g(x):\n    return 2\n"
+    with pytest.raises(SandboxError, match="defines f and h"):
+        code_in(both, ["f", "h"])
     for bad in ["I cannot.", "```python\ndef policy(obs):\n    return np.cli", "```\nx = 1\n```", ""]:
         with pytest.raises(SandboxError, match="no fenced Python block"):
             code_in(bad, ["policy"])
@@ -350,7 +354,8 @@ BOMBS = {  # what ends the process, and what only fails its row
     "memory by and by": ("a = []\n    for i in range(10 ** 6):\n        a.append(np.empty(10 ** 6))", "MemoryError"),
     "list": ("return len([0] * (1 << 31))", "MemoryError"),
     "list of itself": ("a = []\n    a.append(a)\n    return np.array(a).sum()", ""),
-    "nested doubling": ("a = [1]\n    for i in range(64):\n        a = [a, a]\n    return np.array(a).sum()", ""),
+    "nested doubling": ("a = [1]\n    for i in range(64):\n        a = [a, a]\n    return np.array(a).sum()",
+                        "longer than|MemoryError"),
     "recursion": ("return f(x)", "RecursionError"),
     "a large answer": ("return np.zeros(10 ** 7)", "shape"),
     "a deep answer": ("return np.zeros((1,) * 40)", "shape"),
