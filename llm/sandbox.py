@@ -95,7 +95,7 @@ def _allowed_attributes() -> set[str]:
     """Functions, number types and constants of numpy, and methods of arrays, numbers, strings and containers."""
     names = {"linalg", "fft", "norm", "newaxis", "vectorize", "ndarray", "bool", "bool_", "errstate", "r_", "c_", "s_",
              "finfo", "iinfo", "eps", "tiny", "ndindex",
-             "ndenumerate", "mgrid", "ogrid", "args"}
+             "ndenumerate", "mgrid", "ogrid", "LinAlgError", "args"}
     for module in (np, np.linalg, np.fft, math):
         for name in dir(module):
             value = getattr(module, name)
@@ -158,9 +158,8 @@ def _objection(node: ast.AST) -> str:
 
 def _names(node: ast.AST) -> list[str]:
     """The identifiers that a node binds or reads, attributes aside."""
-    values = [getattr(node, field, None) for field in ("id", "name", "asname", "arg")]
-    return [value for value in values if isinstance(value, str) and not isinstance(node, ast.alias)] + [
-        alias for alias in [getattr(node, "asname", None)] if alias]
+    fields = ["asname"] if isinstance(node, ast.alias) else ["id", "name", "arg"]
+    return [getattr(node, field) for field in fields if isinstance(getattr(node, field, None), str)]
 
 
 def code_in(reply: str, functions: list[str]) -> str:
@@ -311,14 +310,19 @@ class Sandbox:
         return self._exchange(request, b"".join(array.tobytes() for array in _arrays(arguments)), size, shape)
 
     def _exchange(self, request: dict, body: bytes, rows: int, shape: tuple | None) -> tuple[np.ndarray, str]:
+        """Send a request and read its answer. What is interrupted, by Ctrl-C say, leaves no half of either."""
         deadline = time.monotonic() + self.seconds
         head = json.dumps(request).encode()
         poll = select.poll()
         poll.register(self._process.stdout.fileno(), select.POLLIN)
         if poll.poll(0):
             self._lose("has written to its pipe by itself, or ended")
-        self._write(struct.pack("<2q", len(head), len(body)) + head + body, deadline)
-        return self._answer(rows, shape, deadline)
+        try:
+            self._write(struct.pack("<2q", len(head), len(body)) + head + body, deadline)
+            return self._answer(rows, shape, deadline)
+        except BaseException:
+            self.close()
+            raise
 
     def _write(self, message: bytes, deadline: float) -> None:
         """Give the worker a message, which it reads whole before it does anything."""
@@ -361,7 +365,7 @@ class Sandbox:
             count -= len(part)
         return b"".join(parts)
 
-    def _wait(self, poll: select.poll, deadline: float) -> None:
+    def _wait(self, poll: "select.poll", deadline: float) -> None:
         if not poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
             self._lose(f"takes longer than {self.seconds:g} s")
 
@@ -450,9 +454,9 @@ def _call_rows(function, arguments: list[Arrays], request: dict) -> tuple[np.nda
                 results = np.full((request["rows"], *shape), np.nan)
             if value.shape != shape:
                 raise ValueError(f"returns shape {value.shape}, not {shape or 'a number'}")
-            results[i] = value
             if request["info"]:
                 text = json.dumps({str(name): float(number) for name, number in info.items()})
+            results[i] = value
         except BaseException as error:
             text = text or _what_happened(error)
     return np.full(request["rows"], np.nan) if results is None else results, text
@@ -534,7 +538,8 @@ def _shut_in(memory: int) -> str:
     signal.alarm(0)
     np.seterr(all="ignore")
     warnings.simplefilter("ignore")
-    limits = {"RLIMIT_AS": memory, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0, "RLIMIT_MEMLOCK": 0}
+    limits = {"RLIMIT_AS": memory, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0,
+              "RLIMIT_NOFILE": 3}  # the files that are open
     missing = ""
     try:
         import pyseccomp
@@ -553,7 +558,6 @@ def _shut_in(memory: int) -> str:
             resource.setrlimit(getattr(resource, name), (value, value))
         except (AttributeError, ValueError, OSError):
             pass  # macOS has no limit of addresses
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # the three that are open
     if not missing:
         try:
             box.load()

@@ -84,6 +84,9 @@ def test_potential_and_its_info(honest):
     assert honest.call("potential", history) == [5 + 2.5]
     value, info = honest.explain("potential", history)
     assert value == 7.5 and info == {"steps": 2.0, "last": 2.0}
+    value, info = honest.explain("picky", np.array([7.0]))
+    assert math.isnan(value) and info == {} and "shape (2,)" in honest.error
+    assert honest.explain("picky", np.array([2.0])) == (0.5, {})
 
 
 def test_features_find_their_own_shape(honest):
