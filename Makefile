@@ -9,7 +9,7 @@ ALGO ?=
 ENV ?=
 TRIALS ?= 20
 
-.PHONY: help train test setup gl twins speed bench report tune doctor clean
+.PHONY: help train test setup gl twins speed bench report tune llm doctor clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -54,6 +54,10 @@ report: setup  ## tables and figures in docs/ and README, and report.html, from 
 tune: setup  ## search hyper-parameters: ALGO=sac_kian ENV=FetchPush-v2 TRIALS=20
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check optuna==5.0.0
 	$(BIN)/python benchmarks/tune.py --algo $(or $(ALGO),sac_kian) $(if $(ENV),--env $(ENV)) --trials $(TRIALS) $(ARGS)
+
+llm: setup  ## serve a small language model on 127.0.0.1, to try the commands of llm/; ARGS="--port 8080"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-llm.txt
+	$(BIN)/python -m llm.serve $(ARGS)
 
 doctor: setup  ## check this machine and say what to fix
 	$(BIN)/python benchmarks/doctor.py

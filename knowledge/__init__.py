@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from knowledge import fetch, franka, minigrid, run  # noqa: F401  (importing a family registers its rules)
+from knowledge import fetch, franka, generated, minigrid, run  # noqa: F401  (importing a family registers its rules)
 from knowledge.keys import NAMES, names_of, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of, group, groups_for, rule, rules_for
 
@@ -57,8 +57,12 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
     sources = []
     for kind, _, name in (item.strip().partition(":") for item in spec.split(",")):
         path = run.file_of(kind, Path(name)) if kind in ("run", "inner") else Path(kind)
-        kept = folder / str(path).replace("..", "up").strip("./").replace("/", "-")
-        if path.suffix == ".py":
+        shown = path
+        if kind == "llm":
+            path = generated.file_of(name)
+            shown = path.relative_to(generated.ROOT) if path.is_relative_to(generated.ROOT) else path
+        kept = folder / str(shown).replace("..", "up").strip("./").replace("/", "-")
+        if path.suffix in (".py", ".json"):
             sources.append((path, path.read_bytes() if path.is_file() else b"", kept))
         elif path.suffix == ".pt2" and path.is_file():
             with path.open("rb") as file:
@@ -67,12 +71,18 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
     return sources
 
 
+def _kept(item: str, kept_in: str | Path | None) -> Path | None:
+    """The copy of the file behind `item` that the run in `kept_in` has, if it has one."""
+    copies = [kept for _, _, kept in _sources(item, Path(kept_in)) if kept.is_file()] if kept_in else []
+    return copies[0] if copies else None
+
+
 def _check_kept(spec: str, folder: Path) -> None:
     """Compare the files behind `spec` with what the run in `folder` kept. A run goes on with its own copies of Python
     files; a line on stderr says where these differ. Raises KnowledgeError if the policy of another run has changed."""
     for path, content, kept in dict.fromkeys(_sources(spec, folder)):
         if kept.exists() and content and kept.read_bytes() != content:
-            if path.suffix != ".py":
+            if path.suffix not in (".py", ".json"):
                 raise KnowledgeError(f"knowledge {path} has changed since the run began; delete {kept} to go on with "
                                      "the new one")
             print(f"note: {path} is not what run {folder} began with; its copy {kept} is used", file=sys.stderr)
@@ -85,7 +95,7 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     `spec` is `none`, `auto` (the default rules of the environment) or a comma-separated list of rules
     (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public function
     defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner policies alone
-    (`inner:<RUN_DIR>`).
+    (`inner:<RUN_DIR>`), and policies that a language model wrote (`llm:hopper`, `llm:<file>`).
     Each policy is called once, on `example`: a batch of two or more observations like those of the run. It must return
     numbers in [lowest, 1], where `lowest` is -1 for actions and 0 for advice. `kept_in` is the folder of a run that is
     resumed or evaluated. Then Python files are taken from the copies there, other runs must not have changed, and the
@@ -119,8 +129,9 @@ def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, 
     policies: dict[str, Policy] = {}
     for item in (item.strip() for item in spec.split(",") if item.strip() != "none"):
         if item.startswith("llm:"):
-            raise KnowledgeError(f"knowledge {item}: generated code is not available in this version; use a .py file")
-        if item.startswith(("run:", "inner:")):
+            name = item.removeprefix("llm:")
+            found = generated.load(name, _kept(item, kept_in) or generated.file_of(name), env_id, action_dim, lowest)
+        elif item.startswith(("run:", "inner:")):
             kind, _, folder = item.partition(":")
             found = run.load(kind, Path(folder), action_dim, example, lowest)
         elif item.partition(":")[0].endswith(".py"):
@@ -158,8 +169,7 @@ def _load_file(item: str, kept_in: str | None) -> dict[str, Policy]:
     """The public functions of a user's file, {<file stem>.<function>: policy}. If the run in `kept_in` has a copy of
     the file, they come from there."""
     path, _, wanted = item.partition(":")
-    kept = [kept for _, _, kept in _sources(path, Path(kept_in)) if kept.is_file()] if kept_in else []
-    source = kept[0] if kept else Path(path)
+    source = _kept(path, kept_in) or Path(path)
     if not source.is_file():
         raise KnowledgeError(f"knowledge file {path} does not exist; check the path")
     stem = Path(path).stem

@@ -152,7 +152,7 @@ def test_bad_names():
     error("zzz", "known are", "fetch.official", "fetch.carry_to_goal")
     error("auto,", "''")
     error("fetch.v4,fetch.reach_object", "fetch.reach_object comes twice")
-    error("llm:rules.json", "llm:rules.json", "not available")
+    error("llm:rules.json", "llm:rules.json", "there is no file rules.json")
     error("auto", "HalfCheetah-v5", "none", env_id="HalfCheetah-v5")
     error("fetch.official", "FetchReach-v4", env_id="FetchReach-v4")
     assert issubclass(KnowledgeError, ValueError)

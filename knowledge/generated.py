@@ -1,0 +1,99 @@
+"""Policies that a language model wrote, run in the sandbox: `llm:<name>`, `llm:<file>`.
+
+A name stands for llm/policies/<name>.json, which `python -m llm.write_policies` makes; a file is one of those, or a
+Python file with a function `policy(obs) -> action` of one observation: (n,) numbers, or a dict of them. Unlike other
+Python files, whatever this one holds, it can only compute.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from knowledge.registry import KnowledgeError, Obs, Policy
+from llm.sandbox import Sandbox, SandboxError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "llm" / "policies"
+MOST_FAILED = 0.05  # share of states in which code may fail before it counts as broken
+FIRST = 1000  # states that are not held against it
+
+
+class Generated:
+    """One policy: a batch of observations in, actions in [lowest, 1] out, zeros where the code fails."""
+
+    def __init__(self, name: str, source: str, action_dim: int, lowest: float):
+        """Raises SandboxError where the code is refused, or does not load."""
+        self.name, self.action_dim, self.lowest, self.told = name, action_dim, lowest, False
+        self.box = Sandbox(source, ["policy"])
+
+    def __call__(self, obs: Obs) -> torch.Tensor:
+        """(B, n), or a dict of batches -> (B, d). Raises KnowledgeError where the code hangs, or fails too often."""
+        if torch.compiler.is_exporting():
+            raise KnowledgeError(f"{self.name} runs in a process of its own, which no file can hold")
+        like = next((x for x in (obs.values() if isinstance(obs, dict) else [obs]) if x.is_floating_point()), None)
+        given = {k: x.cpu().numpy() for k, x in obs.items()} if isinstance(obs, dict) else obs.cpu().numpy()
+        try:
+            action = self.box.call("policy", given, shape=(self.action_dim,))
+        except SandboxError as error:
+            raise KnowledgeError(f"knowledge {self.name}: {error}") from None
+        if self.box.error:
+            self._tell()
+        action = np.nan_to_num(action).clip(self.lowest, 1)
+        return torch.as_tensor(action).to(torch.zeros(0) if like is None else like)
+
+    def _tell(self) -> None:
+        """Say once that the code failed. Raises KnowledgeError where it did nothing else, or does so too often."""
+        box = self.box
+        if box.failed == box.rows:
+            raise KnowledgeError(f"knowledge {self.name} fails in every state: {box.error}; correct it, or leave it "
+                                 "out")
+        if not self.told:
+            print(f"note: knowledge {self.name} fails in some states and does nothing there: {box.error}",
+                  file=sys.stderr)
+            self.told = True
+        if box.rows > FIRST and box.failed > MOST_FAILED * box.rows:
+            raise KnowledgeError(f"knowledge {self.name} fails in {box.failed} of {box.rows} states, at last with "
+                                 f"{box.error}; correct it, or leave it out")
+
+
+def file_of(name: str) -> Path:
+    """The file behind `llm:<name>`."""
+    path = Path(name)
+    return path if path.suffix in (".json", ".py") else SHIPPED / f"{name}.json"
+
+
+def load(name: str, file: Path, env_id: str, action_dim: int, lowest: float) -> dict[str, Policy]:
+    """The policies in `file`, {<stem>.<number or function>: policy}, for `llm:<name>`. Raises KnowledgeError, one line,
+    for what is no such file, was written for another environment, or cannot be run."""
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json")))
+        raise KnowledgeError(f"knowledge llm:{name}: there is no file {file}; known are {known}, or write one: python "
+                             f"-m llm.write_policies --env {env_id}")
+    stem, codes = file_of(name).stem, {}
+    if file.suffix == ".py":
+        codes[f"{stem}.policy"] = file.read_text(errors="replace")
+    else:
+        codes = {f"{stem}.{number}": code for number, code in _codes(name, file, env_id).items()}
+    try:
+        return {name: Generated(name, code, action_dim, lowest) for name, code in codes.items()}
+    except SandboxError as error:
+        raise KnowledgeError(f"knowledge llm:{name}: {error}") from None
+
+
+def _codes(name: str, file: Path, env_id: str) -> dict[int, str]:
+    """The code of the policies that a file of write_policies marks as used."""
+    try:
+        kept = json.loads(file.read_text())
+        codes = {entry["sample"]: str(entry["code"]) for entry in kept["policies"] if entry["used"]}
+        fits = env_id.startswith(tuple(kept["envs"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise KnowledgeError(f"knowledge llm:{name}: {file} is none of llm.write_policies; a .py file with a function "
+                             "policy(obs) does as well") from None
+    if not fits:
+        raise KnowledgeError(f"knowledge llm:{name} was written for {' and '.join(kept['envs'])}..., not for {env_id}; "
+                             f"write another: python -m llm.write_policies --env {env_id}")
+    if not codes:
+        raise KnowledgeError(f"knowledge llm:{name}: {file} marks no policy as used")
+    return codes
