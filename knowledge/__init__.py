@@ -92,7 +92,7 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
          ) -> dict[str, Policy]:
     """The policies that `spec` names, {name: policy}, in the order given.
 
-    `spec` is `none`, `auto` (the default rules of the environment) or a comma-separated list of rules
+    `spec` is `none`, `auto` (the default rules of the environment, or else what a language model wrote for it) or a comma-separated list of rules
     (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public function
     defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner policies alone
     (`inner:<RUN_DIR>`), and policies that a language model wrote (`llm:hopper`, `llm:<file>`).
@@ -128,6 +128,8 @@ def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, 
     """As `load`, without the checks of what is kept."""
     policies: dict[str, Policy] = {}
     for item in (item.strip() for item in spec.split(",") if item.strip() != "none"):
+        if item == "auto" and "auto" not in groups_for(env_id) and generated.shipped_for(env_id):
+            item = f"llm:{generated.shipped_for(env_id)}"
         if item.startswith("llm:"):
             name = item.removeprefix("llm:")
             found = generated.load(name, _kept(item, kept_in) or generated.file_of(name), env_id, action_dim, lowest)

@@ -64,6 +64,14 @@ def file_of(name: str) -> Path:
     return path if path.suffix in (".json", ".py") else SHIPPED / f"{name}.json"
 
 
+def shipped_for(env_id: str) -> str:
+    """The name of the shipped policies that were written for `env_id`; empty where there are none."""
+    for path in sorted(SHIPPED.glob("*.json")):
+        if env_id.startswith(tuple(json.loads(path.read_text())["envs"])):
+            return path.stem
+    return ""
+
+
 def load(name: str, file: Path, env_id: str, action_dim: int, lowest: float) -> dict[str, Policy]:
     """The policies in `file`, {<stem>.<number or function>: policy}, for `llm:<name>`. Raises KnowledgeError, one line,
     for what is no such file, was written for another environment, or cannot be run."""
