@@ -36,6 +36,8 @@ class Script(NamedTuple):
 
 POINT = "--env tests.tasks:Point-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
 SCRIPTS = [
+    Script("camel", f"{POINT} --learning-starts 64 --updates-per-step 0.2 --knowledge tests/tasks.py --mask-steps 400",
+           "critic_loss actor_loss q epsilon outside clipped masked_return", refuses="CartPole-v1"),
     Script("ddpg", f"{POINT} --learning-starts 64 --updates-per-step 0.2", "critic_loss actor_loss q", refuses="CartPole-v1"),
     Script("sac", POINT, "critic_loss actor_loss q alpha entropy", refuses="CartPole-v1"),
     Script("sac_handover", f"{POINT} --knowledge tests/tasks.py", "critic_loss actor_loss q alpha entropy attention/inner "

@@ -18,6 +18,7 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # The family: script: (its parent, the functions and classes of the parent that it changes; it may add others).
 # All else of the same name is equal to the letter, Args and main aside.
 TREE = {
+    "camel": ("td3", {"actor_loss", "critic_inputs", "make_buffer", "update"}),
     "ddpg": ("sac", {"actor_loss", "critic_loss", "decide", "make_agent", "update"}),
     "sac": None,
     "sac_handover": ("sac_kian", {"Decision", "actor_loss", "decide", "make_agent", "update"}),
