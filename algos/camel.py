@@ -256,7 +256,6 @@ def main(args: Args) -> dict[str, float]:
     normalizer = envs.Normalizer(f, args.normalize)
     buffer, relabelled = make_buffer(args, vec, f, d, g)
     with_box = partial(add_box, external=external, g=g, d=d, args=args)
-    changes = bool(relabelled and external)  # whether the box of a replayed state may, with a hindsight goal
     loop = {"rows": with_box(envs.flatten(obs)), "updates_owed": 0.0, "updates": 0, "cap": 1.0, "gaps": [],
             "mask": draw_masks(epsilon_at(0, 1.0, args), (args.num_envs, 1), 0, args)}
     scalars = runtime.Means()  # since the last log
@@ -313,7 +312,8 @@ def main(args: Args) -> dict[str, float]:
         while loop["updates_owed"] >= 1:
             loop["updates_owed"] -= 1
             batch = buffer.sample(args.batch_size, relabelled)
-            batch = batch._replace(obs=look(batch.obs, changes), next_obs=look(batch.next_obs, changes))
+            anew = bool(relabelled and external and epsilon > 0)  # policies may do something else for hindsight goals
+            batch = batch._replace(obs=look(batch.obs, anew), next_obs=look(batch.next_obs, anew))
             loop["updates"] += 1
             masks = draw_masks(epsilon.item(), (2, args.batch_size, 1), 2 * loop["updates"] + 1, args)
             inputs = tree_map(lambda x: x.to(device), (batch, torch.randn(args.batch_size, d), masks, epsilon))
