@@ -36,11 +36,11 @@ gl:  ## rendering without a display, and a browser for the report's test (Debian
 	    apt-get install -y -qq --no-install-recommends libegl1 libgl1 libosmesa6 chromium >/dev/null; } || \
 	  echo "tests that film or open a browser are skipped: apt-get install libegl1 libgl1 libosmesa6 chromium"
 
-test: $(VENV)/.tests-installed gl  ## all tests, two files at a time: 6 to 10 minutes on two cores
+test: $(VENV)/.tests-installed gl  ## all tests, two files at a time: 6 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=algos/sac_kian.py
-	$(BIN)/python tests/test_twins.py $(FROM)
+twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=algos/stream_ac.py
+	$(BIN)/python tests/test_form.py $(FROM)
 
 speed: setup  ## updates/s and steps/s: ALGO=sac, td3 or ppo beside stable-baselines3, ALGO=stream beside plain autograd
 	$(BIN)/python benchmarks/speed.py $(or $(ALGO),sac) $(ARGS)

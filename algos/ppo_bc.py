@@ -165,10 +165,9 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 
 @torch.no_grad()
-def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, episodes: runtime.Means,
-            args: Args) -> Batch:
+def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
     """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `episodes` gets the returns of finished episodes."""
+    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
@@ -180,7 +179,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, episo
         reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
         loop["open_return"] += reward
         for finished in loop["open_return"][ended]:
-            episodes.add({"return": finished})
+            scalars.add({"return": finished})
         loop["open_return"][ended] = 0.0
         cut = torch.from_numpy(truncated & ~terminated)
         if args.bootstrap and cut.any():  # obs already belongs to the next episode, final_obs to this one
@@ -243,8 +242,8 @@ def main(args: Args) -> dict[str, float]:
     agent = Agent(shape, num_actions).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
-    scalars, episodes = runtime.Means(), runtime.Means()  # of updates, and of training episodes, since the last log
-    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars, "episodes": episodes}
+    scalars = runtime.Means()  # of updates and finished episodes since the last log
+    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars}
     runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
     evaluator = envs.Evaluator(args, copies=100)
 
@@ -277,7 +276,7 @@ def main(args: Args) -> dict[str, float]:
     if not saved:
         run.log_evaluation(evaluator.play(act))  # the untrained agent
     while run.advance(args.num_steps * args.num_envs):
-        rollout = collect(agent, vec, look, loop, episodes, args)
+        rollout = collect(agent, vec, look, loop, scalars, args)
         for _ in range(args.epochs):
             for index in torch.randperm(len(rollout.action)).to(device).split(args.batch_size):
                 batch = tree_map(lambda x: x[index], rollout)
@@ -285,7 +284,7 @@ def main(args: Args) -> dict[str, float]:
 
         # log, evaluate, save
         if run.due(LOG_EVERY):
-            run.log(scalars.take() | episodes.take())
+            run.log(scalars.take())
         if run.due(args.eval_every) or run.over:
             run.log_evaluation(result := evaluator.play(act))
         run.save_if_due()

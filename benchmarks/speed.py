@@ -30,20 +30,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 import envs
 import knowledge
 import runtime
-from algos import ppo_kian as ppo
-from algos import camel, sac, sac_kian, stream_ac, td3
+import streamnet
+from algos import camel, ppo, ppo_kian, sac, sac_kian, stream_ac, td3
 from benchmarks import stream_autograd
-from runtime import compile_for, use_fast_matmul
+from runtime import Means, compile_for, use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
 PEERS = {"sac": {"stable_baselines3": PEER}, "td3": {"stable_baselines3": PEER},
          "ppo": {"stable_baselines3": PEER, "torch_ac": "torch-ac==1.4.0"},
          "stream": {}}  # packages that a table needs
-GRID = ppo.Args(env="MiniGrid-DoorKey-8x8-v0", actor="plain")
+GRID = ppo.Args(env="MiniGrid-DoorKey-8x8-v0")
 FILL = 2000  # transitions of uniform actions in every buffer before timing: 40 Fetch episodes
 CAPACITY = 50_000  # of every buffer; SB3 looks through all of it for each HER batch, and a million would slow it down
 SMALL = sac.Args(env="HalfCheetah-v5", num_envs=8, updates_per_step=1.0, her_goals=0, batch_size=256,
@@ -238,25 +239,22 @@ class Stream:
     """stream_ac's functions in the order of its main(), without logging."""
 
     def __init__(self, impl: str):
-        self.impl, self.args = impl, (args := stream_ac.Args())
+        args = stream_ac.Args()
+        self.impl, self.args = impl, args
         torch.manual_seed(args.seed)
         self.env = envs.StreamEnv(args.env)
         self.agent, self.nets = stream_ac.make_agent(args, self.env)
-        self.n, self.low, self.high = self.env.shape[0], self.env.action_space.low, self.env.action_space.high
-        self.row = torch.zeros(self.n + 4, dtype=torch.float64)
-        self.begin(self.env.reset(seed=args.seed))
+        self.low, self.high = self.env.action_space.low, self.env.action_space.high
+        self.row = torch.zeros(self.env.size + 3, dtype=torch.float64)
+        self.begin(args.seed)
         self.learn = stream_ac.step if impl != "compiled" else compile_for(
-            stream_ac.step, stream_ac.COMPILED, self.agent, self.nets, self.state, self.action, self.row,
-            torch.zeros(len(self.low)), self.env.shape, 1, args)
+            stream_ac.step, streamnet.COMPILED, self.agent, self.nets, self.state, self.action, self.row,
+            torch.zeros(len(self.low)), 1, args)
 
-    def begin(self, obs: np.ndarray) -> None:
-        time = torch.tensor([self.env.time], dtype=torch.float64)
-        self.state = stream_ac.observe(self.agent["obs"], torch.from_numpy(obs), time, None, 1, self.args)
-        self.action = self.draw()
-
-    def draw(self) -> torch.Tensor:
-        noise = torch.randn(len(self.low))
-        return stream_ac.draw(self.agent["policy"]["weights"], self.nets[0], self.state, noise, self.args)
+    def begin(self, seed: int | None = None) -> None:
+        obs = torch.from_numpy(self.env.reset(seed))
+        self.state = streamnet.observe(self.agent["obs"], obs, None, 1, self.args.normalize_obs)
+        self.action = stream_ac.choose(self.agent, self.nets, self.state, torch.randn(len(self.low)), self.args)
 
     @torch.no_grad()
     def train(self, steps: int) -> None:
@@ -266,36 +264,46 @@ class Stream:
             self.loop(steps)
 
     def loop(self, steps: int) -> None:
-        raw, shape = self.row.numpy(), self.env.shape
+        raw = self.row.numpy()
         for _ in range(steps):
-            action = np.clip(self.action.numpy(), self.low, self.high)
-            obs, reward, terminated, truncated, over = self.env.step(action)
-            raw[:self.n] = obs
-            raw[self.n:] = self.env.time, reward, over, not over
+            obs, reward, _, _, over = self.env.step(np.clip(self.action.numpy(), self.low, self.high))
+            raw[:-3], raw[-3], raw[-2], raw[-1] = obs, reward, over, 0.0 if over else self.args.gamma
             self.state, self.action, *_ = self.learn(self.agent, self.nets, self.state, self.action, self.row,
-                                                     torch.randn(len(self.low)), shape, 1, self.args)
+                                                     torch.randn(len(self.low)), 1, self.args)
             if over:
-                self.begin(self.env.reset())
+                self.begin()
 
 
 class Grid:
-    """ppo_kian's functions in the order of its main(), without logging."""
+    """The functions of ppo.py, or of ppo_kian.py with its external policies, in the order of their main(), without
+    logging."""
 
-    def __init__(self, args: ppo.Args):
-        self.args, self.vec = args, envs.make_vec(args.env, args.num_envs)
+    def __init__(self, script, args):
+        self.script, self.args, self.vec = script, args, envs.make_vec(args.env, args.num_envs)
         torch.manual_seed(args.seed)
-        self.obs, actions = envs.to_tensors(self.vec.reset(args.seed)), int(self.vec.action_space.n)
-        rules = knowledge.load("none" if args.actor == "plain" else args.knowledge, args.env, actions, self.obs)
-        self.agent = ppo.Agent(args, (7, 7, 3), actions, len(rules))
+        obs = envs.to_tensors(self.vec.reset(args.seed))
+        shape, actions = envs.discrete_sizes(self.vec)
+        external = knowledge.load("auto", args.env, actions, obs, lowest=0.0) if script is ppo_kian else {}
+        self.agent = (ppo_kian.Agent(shape, actions, len(external), args) if external else
+                      ppo.Agent(shape, actions))
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, fused=True)
-        self.look = lambda obs: (obs["image"], knowledge.advise(rules, obs, actions))
-        self.tally = {"open": torch.zeros(args.num_envs, dtype=torch.float64), "returns": []}
+        self.loop = {"obs": obs, "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
+
+        def look(obs):
+            if not external:
+                return obs["image"]
+            return ppo_kian.Seen(obs["image"], knowledge.advise(external, obs, actions, lowest=0.0).float())
+        self.look = look
 
     def train(self, steps: int) -> None:
         """The training loop for `steps` environment steps."""
-        for _ in range(steps // (self.args.num_steps * self.args.num_envs)):
-            rollout, self.obs = ppo.collect(self.agent, self.vec, self.obs, self.look, self.tally, self.args)
-            ppo.update(self.agent, self.optimizer, rollout, ppo.ppo_loss, self.args)
+        script, args, scalars = self.script, self.args, Means()
+        for _ in range(steps // (args.num_steps * args.num_envs)):
+            rollout = script.collect(self.agent, self.vec, self.look, self.loop, scalars, args)
+            for _ in range(args.epochs):
+                for index in torch.randperm(len(rollout.action)).split(args.batch_size):
+                    batch = tree_map(lambda x: x[index], rollout)
+                    scalars.add(script.update(self.agent, self.optimizer, script.ppo_loss, batch, args))
 
 
 def peer_encoder() -> torch.nn.Sequential:
@@ -395,8 +403,8 @@ def time_ppo(full: bool, rounds: int) -> list[dict]:
     """Training and stepping beside torch-ac and stable-baselines3."""
     share = GRID.num_steps * GRID.num_envs
     contenders = [Contender("torch-ac", torch_ac_ppo(GRID)), Contender("SB3", sb3_ppo(GRID)),
-                  Contender("ours, plain", Grid(GRID).train),
-                  Contender("ours, KIAN with 3 rules", Grid(replace(GRID, actor="kian")).train)]
+                  Contender("ppo.py", Grid(ppo, GRID).train),
+                  Contender("ppo_kian.py, 3 external policies", Grid(ppo_kian, ppo_kian.Args(env=GRID.env)).train)]
     rows = measure("training", "DoorKey-8x8: 16 environments x 128 steps, 4 epochs, batch 256; the whole loop", "steps",
                    contenders, share * (4 if full else 1), rounds)
     return rows + step_grid(GRID.env, 16_000 if full else 1600, rounds)

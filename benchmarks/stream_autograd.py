@@ -6,7 +6,7 @@ compare the closed forms with these, and speed.py measures how much faster they 
 import torch
 import torch.nn.functional as F
 
-from algos.stream_ac import Net, views
+from streamnet import Net, views
 
 
 def parameters(flat: torch.Tensor, net: Net) -> list[torch.Tensor]:
@@ -24,18 +24,19 @@ def forward(params: list[torch.Tensor], net: Net, x: torch.Tensor, layer_norm: b
 
 
 @torch.no_grad()
-def obgd(part: dict[str, torch.Tensor], net: Net, grads: list[torch.Tensor], delta: float, cut: bool, kappa: float,
+def obgd(learner: dict[str, torch.Tensor], net: Net, grads: list[torch.Tensor], delta: float, cut: bool, kappa: float,
          args) -> tuple[torch.Tensor, torch.Tensor]:
     """Step size, and the L1 norm of the trace (or of what stands for it with second moments)."""
-    parts = {name: [p for layer in views(part[name], net) for p in layer] for name in part if name != "count"}
+    parts = {name: [p for layer in views(learner[name], net) for p in layer] for name in learner if name != "count"}
     directions = []
     for i, (trace, grad) in enumerate(zip(parts["trace"], grads)):
         trace.mul_(args.gamma * args.lamda).add_(grad)
         directions.append(trace)
         if args.optimizer == "adaptive":
-            part["count"] += i == 0
+            if i == 0:
+                learner["count"] += 1
             square = parts["square"][i].mul_(0.999).add_(0.001 * (delta * trace) ** 2)
-            directions[i] = trace / (square / (1 - 0.999 ** part["count"]) + 1e-8).sqrt()
+            directions[i] = trace / (square / (1 - 0.999 ** learner["count"]) + 1e-8).sqrt()
     size = sum(direction.abs().sum().item() for direction in directions)
     step = args.learning_rate
     if args.optimizer != "plain":
@@ -48,13 +49,13 @@ def obgd(part: dict[str, torch.Tensor], net: Net, grads: list[torch.Tensor], del
 
 
 @torch.enable_grad()
-def update_ac(agent: dict, nets: tuple[Net, Net], state, action, next_state, reward, discount, ended, args) -> tuple:
-    params = {name: parameters(agent[name]["weights"], net) for name, net in zip(("policy", "value"), nets)}
-    (v,) = forward(params["value"], nets[1], state, args.layer_norm)
+def update_ac(agent: dict, nets: dict[str, Net], state, action, next_state, reward, discount, ended, args) -> tuple:
+    params = {name: parameters(agent[name]["weights"], net) for name, net in nets.items()}
+    (v,) = forward(params["value"], nets["value"], state, args.layer_norm)
     with torch.no_grad():
-        (next_v,) = forward(params["value"], nets[1], next_state, args.layer_norm)
+        (next_v,) = forward(params["value"], nets["value"], next_state, args.layer_norm)
     delta = (reward + discount * next_v - v).detach()
-    outputs = forward(params["policy"], nets[0], state, args.layer_norm)
+    outputs = forward(params["policy"], nets["policy"], state, args.layer_norm)
     if len(outputs) == 2:
         pi = torch.distributions.Normal(outputs[0], F.softplus(outputs[1]))
         log_prob, std = pi.log_prob(action).sum(), pi.stddev.mean()
@@ -64,13 +65,16 @@ def update_ac(agent: dict, nets: tuple[Net, Net], state, action, next_state, rew
     entropy = pi.entropy().sum()
     (-v - log_prob - args.entropy_coef * delta.sign() * entropy).backward()  # the networks share nothing
     steps = []
-    for name, net, kappa in zip(params, nets, (args.kappa_policy, args.kappa_value)):
-        steps += obgd(agent[name], net, [p.grad for p in params[name]], delta.item(), bool(ended), kappa, args)
+    for name, kappa in (("policy", args.kappa_policy), ("value", args.kappa_value)):
+        grads = [p.grad for p in params[name]]
+        steps += obgd(agent[name], nets[name], grads, delta.item(), bool(ended), kappa, args)
     return (delta, v.detach(), entropy.detach(), std.detach(), *steps)
 
 
 @torch.enable_grad()
-def update_q(agent: dict, net: Net, state, action, next_state, next_action, reward, discount, ended, args) -> tuple:
+def update_q(agent: dict, nets: dict[str, Net], state, action, next_state, next_action, reward, discount, ended, args
+             ) -> tuple:
+    net = nets["value"]
     params = parameters(agent["value"]["weights"], net)
     (q,) = forward(params, net, state, args.layer_norm)
     with torch.no_grad():
@@ -86,12 +90,13 @@ def update_q(agent: dict, net: Net, state, action, next_state, next_action, rewa
 
 
 @torch.enable_grad()
-def update_td(agent: dict, net: Net, state, next_state, reward, args) -> tuple:
+def update_td(agent: dict, nets: dict[str, Net], state, next_state, reward, discount, args) -> tuple:
+    net = nets["value"]
     params = parameters(agent["value"]["weights"], net)
     (v,) = forward(params, net, state, args.layer_norm)
     with torch.no_grad():
         (next_v,) = forward(params, net, next_state, args.layer_norm)
-    delta = (reward + args.gamma * next_v - v).detach()
+    delta = (reward + discount * next_v - v).detach()
     (-v).backward()
     return delta, v.detach(), *obgd(agent["value"], net, [p.grad for p in params], delta.item(), False,
                                     args.kappa_value, args)

@@ -11,13 +11,13 @@ from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example
                            unflatten)
 from envs.ids import EnvError, resolve
 from envs.making import make, make_vec
-from envs.series import Series
-from envs.stream import StreamEnv, evaluate_stream, record_stream
+from envs.series import Series, SeriesEvaluator
+from envs.stream import StreamEnv, StreamEvaluator
 from envs.vector import Observation, VectorEnv
 
-__all__ = ["Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "StreamEnv", "VectorEnv",
-           "continuous_sizes", "discrete_sizes", "evaluate", "evaluate_stream", "example_of", "find_renderer",
-           "flatten", "make", "make_vec", "record", "record_stream", "resolve", "restore", "snapshot", "time_limit_of",
+__all__ = ["Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "SeriesEvaluator", "StreamEnv",
+           "StreamEvaluator", "VectorEnv", "continuous_sizes", "discrete_sizes", "evaluate", "example_of",
+           "find_renderer", "flatten", "make", "make_vec", "record", "resolve", "restore", "snapshot", "time_limit_of",
            "to_tensors", "unflatten"]
 
 

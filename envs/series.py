@@ -1,9 +1,11 @@
-"""Prediction tasks: a series of rows, one column of which is to be predicted.
+"""Prediction tasks: a series of rows, one column of which is to be predicted; and how good the predictions were.
 
 `series/transformer` is generated here: a made-up power transformer, not data of a real one. A CSV file works as well.
 """
 import csv
 import math
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +111,70 @@ class Series:
         for t in reversed(range(len(out))):
             total = out[t] = self.target[t + lead] + gamma * total
         return out
+
+
+class SeriesEvaluator:
+    """The predictions of a run beside the true returns, which are known afterwards. They are scored as they were made:
+    on the way, once for every row.
+
+    predicted (n,): those so far, in units of the cumulant, to be written by the run. It belongs into its checkpoints.
+    """
+
+    def __init__(self, args, series: Series):
+        """`args` are those of the script. Raises EnvError for more steps than the series has."""
+        self.args = args
+        self.true = series.returns(args.gamma, args.lead)
+        if args.total_timesteps >= len(self.true):
+            raise EnvError(f"--total-timesteps {args.total_timesteps}: {args.env} has {len(self.true) - 1} at most")
+        self.predicted = np.zeros(len(self.true))
+        self.content = [*series.rows.shape, zlib.crc32(series.rows.tobytes())]
+
+    def state_dict(self) -> dict:
+        return {"predicted": self.predicted, "content": self.content}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises EnvError where they are predictions of another series."""
+        if state["content"] != self.content:
+            raise EnvError(f"{self.args.env} has changed since the run began; restore it, or start a new run")
+        self.predicted[:] = np.asarray(state["predicted"])
+
+    def score(self, first: int, last: int, predicted: np.ndarray | None = None) -> dict[str, float]:
+        """Columns of eval.csv for the rows from `first` to before `last`: return_mean is minus the root mean squared
+        error, return_std the deviation of the truth. `predicted` (last - first,): other predictions than the run's."""
+        predicted, true = self.predicted[first:last] if predicted is None else predicted, self.true[first:last]
+        return {"episodes": 1, "return_mean": -float(np.sqrt(np.square(predicted - true).mean())),
+                "return_std": float(true.std()), "success_rate": float("nan"), "length_mean": float(len(true))}
+
+    def play(self, step: int) -> dict[str, float]:
+        """The score since the evaluation before, at `step`."""
+        every = self.args.eval_every
+        return self.score((step - 1) // every * every if every else 0, step)
+
+    def report(self, step: int) -> dict[str, float]:
+        """What --evaluate does: score all, print, draw."""
+        result = self.score(0, step)
+        print(f"{self.args.env} after {step} rows: rmse {-result['return_mean']:.3f}, deviation of the true return "
+              f"{result['return_std']:.3f}")
+        self.film(step, Path(self.args.evaluate))
+        return result
+
+    def film(self, step: int, folder: Path) -> None:
+        """Draw predictions over the truth, the first rows and the last ones, into the run `folder`, if `args.video`."""
+        if not self.args.video:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(2, 1, figsize=(10, 5), constrained_layout=True)
+        for axis, rows in zip(axes, (slice(0, min(step, 5000)), slice(max(step - 5000, 0), step))):
+            axis.plot(np.arange(len(self.true))[rows], self.true[rows], label="true return")
+            axis.plot(np.arange(len(self.true))[rows], self.predicted[rows], label="prediction", linewidth=0.8)
+        axes[0].legend(loc="upper right", fontsize=8)
+        axes[1].set_xlabel("row")
+        path = folder / "video" / "prediction.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        print(f"drawn: {path}", file=sys.stderr)

@@ -8,6 +8,8 @@ MinAtar, dm_control (through shimmy) and Atari (through ale-py, with gymnasium's
 pip install -r requirements-envs.txt
 """
 import importlib
+import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Callable
@@ -29,11 +31,14 @@ PACKAGES = {"MinAtar/": "minatar", "dm_control/": "shimmy[dm-control]", "NoFrame
 class StreamEnv:
     """A gymnasium environment with a time feature and exact snapshots.
 
-    Attributes: kind, "vector", "minatar" or "atari"; shape of an observation, (n,) or channels first (C, h, w);
-    frames, how many the learner is to stack; action_space; max_episode_steps, the limit T, None without one;
-    evaluation_limit, the one the task is registered with, where evaluations stop (MinAtar has none: 10,000); time, the
-    feature that belongs to the last observation, or None: -0.5 after a reset and -0.5 + (k - 1) / T at step k. Atari
-    episodes end for the learner when a life is lost (terminated), and go on until the game is over (`over`).
+    An observation is one row of numbers, float64, the time feature last: -0.5 after a reset and -0.5 + (k - 1) / T at
+    step k.
+
+    Attributes: size, how many numbers that are; kind, "vector", "minatar" or "atari"; shape of an observation without
+    the time, (n,) or channels first (C, h, w); frames, how many the learner is to stack; action_space;
+    max_episode_steps, the limit T, None without one; evaluation_limit, the one the task is registered with, where
+    evaluations stop (MinAtar has none: 10,000). Atari episodes end for the learner when a life is lost (terminated),
+    and go on until the game is over (`over`).
     """
 
     def __init__(self, env_id: str, max_episode_steps: int = 0, time_feature: bool = True, **kwargs):
@@ -73,17 +78,25 @@ class StreamEnv:
         if self.kind != "atari" and not self.evaluation_limit:  # Seaquest's submarine may stay up for ever
             self.evaluation_limit = CLASSIC_LIMIT
         self.timed = time_feature and self.kind == "vector"
-        self.elapsed, self.time, self.lives = 0, None, 0
+        self.size = math.prod(self.shape) + self.timed
+        self.elapsed, self.lives = 0, 0
         if self.kind == "atari":
             self.fire = "FIRE" in self.env.unwrapped.get_action_meanings()
 
-    def _observed(self, obs) -> np.ndarray:
+    def _row(self, obs: np.ndarray | dict, time: float) -> np.ndarray:
         if isinstance(obs, dict):
-            return np.concatenate([np.ravel(part) for part in obs.values()])
-        return obs.transpose(2, 0, 1) if self.kind == "minatar" else obs.reshape(self.shape)
+            obs = np.concatenate([np.ravel(part) for part in obs.values()])
+        elif self.kind == "minatar":
+            obs = obs.transpose(2, 0, 1)
+        row = np.empty(self.size)
+        if self.timed:
+            row[:-1], row[-1] = obs.reshape(-1), time
+        else:
+            row[:] = obs.reshape(-1)
+        return row
 
     def reset(self, seed: int | None = None) -> np.ndarray:
-        """First observation of an episode, of shape `shape`."""
+        """First observation of an episode."""
         seed = None if seed is None else seed % 2 ** 32  # MinAtar and dm_control take no more: numpy's old generator
         obs, info = self.env.reset(seed=seed)
         if seed is not None and self.kind == "minatar":  # it may repeat the last action, even that of another episode
@@ -94,8 +107,8 @@ class StreamEnv:
                 if terminated or truncated:
                     obs, info = self.env.reset()
             self.lives = info["lives"]
-        self.elapsed, self.time = 0, -0.5 if self.timed else None
-        return self._observed(obs)
+        self.elapsed = 0
+        return self._row(obs, -0.5)
 
     def step(self, action: np.ndarray | int, serve: bool = False) -> tuple[np.ndarray, float, bool, bool, bool]:
         """Observation, reward, terminated, truncated, and whether the episode is over and `reset` is due.
@@ -104,24 +117,23 @@ class StreamEnv:
         that never presses it would stand still up to the time limit."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         over = terminated or truncated
-        if self.timed:
-            self.time = -0.5 + self.elapsed / self.horizon
-        elif self.kind == "atari":
+        if self.kind == "atari":
             lost, self.lives = info["lives"] < self.lives, info["lives"]
             if lost and serve and self.fire and not over:
                 obs, more, terminated, truncated, _ = self.env.step(1)
                 reward, over = reward + more, terminated or truncated
             terminated = terminated or lost
+        time = -0.5 + self.elapsed / self.horizon
         self.elapsed += 1
-        return self._observed(obs), float(reward), terminated, truncated, over
+        return self._row(obs, time), float(reward), terminated, truncated, over
 
     def close(self) -> None:
         """Free simulators and windows."""
         self.env.close()
 
-    def snapshot(self) -> dict:
-        """Everything a later `restore` needs to continue bit by bit: plain numbers and arrays."""
-        snap = {"elapsed": self.elapsed, "lives": self.lives, "time": self.time,
+    def state_dict(self) -> dict:
+        """Everything that `load_state_dict` needs to continue bit by bit: plain numbers and arrays."""
+        snap = {"elapsed": self.elapsed, "lives": self.lives,
                 "limit": self.limit._elapsed_steps if self.limit else 0}  # on Atari in frames, of which a step has four
         env = self.env.unwrapped
         if self.kind == "minatar":
@@ -139,10 +151,10 @@ class StreamEnv:
                            "steps": env._env._step_count, "rng": random_state(task.random)}
         return snap | {"gym": gym_snapshot(self.env)}
 
-    def restore(self, snap: dict) -> None:
-        """Continue from a `snapshot` of an environment of the same id."""
+    def load_state_dict(self, snap: dict) -> None:
+        """Continue from the `state_dict` of an environment of the same id."""
         self.reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
-        self.elapsed, self.lives, self.time = snap["elapsed"], snap["lives"], snap["time"]
+        self.elapsed, self.lives = snap["elapsed"], snap["lives"]
         env = self.env.unwrapped
         if self.kind == "minatar":
             vars(env.game.env).update(as_arrays(snap["game"]))
@@ -205,45 +217,68 @@ def as_arrays(state: dict) -> dict:
     return {k: np.asarray(v).copy() if hasattr(v, "shape") else v for k, v in state.items()}
 
 
-def evaluate_stream(act: Callable, env: StreamEnv, episodes: int, seed: int) -> dict[str, float]:
-    """Play `episodes` episodes of `act` (observation, environment -> action); episode k is reset with `seed + k`, and
-    stops at the task's own limit where training has a later one, on MinAtar, which has none, after 10,000 steps. On
-    Atari FIRE is pressed after every life.
+# What a stream agent does: (observation, state) -> (action, state). The state is what it keeps within an episode, such
+# as the frames it saw; None at the start of one.
+StreamAct = Callable[[np.ndarray, object], tuple[np.ndarray | int, object]]
 
-    Returns the columns of eval.csv; success is not read (NaN).
-    """
-    returns, lengths = np.zeros(episodes), np.zeros(episodes)
-    for k in range(episodes):
-        obs, over = env.reset(seed + k), False
+
+class StreamEvaluator:
+    """Evaluations and films of a stream's run, in an environment of their own: training does not notice them."""
+
+    def __init__(self, args, **kwargs):
+        """`args` are those of a script; `kwargs` go to the environment."""
+        self.args, self.kwargs = args, kwargs
+        self.env = StreamEnv(args.env, **kwargs)
+
+    def play(self, act: StreamAct, twice: bool = False) -> dict[str, float]:
+        """`args.eval_episodes` episodes, or twice as many, from the same start states every time. An episode stops at
+        the task's own limit where training has a later one; on MinAtar, which has none, after 10,000 steps. On Atari
+        FIRE is pressed after every life.
+
+        Returns the columns of eval.csv; success is not read (NaN)."""
+        episodes, seed = self.args.eval_episodes * (2 if twice else 1), 10_000 * self.args.seed + 5_000
+        returns, lengths = np.array([self._episode(act, self.env, seed + k) for k in range(episodes)]).T
+        return {"episodes": episodes, "return_mean": float(returns.mean()), "return_std": float(returns.std()),
+                "success_rate": float("nan"), "length_mean": float(lengths.mean())}
+
+    def report(self, act: StreamAct, step: int) -> dict[str, float]:
+        """What --evaluate does: play, print, film."""
+        result = self.play(act)
+        print(f"{self.args.env} after {step} steps:", ", ".join(f"{name} {x:.3f}" for name, x in result.items()))
+        self.film(act, Path(self.args.evaluate))
+        return result
+
+    def film(self, act: StreamAct, folder: Path) -> None:
+        """Film `args.video` episodes into the run `folder`; without a working renderer, say what to install."""
+        env_id, folder = self.args.env, folder / "video"
+        if self.args.video < 1:
+            return
+        drawn_by = env_id + str(gym.spec(resolve(env_id)).entry_point)
+        painted = any(mark in drawn_by for mark in ("MinAtar/", "NoFrameskip", "classic_control"))
+        if not can_be_filmed(resolve(env_id), painted):
+            return
+        import imageio.v2 as imageio  # slow to import, and only filming needs it
+
+        folder.mkdir(parents=True, exist_ok=True)
+        env = StreamEnv(env_id, render_mode="rgb_array", **self.kwargs)
+        for k in range(self.args.video):
+            frames = []
+            self._episode(act, env, 10_000 * self.args.seed + 7_000 + k, frames)
+            if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
+                frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]
+            imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=env.env.metadata.get("render_fps", 25))
+        env.close()
+        print(f"filmed into {folder}", file=sys.stderr)
+
+    @staticmethod
+    def _episode(act: StreamAct, env: StreamEnv, seed: int, frames: list | None = None) -> tuple[float, int]:
+        """Return and length of an episode; its pictures go to `frames`."""
+        obs, state, over, total, length = env.reset(seed), None, False, 0.0, 0
         while not over:
-            obs, reward, _, _, over = env.step(act(obs, env), serve=True)
-            returns[k] += reward
-            lengths[k] += 1
-            over = over or lengths[k] == env.evaluation_limit
-    return {"episodes": episodes, "return_mean": float(returns.mean()), "return_std": float(returns.std()),
-            "success_rate": float("nan"), "length_mean": float(lengths.mean())}
-
-
-def record_stream(act: Callable, env_id: str, episodes: int, seed: int, folder: Path, **kwargs) -> None:
-    """Film `episodes` episodes into `folder/episode-<k>.mp4`; without a working renderer, say what to install."""
-    if episodes < 1:
-        return
-    register(env_id)
-    drawn_by = env_id + str(gym.spec(resolve(env_id)).entry_point)
-    painted = any(mark in drawn_by for mark in ("MinAtar/", "NoFrameskip", "classic_control"))
-    if not can_be_filmed(resolve(env_id), painted):
-        return
-    import imageio.v2 as imageio  # slow to import, and only filming needs it
-
-    folder.mkdir(parents=True, exist_ok=True)
-    env = StreamEnv(env_id, render_mode="rgb_array", **kwargs)
-    for k in range(episodes):
-        obs, over, frames = env.reset(seed + k), False, []
-        while not over:
-            frames.append(np.asarray(env.env.render()))
-            obs, _, _, _, over = env.step(act(obs, env), serve=True)
-            over = over or len(frames) == env.evaluation_limit
-        if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
-            frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]
-        imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=env.env.metadata.get("render_fps", 25))
-    env.close()
+            if frames is not None:
+                frames.append(np.asarray(env.env.render()))
+            action, state = act(obs, state)
+            obs, reward, _, _, over = env.step(action, serve=True)
+            total, length = total + reward, length + 1
+            over = over or length == env.evaluation_limit
+        return total, length

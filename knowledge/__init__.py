@@ -61,7 +61,7 @@ def keep(spec: str, names: list[str], folder: Path) -> None:
 def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
     """For every file behind `spec`: its path, what is kept of it, and where the run in `folder` keeps that."""
     sources = []
-    for kind, _, name in (_meant(item.strip(), folder=folder).partition(":") for item in spec.split(",")):
+    for kind, _, name in (_meant(item.strip(), _trained_in(folder)).partition(":") for item in spec.split(",")):
         path = run.file_of(kind, Path(name)) if kind in ("run", "inner") else Path(kind)
         shown = path
         if kind == "llm":
@@ -77,20 +77,11 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
     return sources
 
 
-def _meant(item: str, env_id: str = "", folder: Path | None = None) -> str:
-    """`item`, and for `auto` the generated policies of the environment, or of that of the run in `folder`, where there
-    are no rules for it."""
-    if item != "auto":
+def _meant(item: str, env_id: str) -> str:
+    """`item`; for `auto`, where no rules are registered for the environment, the generated policies that ship for it."""
+    if item != "auto" or "auto" in groups_for(env_id) or not generated.shipped_for(env_id):
         return item
-    if folder and (folder / "config.json").is_file():
-        env_id = _env_of(folder)
-    shipped = "" if "auto" in groups_for(env_id) else generated.shipped_for(env_id)
-    return f"llm:{shipped}" if shipped else item
-
-
-def _env_of(folder: Path) -> str:
-    """The environment that the run in `folder` was trained in."""
-    return json.loads((folder / "config.json").read_text())["args"]["env"]
+    return f"llm:{generated.shipped_for(env_id)}"
 
 
 def _kept(item: str, kept_in: str | Path | None) -> Path | None:
@@ -127,13 +118,21 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     """
     if kept_in:
         _check_kept(spec, Path(kept_in))
-        env_id = _env_of(Path(kept_in))
+        env_id = _trained_in(Path(kept_in)) or env_id
     policies = _load(spec, env_id, action_dim, example, lowest, kept_in)
     if kept_in:
         _check_names(policies, Path(kept_in))
     elif policies:
         print(f"knowledge: {', '.join(policies)}", file=sys.stderr)
     return policies
+
+
+def _trained_in(folder: Path) -> str:
+    """The environment id of a run; empty where its config.json does not say."""
+    try:
+        return json.loads((folder / "config.json").read_text())["args"]["env"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _check_names(policies: dict[str, Policy], folder: Path) -> None:

@@ -54,8 +54,7 @@ class Generated:
             raise KnowledgeError(f"knowledge {self.name} fails in every state: {box.error}; correct it, or leave it "
                                  "out")
         if not self.told:
-            print(f"note: knowledge {self.name} fails in some states: {box.error}",
-                  file=sys.stderr)
+            print(f"note: knowledge {self.name} fails in some states: {box.error}", file=sys.stderr)
             self.told = True
         if box.rows > FIRST and box.failed > MOST_FAILED * box.rows:
             raise KnowledgeError(f"knowledge {self.name} fails in {box.failed} of {box.rows} states, at last with "
@@ -106,8 +105,8 @@ def _codes(name: str, file: Path, env_id: str) -> dict[int, str]:
         codes = {entry["sample"]: str(entry["code"]) for entry in kept["policies"] if entry["used"]}
         fits = env_id.startswith(tuple(kept["envs"]))
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise KnowledgeError(f"knowledge llm:{name}: {file} is none of llm.write_policies; a .py file with a function "
-                             "policy(obs) does as well") from None
+        raise KnowledgeError(f"knowledge llm:{name}: {file} is not a file of llm.write_policies; name one, or a .py "
+                             "file with a function policy(obs)") from None
     if not fits:
         raise KnowledgeError(f"knowledge llm:{name} was written for {' and '.join(kept['envs'])}..., not for {env_id}; "
                              f"write another: python -m llm.write_policies --env {env_id}")

@@ -1,1 +1,1 @@
-"""Language models as prior knowledge: ask one, keep what it said, run the code it wrote out of harm's way."""
+"""Language models as a source of knowledge: ask one, keep its answers, run the code that it wrote in a sandbox."""

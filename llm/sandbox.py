@@ -1,4 +1,4 @@
-"""Generated code, run where it can do no harm: a policy, a potential, state features, all in the same way.
+"""Runs generated code in a process that can only compute: policies, potentials and state features in the same way.
 
     code = sandbox.code_in(reply.text, ["policy"])      # the last fenced block that defines it; raises SandboxError
     with Sandbox(code, ["policy"]) as box:              # static check, then a process of its own; raises SandboxError
@@ -17,16 +17,16 @@ dict `info` of numbers: `explain` gives it for one row, `call` drops it. Used as
 
 A row whose call raises, or gives another shape or a number that is not finite, is NaN; `box.error` then says what
 happened in the first of them, fit for the model to read, and `box.failed` of `box.rows` counts them since the start.
-SandboxError is raised where the process is lost: out of time, out of memory, an answer that is none. The next call
+SandboxError is raised where the process is lost: out of time, out of memory, an invalid answer. The next call
 starts it again. SandboxUnavailable, one of them, means that the machine is the reason, not the code.
 
 What holds the code: a static check (a list of what is allowed), then a process that has no environment variables, at
 most 1 GiB of memory, `seconds` per 1,024 rows, and, on Linux, a seccomp filter set after numpy is imported: it may
 compute, read from its one pipe and write to the other; no file can be opened, no socket, no process, no signal sent.
-The parent bounds whatever it reads. What this does not protect against: bugs of the kernel, of numpy and of the
-interpreter that need none of these, and side channels. Where seccomp is not to be had, files, network and processes are
-not blocked: then only code whose hash stands in llm/reviewed.txt runs, unless it is allowed by `allow_unprotected` or
-by ALLOW_GENERATED_CODE=1 in the environment.
+The parent bounds whatever it reads. It does not protect against holes in the kernel or the
+processor, nor against side channels. Where seccomp is not available, files, network and processes are not blocked: then
+only code whose hash is in llm/reviewed.txt runs, unless `allow_unprotected` or ALLOW_GENERATED_CODE=1 in the
+environment allows it.
 """
 import ast
 import builtins
@@ -344,7 +344,7 @@ class Sandbox:
         whole = tuple(sizes[:dimensions]) if 0 <= dimensions <= 2 else (-1,)
         if got != rows or min(whole, default=0) < 0 or math.prod(whole) > LARGEST_RESULT or (
                 shape is not None and whole != tuple(shape)) or not 0 <= text_bytes <= LONGEST_TEXT:
-            self._lose("gives an answer that is none")
+            self._lose("sends an invalid answer")
         body = self._read(8 * rows * math.prod(whole), deadline)
         text = self._read(text_bytes, deadline).decode(errors="replace")
         return np.frombuffer(body, np.float64).reshape(rows, *whole).copy(), text

@@ -62,7 +62,8 @@ class Run:
         self.args, self.parts = args, parts
         self.step = self.before = saved["step"] if saved else 0  # before: the step before the last `advance`
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or args.run_dir or Path("runs", algo, args.env, name))
+        env = Path(args.env).stem if Path(args.env).is_file() else args.env  # a path is no name for a folder
+        self.folder = Path(args.resume or args.run_dir or Path("runs", algo, env, name))
         while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
             self.folder = self.folder.with_name(f"{self.folder.name}a")
         self._write_config(algo, env_id)

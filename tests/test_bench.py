@@ -137,4 +137,19 @@ def test_rules_are_measured_before_any_learning(tmp_path):
     assert [(row["who"], row["episodes"]) for row in found] == [("fetch.move_to_goal", "4"), ("uniform actions", "4")]
     assert found[0]["success_rate"] == "1" and float(found[1]["return_mean"]) < float(found[0]["return_mean"])
     wrong = subprocess.run([*command[:3], "CartPole-v1"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "Discrete(2) actions" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+    assert wrong.returncode == 2 and "no rules are registered" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+
+
+def test_discrete_rules_are_measured_by_their_advice(tmp_path):
+    who = rules.discrete_contenders(["a", "b"])
+    advice = torch.tensor([[[1., 0, 0], [1, 1, 0]]])
+    expected = {"a": [1, 0, 0], "b": [.5, .5, 0], "mix": [.75, .25, 0], "rule": [.66524, .24473, .09003]}  # of 2, 1, 0
+    for name, p in expected.items():
+        assert torch.softmax(who[name](advice), -1)[0].tolist() == pytest.approx(p, abs=1e-4)
+    assert torch.softmax(who["a"](torch.zeros(1, 2, 3)), -1)[0].tolist() == pytest.approx([1 / 3] * 3)
+    torch.manual_seed(0)
+    drawn = rules.draw(who["mix"](advice).expand(3000, -1))
+    assert (drawn == 0).float().mean().item() == pytest.approx(0.75, abs=0.03)
+    command = [sys.executable, "benchmarks/rules.py", "--env", "MiniGrid-Empty-5x5-v0", "--episodes", "2"]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert [line.split()[0] for line in said.splitlines()[1:]] == ["minigrid.go_to_goal", "uniform", "mix", "rule"]

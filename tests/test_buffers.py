@@ -26,7 +26,8 @@ def test_a_row_is_the_transition():
     batch = buffer.sample(64)
     first = batch.obs[:, 0] == 1
     assert [tuple(x.shape) for x in batch] == [(64, 2), (64, 1), (64, 1), (64, 1), (64, 2)]
-    for column, of_first, of_second in zip(batch, ([1, 2], [0.1], [5], [1], [7, 8]), ([3, 4], [0.2], [6], [0], [9, 10])):
+    one, other = ([1, 2], [0.1], [5], [1], [7, 8]), ([3, 4], [0.2], [6], [0], [9, 10])
+    for column, of_first, of_second in zip(batch, one, other):
         expected = torch.where(first.unsqueeze(1), torch.tensor(of_first), torch.tensor(of_second))
         assert torch.allclose(column, expected.float())
     assert 0 < first.sum() < 64
@@ -46,7 +47,8 @@ def test_the_last_rows_are_kept_and_open_episodes_wait():
     drawn = buffer.sample(500).obs.unique().tolist()
     assert drawn == [*range(104, 110), 202, 203, 204, 205, 206, 207]
     batch, later = buffer.draw(500, 500)
-    assert (later.obs > batch.obs[:len(later.obs)]).all() and (later.obs // 100 == batch.obs[:len(later.obs)] // 100).all()
+    first = batch.obs[:len(later.obs)]
+    assert (later.obs > first).all() and (later.obs // 100 == first // 100).all()
 
 
 def test_transitions_are_drawn_evenly_and_goals_from_all_that_follows():

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_bench import bench, suite
+from tests.test_bench import bench, suite
 
 from benchmarks.run import Args, load_suite
 

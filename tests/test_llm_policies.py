@@ -11,8 +11,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_llm import KEY, Server
-from test_sandbox import pytestmark, without_seccomp  # noqa: F401  (skips where there is no seccomp)
 
 import envs
 import knowledge
@@ -21,6 +19,8 @@ from knowledge import KnowledgeError
 from llm import sandbox
 from llm import write_policies as wp
 from llm.sandbox import SandboxError
+from tests.test_llm import KEY, Server
+from tests.test_sandbox import pytestmark, without_seccomp  # noqa: F401  (skips where there is no seccomp)
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = {"ant": "Ant-v4", "fetch_pick_and_place": "FetchPickAndPlace-v4", "fetch_push": "FetchPush-v4",
@@ -49,6 +49,23 @@ def test_description_fits_the_environment(task):
         low, high = np.array([row[2:] for row in described["observation"][entry]["rows"]]).T
         assert (x >= low - 0.1).all() and (x <= high + 0.1).all(), (entry, x)  # a start's quaternion is not normal
     env.close()
+
+
+def test_auto_is_what_ships_where_there_are_no_rules(tmp_path, monkeypatch):
+    """A run keeps that file; what a model of yours wrote for the same task is not taken unasked."""
+    for path in sandbox.ROOT.glob("llm/policies/*.json"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "hopper-mine.json").write_text((tmp_path / "hopper.json").read_text())
+    (tmp_path / "a.json").write_text("[]")
+    monkeypatch.setattr(knowledge.generated, "SHIPPED", tmp_path)
+    assert list(knowledge.load("auto", "Hopper-v4", 3, torch.zeros(2, 11))) == ["hopper.0"]
+    assert all(name.startswith("fetch.") for name in knowledge.groups_for("FetchPush-v4")["auto"])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"args": {"env": "Hopper-v4"}}))
+    knowledge.keep("auto", ["inner", "hopper.0"], run)
+    (tmp_path / "hopper.json").unlink()
+    assert list(knowledge.load("auto", "Hopper-v4", 3, torch.zeros(2, 11), kept_in=str(run))) == ["hopper.0"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -195,7 +212,7 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize("spec, said", [
     ("llm:hoper", "known are ant, fetch_pick_and_place"), ("llm:none.py", "there is no file none.py"),
     ("llm:walker2d", "was written for Walker2d-v..., not for Hopper-v4"),
-    ("llm:bad.json", "none of llm.write_policies"), ("llm:evil.py", "import of os is not allowed"),
+    ("llm:bad.json", "not a file of llm.write_policies"), ("llm:evil.py", "import of os is not allowed"),
     ("llm:short.py", r"shape \(2,\)"),
     ("llm:raises.py", "ZeroDivisionError in line 2"), ("llm:", "there is no file"),
     ("llm:unused.json", "marks no policy as used")])
@@ -241,6 +258,7 @@ def test_a_run_keeps_its_policies(tmp_path, capsys):
     shutil.copy(ROOT / "llm" / "policies" / "hopper.json", tmp_path / "mine.json")
     run, spec = tmp_path / "run", f"llm:{tmp_path / 'mine.json'}"
     run.mkdir()
+    (run / "config.json").write_text('{"args": {"env": "Hopper-v4"}}')
     knowledge.keep(spec, ["inner", *load(spec)], run)
     kept = json.loads((tmp_path / "mine.json").read_text())
     kept["policies"][0]["code"] = "def policy(obs):\n    return obs[:3]\n"

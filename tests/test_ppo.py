@@ -1,6 +1,7 @@
-"""PPO and its forks: values against hand numbers, what must hold for any weights, what a rollout stores, and that all of
-them learn. Resume, signals, evaluation and errors are in test_contract.py."""
+"""PPO and its forks: values against hand numbers, what must hold for any weights, what a rollout stores, and that all
+of them learn. Resume, signals, evaluation and errors are in test_contract.py."""
 import math
+import sys
 from dataclasses import replace
 
 import gymnasium as gym
@@ -14,6 +15,7 @@ import envs
 import knowledge
 import runtime
 from algos import ppo, ppo_a2t, ppo_bc, ppo_kian, ppo_kogun
+from benchmarks import zero_shot
 from errors import UserError
 
 LN2 = math.log(2)
@@ -114,15 +116,15 @@ def test_a_cut_episode_counts_with_the_value_of_its_last_state(bootstrap, termin
             final, yes = np.full((2, 1), 5.0, np.float32), np.ones(2, bool)
             return np.zeros((2, 1), np.float32), np.ones(2), yes & terminated, yes, {"final_obs": final}
     torch.manual_seed(0)
-    agent, args, episodes = make_agent(ppo, 1, 3, 0), ppo.Args(num_steps=3, bootstrap=bootstrap), runtime.Means()
+    agent, args, scalars = make_agent(ppo, 1, 3, 0), ppo.Args(num_steps=3, bootstrap=bootstrap), runtime.Means()
     loop = {"obs": torch.zeros(2, 1), "open_return": torch.zeros(2, dtype=torch.float64)}
-    rollout = ppo.collect(agent, Task(), lambda obs: obs, loop, episodes, args)
+    rollout = ppo.collect(agent, Task(), lambda obs: obs, loop, scalars, args)
     with torch.no_grad():
         value, final_value = agent(torch.tensor([[0.0], [5.0]])).value
     expected = 1 + counts * args.gamma * final_value - value
     assert rollout.advantage.tolist() == pytest.approx([expected.item()] * 6, abs=1e-5)
     assert rollout.target_value.tolist() == pytest.approx([(expected + value).item()] * 6, abs=1e-5)
-    assert episodes.count == 6 and episodes.take()["return"] == 1 and torch.equal(loop["obs"], torch.zeros(2, 1))
+    assert scalars.take() == {"return": 1} and torch.equal(loop["obs"], torch.zeros(2, 1))
 
 
 def test_a_rollout_has_what_was_seen_done_and_advised():
@@ -308,7 +310,8 @@ def test_sharpness_makes_advice_certain():
 def test_the_entropy_bonus_does_not_reach_external_policies():
     advice, obs = torch.tensor([[[1., 0, 0, 0]]]), torch.randn(1, 4)
     for entropy_of, reaches in (("inner", False), ("fused", True)):
-        agent = make_agent(ppo_kian, 4, 4, 1, args := ppo_kian.Args(entropy_of=entropy_of, value_coef=0.0))
+        args = ppo_kian.Args(entropy_of=entropy_of, value_coef=0.0)
+        agent = make_agent(ppo_kian, 4, 4, 1, args)
         ppo_kian.ppo_loss(agent, make_batch(ppo_kian, obs, advice), args)[0].backward()
         assert bool(agent.keys.grad.any()) == reaches and agent.actor.weight.grad.any()
 
@@ -410,9 +413,10 @@ def test_elsewhere_a_run_keeps_its_external_policies(tmp_path, capsys, short_epi
     obstacles = ["--evaluate", folder, "--env", "MiniGrid-Dynamic-Obstacles-5x5-v0"]  # three actions, not seven
     with pytest.raises(UserError, match="one action per observation"):
         ppo_kian.main(runtime.cli(ppo_kian.Args, "ppo_kian", obstacles))
-    ppo.main(ppo.Args(**SMALL, run_dir=(plain := str(tmp_path / "plain"))))
+    plain = str(tmp_path / "plain")
+    ppo.main(ppo.Args(**SMALL, run_dir=plain))
     with pytest.raises(UserError, match="other observations or actions"):
-        ppo.main(runtime.cli(ppo.Args, "ppo", [*obstacles[:1], plain, *obstacles[2:]]))
+        ppo.main(runtime.cli(ppo.Args, "ppo", ["--evaluate", plain, *obstacles[2:]]))
 
 
 def test_a_run_goes_on_in_the_next_task(tmp_path, monkeypatch, short_episodes):
@@ -429,3 +433,18 @@ def test_a_run_goes_on_in_the_next_task(tmp_path, monkeypatch, short_episodes):
     for part in ("encoder", "trunk", "query", "actor"):
         same = all(torch.equal(p, old[k]) for k, p in started.items() if k.startswith(f"{part}."))
         assert same == (part != "actor"), part
+
+
+def test_zero_shot_scores_become_rows(tmp_path, monkeypatch, short_episodes):
+    folder = str(tmp_path / "run")
+    ppo.main(ppo.Args(**SMALL, run_dir=folder))
+    monkeypatch.setattr(zero_shot, "RESULTS", tmp_path)
+    test = "--env MiniGrid-Empty-5x5-v0 --eval-episodes 2"
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", folder, "--test", test])
+    assert zero_shot.main() == zero_shot.main() == 0  # the second time replaces the row
+    row, = zero_shot.load(tmp_path / "zero_shot" / "ppo.csv")
+    assert row["test"] == test and row["trained_in"] == DOORKEY and row["step"] == "64" and row["episodes"] == "2"
+    assert 0 <= float(row["return_mean"]) <= 1
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", folder, "--test", "--env MiniGrid-Emty-5x5-v0"])
+    with pytest.raises(ValueError, match="did you mean"):
+        zero_shot.main()

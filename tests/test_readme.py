@@ -6,13 +6,16 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `python tests/test_readme.py`
+
 import runtime
 
-ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "algos" / "README.md"
 FEW_SAC = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32",
            "--updates-per-step", "0.05", "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]

@@ -77,6 +77,7 @@ def test_ranges():
     for name, values in (("her_goals", [0]), ("gamma", [0.0, 1.0]), ("eval_every", [0]), ("seed", [0, 2 ** 63 - 1])):
         for value in values:
             runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
+    assert torch.initial_seed() == 2 ** 63 - 1  # the last one: `checked` seeds torch
     for name, values in (("gamma", [1.01]), ("num_envs", [0]), ("seed", [2 ** 63]), ("her_goals", [float("inf")]),
                          ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1])):
         for value in values:
@@ -107,8 +108,9 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
     assert f"note: {script} has changed since this run began" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error, code, line", [(runtime.UserError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
-                                               (KeyboardInterrupt(), 130, "x: interrupted")])
+@pytest.mark.parametrize("error, code, line", [
+    (runtime.UserError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
+    (KeyboardInterrupt(), 130, "x: interrupted")])
 def test_one_line_and_an_exit_code(error, code, line, capsys):
     with pytest.raises(SystemExit) as end, runtime.exit_codes("x"):
         raise error

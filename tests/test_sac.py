@@ -214,15 +214,15 @@ def test_updates_see_normalised_transitions_in_their_number(played, random_actio
 
 
 class BitFlip(gym.Env):
-    """Six bits; every positive component of the action flips its bit; reach a random pattern within eight steps."""
+    """Four bits; every positive component of the action flips its bit; reach a random pattern within eight steps."""
 
-    bits = gym.spaces.Box(-1, 1, (6,), np.float64)
+    bits = gym.spaces.Box(-1, 1, (4,), np.float64)
     observation_space = gym.spaces.Dict(observation=bits, achieved_goal=bits, desired_goal=bits)
-    action_space = gym.spaces.Box(-1, 1, (6,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.bits, self.goal = self.np_random.choice([-1.0, 1.0], (2, 6))
+        self.bits, self.goal = self.np_random.choice([-1.0, 1.0], (2, 4))
         return self.look(), {}
 
     def look(self):
@@ -242,20 +242,21 @@ if "BitFlip-v0" not in gym.registry:
 
 
 def test_hindsight_learns_where_plain_replay_does_not(tmp_path):
-    """With relabelled goals nearly all patterns are reached, without them hardly any."""
+    """With relabelled goals all patterns are reached, without them few."""
     success = {}
     for goals in (4, 0):
-        args = sac.Args(env="BitFlip-v0", her_goals=goals, total_timesteps=7_000, num_envs=8, hidden="64x2",
+        args = sac.Args(env="BitFlip-v0", her_goals=goals, total_timesteps=4_000, num_envs=8, hidden="64x2",
                         batch_size=128, updates_per_step=0.25, gamma=0.9, compile=False, initial_temperature=0.02,
                         eval_every=0, checkpoint_every=0, eval_episodes=32, device="cpu",
                         run_dir=str(tmp_path / str(goals)))
         success[goals] = sac.main(args)["success_rate"]
-    assert success[4] >= 0.8 and success[0] <= 0.3, success
+    assert success[4] >= 0.8 and success[0] <= 0.4, success
 
 
 def test_policy_pt2_plays_as_the_run_was_scored(tmp_path):
     result = sac.main(sac.Args(env="Pendulum-v1", total_timesteps=400, num_envs=4, hidden="8x1", batch_size=32,
-                               compile=False, eval_every=0, eval_episodes=2, device="cpu", run_dir=str(tmp_path / "run")))
+                               compile=False, eval_every=0, eval_episodes=2, device="cpu",
+                               run_dir=str(tmp_path / "run")))
     program = torch.export.load(tmp_path / "run" / "policy.pt2").module()
     vec = envs.make_vec("Pendulum-v1", 2)
     again = envs.evaluate(lambda obs: vec.to_box(program(envs.to_tensors(obs)).numpy()), vec, 4, 10_000 + 5_000)

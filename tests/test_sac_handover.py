@@ -94,8 +94,8 @@ def test_a_share_of_the_episodes_is_solo_until_the_hand_over():
 
 @pytest.mark.parametrize("mask", [0.0, 1.0])
 def test_update_is_adam_on_the_stated_losses(mask):
-    """Written out, per policy: attention by cross-entropy against softmax(Q / T), the inner policy by SAC and imitation,
-    the entropy of the inner policy alone in targets, by its weight."""
+    """Written out, per policy: attention by cross-entropy against softmax(Q / T), the inner policy by SAC and
+    imitation, in targets the entropy of the inner policy alone, by its weight."""
     torch.manual_seed(1)
     args = Args(hidden="16x2", batch_size=32, initial_temperature=0.3)
     agent = make_agent(args, 6, 2, 2, CPU)
@@ -159,7 +159,7 @@ def test_dropped_policies_leave_plain_sac():
             p.copy_(ours[group][name])
     ours["actor"]["score_mask"][0] = -MASKED
     ours["actor"]["attention_temperature"].fill_(0.1)
-    obs, next_obs, noise, next_noise = torch.randn(32, 6), torch.randn(32, 6), draw_noise(32, 2, 2), draw_noise(32, 2, 2)
+    (obs, next_obs), (noise, next_noise) = torch.randn(2, 32, 6), (draw_noise(32, 2, 2) for _ in range(2))
     batch = Batch(obs, torch.rand(32, 2), torch.randn(32, 1), torch.rand(32, 1).round(), next_obs)
     seen = batch._replace(obs=Seen(obs, torch.rand(32, 2, 2)), next_obs=Seen(next_obs, torch.rand(32, 2, 2)))
     with torch.no_grad():

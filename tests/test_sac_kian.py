@@ -158,7 +158,8 @@ def test_keys_are_taken_over_by_name(tmp_path, capsys):
     sac_kian.main(Args(**small, knowledge=f"{file}:go_right,{file}:approach", run_dir=str(tmp_path / "old")))
     (tmp_path / "new.py").write_text("def rule(obs):\n    return 0 * obs['desired_goal']\n")
     capsys.readouterr()
-    sac_kian.main(Args(**(small | {"updates_per_step": 1e-6}), run_dir=str(tmp_path / "new"), init_from=str(tmp_path / "old"),
+    sac_kian.main(Args(**(small | {"updates_per_step": 1e-6}), run_dir=str(tmp_path / "new"),
+                       init_from=str(tmp_path / "old"),
                        knowledge=f"{file}:approach,{tmp_path / 'new.py'},inner:{tmp_path / 'old'}"))
     assert "keys taken over: tasks.approach, inner.old; fresh: inner, new.rule\n" in capsys.readouterr().err
     old, new = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("old", "new"))
