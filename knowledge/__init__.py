@@ -78,7 +78,7 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
 
 
 def _meant(item: str, env_id: str) -> str:
-    """`item`; for `auto`, where no rules are registered for the environment, the generated policies that ship for it."""
+    """`item`; for `auto`, where the environment has no default rules, the generated policies that ship for it."""
     if item != "auto" or "auto" in groups_for(env_id) or not generated.shipped_for(env_id):
         return item
     return f"llm:{generated.shipped_for(env_id)}"

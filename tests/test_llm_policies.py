@@ -64,8 +64,12 @@ def test_auto_is_what_ships_where_there_are_no_rules(tmp_path, monkeypatch):
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"args": {"env": "Hopper-v4"}}))
     knowledge.keep("auto", ["inner", "hopper.0"], run)
-    (tmp_path / "hopper.json").unlink()
-    assert list(knowledge.load("auto", "Hopper-v4", 3, torch.zeros(2, 11), kept_in=str(run))) == ["hopper.0"]
+    obs, policy = torch.randn(2, 11), knowledge.load("auto", "Hopper-v4", 3, torch.zeros(2, 11))["hopper.0"]
+    shipped = json.loads((tmp_path / "hopper.json").read_text())
+    shipped["policies"][0]["code"] = "def policy(obs):\n    return [1, 1, 1]\n"
+    (tmp_path / "hopper.json").write_text(json.dumps(shipped))
+    again = knowledge.load("auto", "Hopper-v4", 3, torch.zeros(2, 11), kept_in=str(run))["hopper.0"]
+    assert torch.equal(again(obs), policy(obs)) and not (again(obs) == 1).all()
 
 
 @pytest.mark.parametrize("task", TASKS)
