@@ -3,7 +3,8 @@
 Lillicrap et al., "Continuous control with deep reinforcement learning" (arXiv 1509.02971): a critic learns the value of
 actions, and the actor follows its gradient. Slow copies of both make the targets; exploration is noise on the action.
 
-Departures: Gaussian noise in place of an Ornstein-Uhlenbeck process, one learning rate, layers of 256. A time limit
+Departures: Gaussian noise in place of an Ornstein-Uhlenbeck process, one learning rate, layers of 256, no batch
+normalisation, no weight decay, actions enter the critic's first layer, uniform actions at the start. A time limit
 bootstraps. docs/classic.md has the measurements.
 
 python algos/ddpg.py --env Pendulum-v1 --gamma 0.98 --total-timesteps 10000
@@ -57,7 +58,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions that are kept
     learning_rate: float = 3e-4  # Adam, for actor and critic (paper: 1e-4 and 1e-3)
     gamma: float = 0.99  # discount per step
-    tau: float = 0.005  # Polyak step of the target networks, per update
+    tau: float = 0.005  # Polyak step of the target networks, per update (paper: 1e-3)
     updates_per_step: float = 1.0  # updates per environment step
     learning_starts: int = 5_000  # environment steps with uniform actions, before the first update
     exploration_noise: float = 0.1  # deviation of the noise on actions in [-1, 1]

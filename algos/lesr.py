@@ -34,6 +34,7 @@ from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
+NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (paper: c)
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Args:
 
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (paper: 400 and 300)
-    batch_size: int = 256  # transitions per update
+    batch_size: int = 256  # transitions per update (paper: 100)
     buffer_size: int = 1_000_000  # transitions that are kept
     learning_rate: float = 3e-4  # Adam, for actor and critics (paper: 1e-3)
     gamma: float = 0.99  # discount per step
@@ -67,7 +68,6 @@ class Args:
     learning_starts: int = 5_000  # environment steps with uniform actions, before the first update
     exploration_noise: float = 0.1  # deviation of the noise on actions in [-1, 1]
     policy_noise: float = 0.2  # the same on the actions of targets
-    noise_clip: float = 0.5  # bound of that noise
     policy_delay: int = 2  # updates of the critics per update of actor and targets
     her_goals: int = 4  # hindsight goals per real one, on tasks with goals; 0: no HER
     normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
@@ -81,8 +81,7 @@ class Args:
 
 # limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "learning_starts": (0, math.inf), "exploration_noise": (0, math.inf),
-          "policy_noise": (0, math.inf), "noise_clip": (0, math.inf),
-          "her_goals": (0, math.inf), "goal_range": (0, 10),
+          "policy_noise": (0, math.inf), "her_goals": (0, math.inf), "goal_range": (0, 10),
           "intrinsic_weight": (0, math.inf)}
 TUNE = {"learning_rate": (1e-4, 3e-3), "tau": (0.001, 0.05), "exploration_noise": [0.05, 0.1, 0.2],
         "updates_per_step": [0.25, 0.5, 1.0], "batch_size": [128, 256, 512]}
@@ -159,7 +158,7 @@ def update(agent: dict, batch: Batch, noise: torch.Tensor, whole: bool, args: Ar
     in place, returns what is logged."""
     actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
 
-    noise = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
+    noise = (args.policy_noise * noise).clamp(-NOISE_CLIP, NOISE_CLIP)
     next_action = (decide(target, batch.next_obs) + noise).clamp(-1, 1)
     next_q = mlp(target, "q", critic_inputs(batch.next_obs, next_action)).squeeze(-1).amin(0)  # (B,)
     target_q = batch.reward[:, 0] + args.gamma * (1 - batch.terminated[:, 0]) * next_q  # a time limit bootstraps

@@ -5,6 +5,7 @@ the median over rounds of the ratio within a round, so that a busy machine slows
 machine; ratios are what to quote. Nothing here asserts a time.
 
 python benchmarks/speed.py sac       # beside stable-baselines3
+python benchmarks/speed.py td3       # beside stable-baselines3, and what the masks of camel.py cost
 python benchmarks/speed.py ppo       # beside stable-baselines3 and torch-ac
 python benchmarks/speed.py stream    # beside the same maths written with autograd
 """
@@ -35,12 +36,13 @@ import envs
 import knowledge
 import runtime
 import streamnet
-from algos import ppo, ppo_kian, sac, sac_kian, stream_ac
+from algos import camel, ppo, ppo_kian, sac, sac_kian, stream_ac, td3
 from benchmarks import stream_autograd
 from runtime import Means, compile_for, use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
-PEERS = {"sac": {"stable_baselines3": PEER}, "ppo": {"stable_baselines3": PEER, "torch_ac": "torch-ac==1.4.0"},
+PEERS = {"sac": {"stable_baselines3": PEER}, "td3": {"stable_baselines3": PEER},
+         "ppo": {"stable_baselines3": PEER, "torch_ac": "torch-ac==1.4.0"},
          "stream": {}}  # packages that a table needs
 GRID = ppo.Args(env="MiniGrid-DoorKey-8x8-v0")
 FILL = 2000  # transitions of uniform actions in every buffer before timing: 40 Fetch episodes
@@ -135,6 +137,86 @@ class Peer:
     def train(self, steps: int) -> None:
         """Its training loop for `steps` environment steps."""
         self.model.learn(steps, log_interval=None, reset_num_timesteps=False)
+
+
+class Delayed:
+    """The functions of td3.py or camel.py in the order of its main(), without logging. camel.py masks at epsilon 0.5,
+    around the policy that ships for the environment."""
+
+    def __init__(self, script, compiled: bool = False):
+        self.script, self.args = script, script.Args(env="Hopper-v4", buffer_size=CAPACITY)
+        self.vec = envs.make_vec(self.args.env, 1)
+        self.f, self.d, g = envs.continuous_sizes(self.vec)
+        obs = self.vec.reset(self.args.seed)
+        self.box = lambda obs: obs
+        if script is camel:
+            external = knowledge.load("llm:hopper", self.args.env, self.d, envs.example_of(self.vec, obs))
+            self.box = partial(camel.add_box, external=external, g=g, d=self.d, args=self.args)
+        self.rows, self.updates = self.box(envs.flatten(obs)), 0
+        self.agent = script.make_agent(self.args, self.f, self.d, torch.device("cpu"))
+        self.buffer, _ = script.make_buffer(self.args, self.vec, self.f, self.d, g)
+        self.learn = torch.compile(script.update, fullgraph=True, dynamic=False) if compiled else script.update
+        self.step(FILL)
+
+    def look(self, rows: torch.Tensor) -> torch.Tensor:
+        return camel.Seen(rows[:, :self.f], *rows[:, self.f:].chunk(2, 1)) if self.script is camel else rows
+
+    @torch.no_grad()
+    def update(self, times: int) -> None:
+        """Updates: sample, draw masks, learn; the actor every second time."""
+        for _ in range(times):
+            self.updates += 1
+            batch = self.buffer.sample(self.args.batch_size)
+            inputs = [batch._replace(obs=self.look(batch.obs), next_obs=self.look(batch.next_obs)),
+                      torch.randn(self.args.batch_size, self.d)]
+            if self.script is camel:
+                masks = camel.draw_masks(0.5, (2, self.args.batch_size, 1), self.updates, self.args)
+                inputs += [masks, torch.tensor(0.5)]
+            self.learn(self.agent, *inputs, self.updates % self.args.policy_delay == 0, self.args)
+
+    @torch.no_grad()
+    def step(self, steps: int) -> None:
+        """Environment steps with uniform actions, stored; in camel.py each state is asked for its box."""
+        for _ in range(steps):
+            action = 2 * torch.rand(1, self.d) - 1
+            next_obs, reward, terminated, truncated, info = self.vec.step(self.vec.to_box(action.numpy()))
+            final_rows = self.box(envs.flatten(info["final_obs"]))
+            self.buffer.add(self.rows, action, reward, terminated, truncated, final_rows)
+            self.rows = self.box(envs.flatten(next_obs)) if (terminated | truncated).any() else final_rows
+
+
+def sb3_td3(args: td3.Args) -> Callable[[int], None]:
+    """Updates of TD3 in stable-baselines3 with the same sizes, sampling included."""
+    from stable_baselines3 import TD3
+    from stable_baselines3.common.logger import configure
+
+    width, depth = map(int, args.hidden.split("x"))
+    model = TD3("MlpPolicy", envs.make(args.env), device="cpu", seed=args.seed, batch_size=args.batch_size,
+                learning_rate=args.learning_rate, gamma=args.gamma, tau=args.tau, policy_delay=args.policy_delay,
+                target_policy_noise=args.policy_noise, target_noise_clip=td3.NOISE_CLIP, buffer_size=CAPACITY,
+                policy_kwargs=dict(net_arch=[width] * depth), learning_starts=FILL)
+    model.set_logger(configure(None, []))
+    model.learn(FILL, log_interval=None)  # uniform actions, no updates
+    return lambda times: model.train(times, model.batch_size)
+
+
+def time_td3(full: bool, rounds: int) -> list[dict]:
+    """Updates beside stable-baselines3; what masks add to an update and to a step."""
+    torch.compiler.reset()
+    torch.manual_seed(1)
+    fast = "medium" if use_fast_matmul(torch.device("cpu")) else "highest"
+    peer, ours, masks = sb3_td3(td3.Args(env="Hopper-v4")), Delayed(td3), Delayed(camel)
+    contenders = [Contender("SB3", peer), Contender('SB3, matmul "medium"', peer, "medium"),
+                  Contender("ours, eager", ours.update, fast), Contender("ours, eager, masks", masks.update, fast)]
+    if full:
+        contenders += [Contender("ours, compiled", Delayed(td3, compiled=True).update, fast),
+                       Contender("ours, compiled, masks", Delayed(camel, compiled=True).update, fast)]
+    work = "one update of the critics, every second time of actor and targets, sampling included"
+    rows = measure("updates, TD3", f"{work}; Hopper-v4, batch 256, networks 256x2", "updates", contenders,
+                   100 if full else 10, rounds)
+    contenders = [Contender("td3", ours.step), Contender("camel, a box around llm:hopper", masks.step)]
+    return rows + measure("stepping, masks", "Hopper-v4, one environment, uniform actions, stored", "steps", contenders,
+                          1000 if full else 100, rounds)
 
 
 class Gym:
@@ -477,7 +559,8 @@ def main() -> int:
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": describe_cpu()}
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     print(f"torch {machine['torch']}, {machine['threads']} threads of {os.cpu_count()} cores, {machine['cpu']}{load}")
-    rows = {"sac": lambda: time_sac(full, rounds), "ppo": lambda: time_ppo(full, rounds),
+    rows = {"sac": lambda: time_sac(full, rounds), "td3": lambda: time_td3(full, rounds),
+            "ppo": lambda: time_ppo(full, rounds),
             "stream": lambda: time_stream(2000 if full else 100, rounds, compiled=full)}[flags.algo]()
     if flags.csv:
         with flags.csv.open("w", newline="") as file:

@@ -29,8 +29,10 @@ __all__ = ["KnowledgeError", "Obs", "Policy", "advise", "group", "groups_for", "
            "take_over"]
 
 
-def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float = -1.0) -> torch.Tensor:
-    """What each of n policies would do, (B, n, action_dim). It depends on the goal: ask again after relabelling.
+def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float = -1.0, failed: float = 0.0
+           ) -> torch.Tensor:
+    """What each of n policies would do, (B, n, action_dim). It depends on the goal: ask again after relabelling. Where
+    generated code fails, its action is `failed`.
 
     Raises KnowledgeError unless every policy returns such a batch of numbers in [lowest, 1]. `load` checks the same at
     the start, but a policy may fail in states that come later.
@@ -38,8 +40,12 @@ def advise(policies: dict[str, Policy], obs: Obs, action_dim: int, lowest: float
     if not policies:
         batch = next(iter(obs.values())) if isinstance(obs, dict) else obs
         return torch.zeros(batch.shape[0], 0, action_dim, device=batch.device, dtype=_action_dtype(obs))
-    return torch.stack([_ask(policy, f"knowledge {name}", action_dim, obs, lowest)
-                        for name, policy in policies.items()], 1)
+    asked = torch.stack([_ask(policy, f"knowledge {name}", action_dim, obs, lowest)
+                         for name, policy in policies.items()], 1)
+    for i, policy in enumerate(policies.values()):
+        if isinstance(policy, generated.Generated) and failed:
+            asked[policy.lost, i] = failed
+    return asked
 
 
 def keep(spec: str, names: list[str], folder: Path) -> None:
@@ -55,7 +61,7 @@ def keep(spec: str, names: list[str], folder: Path) -> None:
 def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
     """For every file behind `spec`: its path, what is kept of it, and where the run in `folder` keeps that."""
     sources = []
-    for kind, _, name in (item.strip().partition(":") for item in spec.split(",")):
+    for kind, _, name in (_meant(item.strip(), _trained_in(folder)).partition(":") for item in spec.split(",")):
         path = run.file_of(kind, Path(name)) if kind in ("run", "inner") else Path(kind)
         shown = path
         if kind == "llm":
@@ -69,6 +75,13 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
             sources.append((path, digest, kept.with_suffix(".sha256")))
     return sources
+
+
+def _meant(item: str, env_id: str) -> str:
+    """`item`; for `auto`, where the environment has no default rules, the generated policies that ship for it."""
+    if item != "auto" or "auto" in groups_for(env_id) or not generated.shipped_for(env_id):
+        return item
+    return f"llm:{generated.shipped_for(env_id)}"
 
 
 def _kept(item: str, kept_in: str | Path | None) -> Path | None:
@@ -92,10 +105,10 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
          ) -> dict[str, Policy]:
     """The policies that `spec` names, {name: policy}, in the order given.
 
-    `spec` is `none`, `auto` (the default rules of the environment) or a comma-separated list of rules
-    (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py` for every public function
-    defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner policies alone
-    (`inner:<RUN_DIR>`), and policies that a language model wrote (`llm:hopper`, `llm:<file>`).
+    `spec` is `none`, `auto` (the default rules of the environment, or else the generated policies that ship for it) or
+    a comma-separated list of rules (`fetch.reach_object`), groups of rules (`fetch.official`), Python files (`mine.py`
+    for every public function defined there, `mine.py:push` for one), trained agents (`run:<RUN_DIR>`) and their inner
+    policies alone (`inner:<RUN_DIR>`), and policies that a language model wrote (`llm:hopper`, `llm:<file>`).
     Each policy is called once, on `example`: a batch of two or more observations like those of the run. It must return
     numbers in [lowest, 1], where `lowest` is -1 for actions and 0 for advice. `kept_in` is the folder of a run that is
     resumed or evaluated. Then Python files are taken from the copies there, other runs must not have changed, and the
@@ -135,7 +148,7 @@ def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, 
           ) -> dict[str, Policy]:
     """As `load`, without the checks of what is kept."""
     policies: dict[str, Policy] = {}
-    for item in (item.strip() for item in spec.split(",") if item.strip() != "none"):
+    for item in (_meant(item.strip(), env_id) for item in spec.split(",") if item.strip() != "none"):
         if item.startswith("llm:"):
             name = item.removeprefix("llm:")
             found = generated.load(name, _kept(item, kept_in) or generated.file_of(name), env_id, action_dim, lowest)

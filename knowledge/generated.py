@@ -21,11 +21,14 @@ FIRST = 1000  # states that are not held against it
 
 
 class Generated:
-    """One policy: a batch of observations in, actions in [lowest, 1] out, zeros where the code fails."""
+    """One policy: a batch of observations in, actions in [lowest, 1] out, zeros where the code fails.
+
+    lost: (B,) bool, where it failed in the last call."""
 
     def __init__(self, name: str, source: str, action_dim: int, lowest: float):
         """Raises SandboxError where the code is refused, or does not load."""
         self.name, self.action_dim, self.lowest, self.told = name, action_dim, lowest, False
+        self.lost = torch.zeros(0, dtype=torch.bool)
         self.box = Sandbox(source, ["policy"])
 
     def __call__(self, obs: Obs) -> torch.Tensor:
@@ -40,6 +43,7 @@ class Generated:
             raise KnowledgeError(f"knowledge {self.name}: {error}") from None
         if self.box.error:
             self._tell()
+        self.lost = torch.from_numpy(np.isnan(action).any(1))
         action = np.nan_to_num(action).clip(self.lowest, 1)
         return torch.as_tensor(action).to(torch.zeros(0) if like is None else like)
 
@@ -50,8 +54,7 @@ class Generated:
             raise KnowledgeError(f"knowledge {self.name} fails in every state: {box.error}; correct it, or leave it "
                                  "out")
         if not self.told:
-            print(f"note: knowledge {self.name} fails in some states and does nothing there: {box.error}",
-                  file=sys.stderr)
+            print(f"note: knowledge {self.name} fails in some states: {box.error}", file=sys.stderr)
             self.told = True
         if box.rows > FIRST and box.failed > MOST_FAILED * box.rows:
             raise KnowledgeError(f"knowledge {self.name} fails in {box.failed} of {box.rows} states, at last with "
@@ -62,6 +65,19 @@ def file_of(name: str) -> Path:
     """The file behind `llm:<name>`."""
     path = Path(name)
     return path if path.suffix in (".json", ".py") else SHIPPED / f"{name}.json"
+
+
+def shipped_for(env_id: str) -> str:
+    """The name of the shipped policies that were written for `env_id`; empty where there are none. Files of other
+    models stand beside these, named <task>-<model>, and are used by name alone."""
+    for path in sorted(SHIPPED.glob("*.json")):
+        try:
+            kept = json.loads(path.read_text())
+            if kept["task"] == path.stem and env_id.startswith(tuple(kept["envs"])):
+                return path.stem
+        except (ValueError, TypeError, KeyError):
+            continue
+    return ""
 
 
 def load(name: str, file: Path, env_id: str, action_dim: int, lowest: float) -> dict[str, Policy]:

@@ -44,6 +44,8 @@ LOSSES, SAC = "critic_loss actor_loss q", "critic_loss actor_loss q alpha entrop
 OF_PPO, OF_STREAM = "policy_loss value_loss entropy approx_kl", "abs_delta value"
 BOTH = "policy.pt2 inner.pt2"
 SCRIPTS = [
+    Script("camel", f"{DDPG} {RULES} --mask-steps 400", f"{LOSSES} epsilon outside clipped masked_return",
+           refuses="CartPole-v1"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("lesr", f"--env Pendulum-v1 {DDPG.split(' ', 2)[2]} --features tests/features.py", LOSSES,
            refuses="CartPole-v1"),

@@ -18,6 +18,7 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # what a child changes of its parent's functions and classes, Args and main aside; it may add others. Who is whose child
 # says algos/README.md, by its diff commands
 CHANGED = {
+    "camel": {"actor_loss", "critic_inputs", "make_buffer", "update"},
     "ddpg": {"actor_loss", "critic_loss", "decide", "make_agent", "update"},
     "lesr": set(),
     "ppo_a2t": {"Agent", "Output", "ppo_loss"},

@@ -153,7 +153,7 @@ def test_bad_names():
     error("auto,", "''")
     error("fetch.v4,fetch.reach_object", "fetch.reach_object comes twice")
     error("llm:rules.json", "llm:rules.json", "there is no file rules.json")
-    error("auto", "HalfCheetah-v5", "none", env_id="HalfCheetah-v5")
+    error("auto", "Swimmer-v5", "none", env_id="Swimmer-v5")
     error("fetch.official", "FetchReach-v4", env_id="FetchReach-v4")
     assert issubclass(KnowledgeError, ValueError)
 

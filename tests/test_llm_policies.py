@@ -51,6 +51,27 @@ def test_description_fits_the_environment(task):
     env.close()
 
 
+def test_auto_is_what_ships_where_there_are_no_rules(tmp_path, monkeypatch):
+    """A run keeps that file; what a model of yours wrote for the same task is not taken unasked."""
+    for path in sandbox.ROOT.glob("llm/policies/*.json"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "hopper-mine.json").write_text((tmp_path / "hopper.json").read_text())
+    (tmp_path / "a.json").write_text("[]")
+    monkeypatch.setattr(knowledge.generated, "SHIPPED", tmp_path)
+    assert list(knowledge.load("auto", "Hopper-v4", 3, torch.zeros(2, 11))) == ["hopper.0"]
+    assert all(name.startswith("fetch.") for name in knowledge.groups_for("FetchPush-v4")["auto"])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"args": {"env": "Hopper-v4"}}))
+    knowledge.keep("auto", ["inner", "hopper.0"], run)
+    obs, policy = torch.randn(2, 11), knowledge.load("auto", "Hopper-v4", 3, torch.zeros(2, 11))["hopper.0"]
+    shipped = json.loads((tmp_path / "hopper.json").read_text())
+    shipped["policies"][0]["code"] = "def policy(obs):\n    return [1, 1, 1]\n"
+    (tmp_path / "hopper.json").write_text(json.dumps(shipped))
+    again = knowledge.load("auto", "Hopper-v4", 3, torch.zeros(2, 11), kept_in=str(run))["hopper.0"]
+    assert torch.equal(again(obs), policy(obs)) and not (again(obs) == 1).all()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_what_ships_is_what_the_recordings_give(task, tmp_path, monkeypatch):
     """No key, no network: the replayed answers pass the gate again and make the committed file to the letter."""

@@ -25,7 +25,8 @@ FEW_PPO = ["--total-timesteps", "256", "--num-envs", "2", "--num-steps", "64", "
 FEW_SERIES = ["--total-timesteps", "300", "--hidden", "16x1", "--no-compile", "--eval-every", "0"]
 FEW_STREAM = [*FEW_SERIES, "--eval-episodes", "1"]
 # flags that make a run of each script short; a new script is a line here
-WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": FEW_DDPG, "td3": FEW_DDPG, "lesr": FEW_DDPG,
+WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": FEW_DDPG, "td3": FEW_DDPG,
+         "camel": FEW_DDPG, "lesr": FEW_DDPG,
          "ppo": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
          "stream_ac": FEW_STREAM, "stream_q": FEW_STREAM, "stream_td": FEW_SERIES}
 OPTIONAL = {"MinAtar/": "minatar", "dm_control/": "dm_control", "NoFrameskip": "ale_py"}  # requirements-envs.txt
