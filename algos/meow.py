@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map
 import envs
 import runtime
 from buffers import Batch, ReplayBuffer
+from envs import multigoal
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
@@ -227,6 +228,27 @@ def decide(flow: dict, obs: torch.Tensor, noise: torch.Tensor, args: Args) -> De
     return Decision(action, log_prob.sum(1))
 
 
+def sampled_value(flow: dict, obs: torch.Tensor, count: int, args: Args) -> torch.Tensor:
+    """V_1(s) (B,) as it has to be estimated where Q has no normaliser: from `count` uniform actions for each state.
+    The flow knows it; for the picture of how slowly the estimate gets there."""
+    d = flow["coupling.0.weight"].shape[1] - obs.shape[1]
+    action = 2 * torch.rand(len(obs) * count, d) - 1
+    q = action_values(flow, obs.repeat_interleave(count, 0), action.to(obs), None, args)[:, 0]
+    mean = torch.logsumexp(q.view(len(obs), count) / args.alpha, 1) - math.log(count)  # log of the mean of exp(Q/alpha)
+    return args.alpha * (mean + d * math.log(2))  # the box has a volume of 2^d
+
+
+def draw_landscape(flow: dict, folder: Path, args: Args) -> torch.Tensor:
+    """MultiGoal: the picture of V, paths to the goals, and errors of `sampled_value`, into the run folder. Returns how
+    many of 40 paths ended at each goal, (4,)."""
+    flow = {name: p.cpu() for name, p in flow.items()}
+    return multigoal.draw(
+        value=lambda obs: state_values(flow, obs, args)[:, 0],
+        sample=lambda obs: decide(flow, obs, torch.randn(len(obs), 2), args).action,
+        estimate=lambda obs, count: sampled_value(flow, obs, count, args),
+        path=folder / "video" / "landscape.png", seed=10_000 * args.seed + 9_000)
+
+
 def draw_bits(args: Args) -> torch.Tensor:
     """16 random bits for each hidden unit that an update may drop, (couplings, depth, B, width) int16. Four of these come
     from one draw of 64: a draw for each would take as long as a third of the update."""
@@ -254,15 +276,16 @@ def critic_loss(flow: dict, batch: Batch, target_q: torch.Tensor, bits: torch.Te
     return (q - target_q).square().mean(), q
 
 
-def make_agent(args: Args, f: int, d: int) -> dict:
+def make_agent(args: Args, f: int, d: int, device: torch.device) -> dict:
     """Fresh parameters and optimiser state."""
     hidden = runtime.hidden_layers(args.hidden)
     flow = init_net("scale", [f, *hidden, d], 1, zero=True)
     flow |= init_net("coupling", [d + f, *hidden, d], args.couplings, zero=False)
     if args.lrs:
         flow |= init_net("shift", [f, *runtime.hidden_layers(args.shift_hidden), 1], 2 if args.scdq else 1, zero=True)
-    return {"flow": flow, "target": {name: p.clone() for name, p in flow.items()}, "moments": adam_state(flow),
-            "count": torch.zeros(())}
+    agent = {"flow": flow, "target": {name: p.clone() for name, p in flow.items()}, "moments": adam_state(flow),
+             "count": torch.zeros(())}
+    return tree_map(lambda x: x.to(device), agent)
 
 
 def update(agent: dict, batch: Batch, bits: torch.Tensor, args: Args) -> dict:
@@ -285,38 +308,38 @@ def main(args: Args) -> dict[str, float]:
     """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
     args, saved = runtime.checked(args, ALGO, RANGES, anew=["sample"])
     args = with_preset(args)
-    device = runtime.pick_device(args.device)
-    runtime.use_fast_matmul(device)
-
-    # environments, agent, buffer
+    device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads())
-    f, d, _ = envs.continuous_sizes(vec)  # features, actions
-    agent = make_agent(args, f, d)
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), 1, args.num_envs, f, d)
-    loop = {"obs": envs.flatten(vec.reset(10_000 * args.seed)), "debt": 0.0}  # debt: updates owed
+    f, d, _ = envs.continuous_sizes(vec)  # numbers in the features, an action
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    example = envs.example_of(vec, obs)
+    agent = make_agent(args, f, d, device)
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    buffer = ReplayBuffer(capacity, 1, args.num_envs, f, d)
+    loop = {"obs": envs.flatten(obs), "updates_owed": 0.0}
     scalars = runtime.Means()  # since the last log
-
-    # restore, or evaluate and be done
-    learned = {"agent": agent}  # what acts
-    parts = learned | {"vec": vec, "buffer": buffer, "loop": loop, "scalars": scalars}
-    if saved:
-        runtime.restore(learned if args.evaluate else parts, saved)
-    agent.update(tree_map(lambda x: x.to(device), agent))
+    parts = {"agent": agent, "vec": vec, "buffer": buffer, "loop": loop, "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
     evaluator = envs.Evaluator(args)
 
     def choose(obs: torch.Tensor, noise: torch.Tensor) -> Decision:
         inputs = tree_map(lambda x: x.to(device), (obs, noise))
         return tree_map(lambda x: x.cpu(), decide(agent["flow"], *inputs, args))
 
+    def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        """The flow's image of 0 (B, d): what the run leaves as policy.pt2."""
+        return choose(envs.flatten(obs), torch.zeros(d)).action
+
     def act(obs: envs.Observation) -> np.ndarray:
-        """The flow's image of 0, or with --sample a draw: evaluation."""
+        """What evaluations play."""
+        if not args.sample:
+            return vec.to_box(policy(obs).numpy())
         features = envs.flatten(obs)
-        noise = torch.randn(len(features), d, generator=evaluator.generator) if args.sample else (
-            torch.zeros(len(features), d))
+        noise = torch.randn(len(features), d, generator=evaluator.generator)
         return vec.to_box(choose(features, noise).action.numpy())
 
     if args.evaluate:
-        return evaluator.report(act, saved["step"], Path(args.evaluate))
+        return evaluator.report(act, saved["step"])
 
     # train
     run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
@@ -331,18 +354,16 @@ def main(args: Args) -> dict[str, float]:
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
         # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
-        reward, terminated, truncated = (torch.from_numpy(x)[:, None] for x in (reward, terminated, truncated))
-        buffer.add(Batch(obs, action, reward.float(), terminated.float(), envs.flatten(info["final_obs"])),
-                   (terminated | truncated)[:, 0])
+        buffer.add(obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"]))
         loop["obs"] = envs.flatten(next_obs)
 
         # update
-        loop["debt"] += learning * args.num_envs * args.updates_per_step
-        while loop["debt"] >= 1:
-            loop["debt"] -= 1
-            batch, _ = buffer.sample(args.batch_size, 0)
-            inputs = tree_map(lambda x: x.to(device), (batch, draw_bits(args)))
-            scalars.add(learn(agent, *inputs, args))
+        if learning:
+            loop["updates_owed"] += args.num_envs * args.updates_per_step
+        while loop["updates_owed"] >= 1:
+            loop["updates_owed"] -= 1
+            inputs = (buffer.sample(args.batch_size), draw_bits(args))
+            scalars.add(learn(agent, *tree_map(lambda x: x.to(device), inputs), args))
 
         # log, evaluate, save
         if run.due(LOG_EVERY):
@@ -350,11 +371,14 @@ def main(args: Args) -> dict[str, float]:
         if run.due(args.eval_every) or run.over:
             run.log_evaluation(result := evaluator.play(act, twice=run.over))
         run.save_if_due()
+    if run.over and vec.env.spec.id == multigoal.ID:
+        run.log({"reached": draw_landscape(agent["flow"], run.folder, args)}, multigoal.NAMES)
     run.finish()
+    runtime.save_policy(run.folder / "policy.pt2", policy, example)
     evaluator.film(act, run.folder)
     return result
 
 
 if __name__ == "__main__":
     with runtime.exit_codes(ALGO):
-        main(runtime.cli(Args))
+        main(runtime.cli(Args, ALGO))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 ID = "MultiGoal-v0"
+NAMES = ["right", "left", "top", "bottom"]  # of the goals
 GOALS = np.array([[5.0, 0.0], [-5.0, 0.0], [0.0, 5.0], [0.0, -5.0]])
 LIMIT, REACHED, BONUS, EFFORT = 7.0, 1.0, 10.0, 30.0
 PIXELS = 256  # side of a frame
@@ -67,7 +68,7 @@ class MultiGoalEnv(gym.Env):
 def walk(sample: Callable[[torch.Tensor], torch.Tensor], walkers: int, steps: int, seed: int) -> list[np.ndarray]:
     """Paths (length, 2) of so many points from the start, each until it reaches a goal, for `steps` steps at most.
     `sample` takes positions (walkers, 2) and draws actions."""
-    tasks = [gym.make(ID).unwrapped for _ in range(walkers)]
+    tasks = [MultiGoalEnv() for _ in range(walkers)]
     obs = np.stack([task.reset(seed=seed + i)[0] for i, task in enumerate(tasks)])
     over = np.zeros(walkers, bool)
     for _ in range(steps):
@@ -79,10 +80,13 @@ def walk(sample: Callable[[torch.Tensor], torch.Tensor], walkers: int, steps: in
     return [np.array(task.path) for task in tasks]
 
 
-def draw(value: Callable[[torch.Tensor], torch.Tensor], sample: Callable[[torch.Tensor], torch.Tensor], path: Path,
-         seed: int, walkers: int = 40) -> np.ndarray:
-    """Draw `value` (B, 2) -> (B,) over the plane, and paths of the policy `sample`, into the file `path`. Returns how
-    many of the walkers reached each goal, (4,)."""
+def draw(value: Callable[[torch.Tensor], torch.Tensor], sample: Callable[[torch.Tensor], torch.Tensor],
+         estimate: Callable[[torch.Tensor, int], torch.Tensor], path: Path, seed: int, walkers: int = 40) -> torch.Tensor:
+    """Draw into the file `path` the soft value over the plane with paths of the policy, and errors of an estimate of it.
+
+    value: positions (B, 2) -> (B,). sample: positions -> drawn actions (B, 2). estimate: positions and a number of
+    samples -> (B,). Returns how many of the walkers ended at each goal, (4,).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,16 +96,19 @@ def draw(value: Callable[[torch.Tensor], torch.Tensor], sample: Callable[[torch.
     line = np.linspace(-LIMIT, LIMIT, 141, dtype=np.float32)
     grid = np.stack(np.meshgrid(line, line), axis=2)  # (141, 141, 2)
     values = value(torch.from_numpy(grid.reshape(-1, 2))).numpy().reshape(grid.shape[:2])
-    figure, axis = plt.subplots(figsize=(5.6, 4.8), constrained_layout=True)
-    filled = axis.contourf(line, line, values, levels=30, cmap="viridis")
-    figure.colorbar(filled, label="soft value V(s)")
+    figure, (plane, curve) = plt.subplots(1, 2, figsize=(10.5, 4.6), constrained_layout=True)
+    figure.colorbar(plane.contourf(line, line, values, levels=30, cmap="viridis"), label="soft value V(s)")
     for points in paths:
-        axis.plot(*points.T, color="white", linewidth=0.7, alpha=0.8)
-    axis.scatter(*GOALS.T, color="red", marker="*", s=120, zorder=3)
-    axis.set(xlabel="x", ylabel="y", xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
+        plane.plot(*points.T, color="white", linewidth=0.7, alpha=0.8)
+    plane.scatter(*GOALS.T, color="red", marker="*", s=120, zorder=3)
+    plane.set(xlabel="x", ylabel="y", xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
+    counts, positions = [10, 30, 100, 300, 1000, 3000], torch.from_numpy(grid[10::20, 10::20].reshape(-1, 2))
+    errors = [(estimate(positions, count) - value(positions)).abs().mean().item() for count in counts]
+    curve.loglog(counts, errors, marker="o")
+    curve.set(xlabel="uniform actions per state", ylabel="mean error of the estimated V")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    ends = np.array([points[-1] for points in paths])
+    ends = np.stack([points[-1] for points in paths])
     distances = np.linalg.norm(ends[:, None] - GOALS, axis=2)  # (walkers, 4)
-    return (distances < REACHED).sum(0)
+    return torch.from_numpy((distances < REACHED).sum(0))
