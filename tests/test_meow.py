@@ -282,3 +282,87 @@ def test_one_step_bandit_is_learned():
     assert truth == pytest.approx(-0.23138, abs=1e-4)
     assert value == pytest.approx(truth, abs=0.03) and best == pytest.approx(0.3, abs=0.03)
     assert drawn.mean().item() == pytest.approx(0.3, abs=0.03) and drawn.std().item() == pytest.approx(0.158, abs=0.03)
+
+
+SMALL = dict(env="Pendulum-v1", num_envs=2, hidden="8x1", shift_hidden="8x1", batch_size=16, learning_starts=100,
+             eval_every=100, eval_episodes=2, checkpoint_every=200, compile=False)
+
+
+def train(folder, **kwargs) -> dict[str, float]:
+    return meow.main(Args(**{**SMALL, "run_dir": str(folder), "total_timesteps": 400, **kwargs}))
+
+
+def curve(folder) -> list[list[str]]:
+    """Both tables of a run without wall times."""
+    rows = []
+    for name in ("eval.csv", "scalars.csv"):
+        for row in csv.DictReader((folder / name).open()):
+            row.pop("wall_s")
+            rows.append(list(row.values()))
+    return rows
+
+
+def test_a_run_resumes_to_the_bit_and_leaves_its_policy(tmp_path, monkeypatch):
+    monkeypatch.setattr(meow, "LOG_EVERY", 100)
+    train(tmp_path / "whole")
+    folder = tmp_path / "cut"
+    train(folder, total_timesteps=200)
+    meow.main(runtime.cli(Args, "meow", ["--resume", str(folder), "--total-timesteps", "400"]))
+    whole, cut = curve(tmp_path / "whole"), curve(folder)
+    # the cut run evaluates twice as much at its end
+    assert [row for row in cut if row[0] != "200"] == [row for row in whole if row[0] != "200"]
+    assert {"critic_loss", "q", "target_q", "grad_norm"} <= {row[1] for row in whole}
+    modes = [meow.main(runtime.cli(Args, "meow", ["--evaluate", str(run), *words]))["return_mean"]
+             for run, words in ((tmp_path / "whole", []), (folder, []), (folder, ["--sample"]))]
+    assert modes[0] == modes[1] != modes[2]
+    policy = torch.export.load(folder / "policy.pt2").module()
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["flow"]
+    args = with_preset(Args(**{**SMALL, "total_timesteps": 400}))
+    obs = torch.randn(5, 3)
+    assert torch.allclose(policy(obs), decide(saved, obs, torch.zeros(1), args).action, atol=1e-6)
+
+
+def test_bad_arguments_are_one_line(tmp_path):
+    for kwargs, word in ((dict(env="CartPole-v1"), "Discrete"), (dict(alpha=-1.0), "--alpha"), (dict(tau=2.0), "--tau"),
+                         (dict(dropout=1.0), "--dropout"), (dict(hidden="64"), "--hidden")):
+        with pytest.raises(UserError, match=word):
+            train(tmp_path / "run", **kwargs)
+        assert not (tmp_path / "run").exists()
+
+
+def test_multi_goal():
+    env = envs.make(multigoal.ID)
+    obs, info = env.reset(seed=0)
+    assert obs.shape == (2,) and np.abs(obs).max() < 0.5 and info["goal"] == -1
+    task = env.unwrapped
+    task.position = np.array([1.0, 0.0])
+    obs, reward, terminated, truncated, info = env.step(np.array([0.5, -1.0], np.float32))
+    assert obs.tolist() == [1.5, -1.0] and not terminated and not truncated
+    assert reward == pytest.approx(-30 * 1.25 - (3.5 ** 2 + 1)) and info["goal"] == -1
+    task.position = np.array([0.0, 3.5])
+    obs, reward, terminated, _, info = env.step(np.array([0.0, 1.0], np.float32))
+    assert terminated and reward == pytest.approx(-30 - 0.25 + 10) and multigoal.NAMES[info["goal"]] == "top"
+    assert info["is_success"] == 1.0
+    task.position = np.array([6.9, -6.9])
+    assert env.step(np.array([1.0, -1.0], np.float32))[0].tolist() == [7.0, -7.0]
+    assert env.spec.max_episode_steps == 1000
+
+    vec = envs.make_vec(multigoal.ID, 2, seed=3)
+    vec.step(np.full((2, 2), 0.3, np.float32))
+    snapshot = envs.snapshot(vec)
+    ahead = [vec.step(np.full((2, 2), 0.7, np.float32))[0] for _ in range(30)]
+    envs.restore(vec, snapshot)
+    again = [vec.step(np.full((2, 2), 0.7, np.float32))[0] for _ in range(30)]
+    assert all(np.array_equal(a, b) for a, b in zip(ahead, again))
+
+
+def test_the_toy_leaves_a_picture(tmp_path):
+    args = settings(alpha=2.5, sigma_min=-2.0, sigma_max=1.0, hidden="8x1", shift_hidden="8x1")
+    reached = meow.draw_landscape(random_flow(args, 2, 2), tmp_path, args)
+    assert reached.shape == (4,) and 0 < reached.sum() <= 40  # noise of this size walks somewhere in 100 steps
+    assert (tmp_path / "video" / "landscape.png").stat().st_size > 10_000
+
+
+def test_walkers_stop_at_goals():
+    straight = multigoal.walk(lambda obs: torch.tensor([[1.0, 0.0]]).expand(len(obs), 2), 3, 100, seed=0)
+    assert [len(path) for path in straight] == [6, 6, 6] and all(path[-1][0] > 4 for path in straight)
