@@ -359,10 +359,8 @@ def test_multi_goal():
 def test_the_toy_leaves_a_picture(tmp_path):
     args = settings(alpha=2.5, sigma_min=-2.0, sigma_max=1.0, hidden="8x1", shift_hidden="8x1")
     reached = meow.draw_landscape(random_flow(args, 2, 2), tmp_path, args)
-    assert reached.shape == (4,) and 0 < reached.sum() <= 40  # noise of this size walks somewhere in 100 steps
+    assert reached.shape == (4,) and reached.sum() <= 40
     assert (tmp_path / "video" / "landscape.png").stat().st_size > 10_000
-
-
-def test_walkers_stop_at_goals():
-    straight = multigoal.walk(lambda obs: torch.tensor([[1.0, 0.0]]).expand(len(obs), 2), 3, 100, seed=0)
-    assert [len(path) for path in straight] == [6, 6, 6] and all(path[-1][0] > 4 for path in straight)
+    reached = multigoal.draw(value=lambda obs: obs[:, 0], sample=lambda obs: torch.tensor([[0.0, -1.0]]).expand_as(obs),
+                             estimate=lambda obs, count: obs[:, 0] + 1 / count, path=tmp_path / "straight.png", seed=0)
+    assert reached.tolist() == [0, 0, 0, 40]  # straight down
