@@ -1,16 +1,17 @@
 """MEow: one energy-based normalizing flow is actor, critic and value of maximum-entropy RL at once.
 
-Chao et al., "Maximum Entropy Reinforcement Learning via Energy-Based Normalizing Flow" (NeurIPS 2024, arXiv 2405.13629).
-A flow z -> a gives log pi(a|s) exactly. What of it depends on the action is the energy Q, the rest the normaliser V:
+Chao et al., "Maximum Entropy Reinforcement Learning via Energy-Based Normalizing Flow" (NeurIPS 2024, arXiv
+2405.13629). A flow z -> a gives log pi(a|s) exactly. What of it depends on the action is the energy Q, the rest is the
+normaliser V:
 
     z = sigma(s) * epsilon,  x = g(z; s) by additive couplings,  a = tanh(x)                                 (1)
     Q_i(s, a) = alpha [-1/2 sum (z / sigma(s))^2 - sum log(1 - a^2) + b_i(s)]                                (2)
     V_i(s)    = alpha [sum log sigma(s) + d/2 log 2 pi + b_i(s)],  so that Q_i - V_i = alpha log pi(a|s)     (3)
     loss      = mean over i of (Q_i(s, a) - r - gamma (1 - terminated) min_i V_i(s'))^2                      (4)
 
-No actor is fitted, V needs no samples. b_i is a learned shift of both: two of them make a clipped double Q. Departures:
-one pass of the flow serves both Q_i, so they share a dropout mask, and losses of NaN are not hidden. docs/meow.md has
-the measurements.
+No actor is fitted, and V needs no samples. b_i is a learned shift of both: two of them make a clipped double Q.
+Departures: one pass of the flow serves both Q_i, so they share a dropout mask, and a loss of NaN ends the run.
+docs/meow.md has the measurements.
 
 python algos/meow.py --env Hopper-v4
 """
@@ -34,6 +35,7 @@ import envs
 import runtime
 from buffers import Batch, ReplayBuffer
 from envs import multigoal
+from networks import adam, adam_state
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
@@ -69,7 +71,7 @@ class Args:
     learning_rate: float = 1e-3  # Adam
     grad_clip: float = 30.0  # largest norm of the gradient
     updates_per_step: float = 1.0  # updates per environment step
-    gamma: float | None = None  # discount per step; this and the next five as in PRESETS for the environment, if not given
+    gamma: float | None = None  # discount per step; if not given, this and the other None are as in PRESETS
     tau: float | None = None  # Polyak step of the target network, per update; what MEow is most sensitive to
     learning_starts: int | None = None  # uniform actions, without an update
     # method
@@ -143,27 +145,6 @@ def net(params: dict, name: str, x: torch.Tensor, keep: torch.Tensor | None = No
     return torch.matmul(x, layers[f"{depth}.weight"]) + layers[f"{depth}.bias"]
 
 
-# twin: adam
-def adam_state(params: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    return {moment: {name: torch.zeros_like(p) for name, p in params.items()} for moment in ("mean", "square")}
-
-
-def adam(params: dict, grads: dict, moments: dict, count: torch.Tensor, learning_rate: float) -> None:
-    """Adam in place, all tensors at once. `count` is a tensor: as a number it would be compiled in as a constant."""
-    m, v = list(moments["mean"].values()), list(moments["square"].values())
-    p, g = [params[name] for name in moments["mean"]], [grads[name] for name in moments["mean"]]
-    torch._foreach_lerp_(m, g, 1 - 0.9)
-    torch._foreach_mul_(v, 0.999)
-    torch._foreach_addcmul_(v, g, g, 1 - 0.999)
-    scale = torch._foreach_sqrt(v)
-    torch._foreach_div_(scale, (1 - 0.999 ** count).sqrt())
-    torch._foreach_add_(scale, 1e-8)
-    step = torch._foreach_div(m, scale)
-    torch._foreach_mul_(step, learning_rate / (1 - 0.9 ** count))
-    torch._foreach_sub_(p, step)
-# twin end
-
-
 def log_sigma(flow: dict, obs: torch.Tensor, args: Args) -> torch.Tensor:
     """(B, f) -> (B, d), within sigma_min and sigma_max."""
     middle = torch.tanh(net(flow, "scale", obs, k=0))
@@ -192,7 +173,7 @@ def generate(flow: dict, z: torch.Tensor, obs: torch.Tensor, args: Args) -> torc
 
 
 def invert(flow: dict, x: torch.Tensor, obs: torch.Tensor, keep: torch.Tensor | None, args: Args) -> torch.Tensor:
-    """The inverse of `generate`. `keep` (couplings, depth, B, width) are dropout's factors; None outside of training."""
+    """The inverse of `generate`. `keep` (couplings, depth, B, width) are dropout's factors, None outside training."""
     for k in reversed(range(args.couplings)):
         kept = mask(x.shape[1], k).to(x)
         inputs = torch.cat([kept * x, obs], 1)
@@ -250,8 +231,8 @@ def draw_landscape(flow: dict, folder: Path, args: Args) -> torch.Tensor:
 
 
 def draw_bits(args: Args) -> torch.Tensor:
-    """16 random bits for each hidden unit that an update may drop, (couplings, depth, B, width) int16. Four of these come
-    from one draw of 64: a draw for each would take as long as a third of the update."""
+    """16 random bits for each hidden unit that an update may drop, (couplings, depth, B, width) int16. Four of these
+    come from one draw of 64: a draw for each would take as long as a third of the update."""
     width, *others = runtime.hidden_layers(args.hidden)
     rows = args.batch_size * (2 if args.double_pass else 1)
     shape = (args.couplings, 1 + len(others), rows, width)

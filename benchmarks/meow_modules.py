@@ -1,4 +1,4 @@
-"""MEow written in the ordinary way: modules, autograd and torch.optim. What algos/meow.py must equal, and be faster than.
+"""MEow written in the ordinary way, with modules, autograd and torch.optim: what algos/meow.py must equal.
 
 tests/test_meow.py compares the two, `python benchmarks/speed.py meow` times them.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/offline.py --env Hopper-v4 --out runs/offline/Hopper-v4-medium.npz --policies run:RUN@0.1
     python benchmarks/offline.py --env Hopper-v4 --out runs/offline/Hopper-v4-replay.npz --policies replay:RUN
-    python benchmarks/offline.py --env Hopper-v4 --out runs/offline/Hopper-v4-mixed.npz --policies random run:HALF run:BEST
+    python benchmarks/offline.py --env Hopper-v4 --out runs/offline/Hopper-v4-mixed.npz --policies run:HALF run:BEST
 
 A policy is `random`, `run:RUN` (what a run left as policy.pt2) or any other --knowledge that is one policy, or
 `replay:RUN`, the replay buffer of an off-policy run. `@0.1` adds Gaussian noise of this deviation to actions in
@@ -75,7 +75,8 @@ def replay_of(folder: Path, vec: envs.VectorEnv) -> offline.Dataset:
                          "has saved a checkpoint") from error
     f, d, _ = envs.continuous_sizes(vec)
     if buffer["rows"].shape[1] != 2 * f + d + 2:
-        raise ValueError(f"replay:{folder} was filled in {args['env']}, which observes other things than {vec.env.spec.id}")
+        raise ValueError(f"replay:{folder} was filled in {args['env']}, which has other observations than "
+                         f"{vec.env.spec.id}")
     return offline.from_replay(buffer, args["num_envs"], f, d, vec)
 
 

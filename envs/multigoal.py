@@ -3,7 +3,7 @@
 A policy of one peak walks to one goal. A maximum-entropy policy walks to all four, and its value function has four
 attracting regions. The state space has two numbers, so both can be drawn: `draw` does.
 
-    position (x, y) within +-7, starts at N(0, 0.1^2);  action (dx, dy) within +-1;  next position = clip(position + action)
+    position (x, y) within +-7, starts at N(0, 0.1^2); action (dx, dy) within +-1; next position = position + action
     reward = -30 |action|^2 - |next position - nearest goal|^2, and 10 more within 1 of a goal, which ends the episode
 """
 from pathlib import Path
@@ -81,8 +81,9 @@ def walk(sample: Callable[[torch.Tensor], torch.Tensor], walkers: int, steps: in
 
 
 def draw(value: Callable[[torch.Tensor], torch.Tensor], sample: Callable[[torch.Tensor], torch.Tensor],
-         estimate: Callable[[torch.Tensor, int], torch.Tensor], path: Path, seed: int, walkers: int = 40) -> torch.Tensor:
-    """Draw into the file `path` the soft value over the plane with paths of the policy, and errors of an estimate of it.
+         estimate: Callable[[torch.Tensor, int], torch.Tensor], path: Path, seed: int, walkers: int = 40
+         ) -> torch.Tensor:
+    """Draw into the file `path` the soft value over the plane with paths of the policy, and errors of an estimate.
 
     value: positions (B, 2) -> (B,). sample: positions -> drawn actions (B, 2). estimate: positions and a number of
     samples -> (B,). Returns how many of the walkers ended at each goal, (4,).

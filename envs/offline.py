@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -52,7 +53,8 @@ def join(parts: Sequence[Dataset], meta: dict) -> Dataset:
     """The episodes of all parts; policy_id counts on from part to part."""
     sizes = np.cumsum([0, *(len(part.rew) for part in parts)])
     starts = [part.starts[:-1] + size for part, size in zip(parts, sizes)]
-    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("obs", "act", "rew", "term", "trunc")]
+    names = "obs", "act", "rew", "term", "trunc"
+    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
     ids = np.concatenate([np.full(len(part.rew), i) for i, part in enumerate(parts)])
     return Dataset(*columns, np.concatenate([*starts, sizes[-1:]]), ids, meta)
 
@@ -180,17 +182,18 @@ def load_minari(path: Path) -> Dataset:
         found = sorted(path.rglob("main_data.hdf5")) or sorted(path.rglob("*.hdf5"))
         if not found:
             inside = ", ".join(sorted(x.name for x in path.rglob("*"))[:5]) or "nothing"
-            raise EnvError(f"{path} has no HDF5 file (it holds {inside}); datasets stored as Arrow have to be made anew "
-                           "as HDF5: data_format=\"hdf5\" in Minari")
+            raise EnvError(f"{path} has no HDF5 file (it holds {inside}); one that is stored as Arrow has to be made "
+                           "anew with data_format='hdf5'")
         file = found[0]
     try:
         with h5py.File(file, "r") as archive:
             meta = _minari_meta(file, dict(archive.attrs))
             limit = meta.get("max_episode_steps")
-            groups = sorted((int(match[1]), name) for name in archive if (match := re.fullmatch(r"episode_(\d+)", name)))
+            groups = [name for name in archive if re.fullmatch(r"episode_\d+", name)]
+            groups.sort(key=lambda name: int(name.removeprefix("episode_")))  # as numbers: episode_10 after episode_9
             if not groups:
                 raise EnvError(f"{file} has no group episode_0, episode_1, ..., but {', '.join(list(archive)[:5])}")
-            return from_episodes([_minari_episode(archive[name], file, limit) for _, name in groups], meta)
+            return from_episodes([_minari_episode(archive[name], file, limit) for name in groups], meta)
     except OSError as error:
         raise EnvError(f"{file} cannot be read ({str(error).splitlines()[0]}); get it anew") from error
 
@@ -200,7 +203,8 @@ def _minari_episode(group, file: Path, limit: int | None) -> dict[str, np.ndarra
     if missing := {"observations", "actions", "rewards", "terminations", "truncations"} - set(group):
         raise EnvError(f"{file}: {group.name} lacks {', '.join(sorted(missing))}; it has {', '.join(group)}")
     raw = group["observations"]
-    parts = {name: np.asarray(raw[name]) for name in raw if name != "mission"} if hasattr(raw, "keys") else np.asarray(raw)
+    parts = np.asarray(raw) if not hasattr(raw, "keys") else {
+        name: np.asarray(raw[name]) for name in raw if name != "mission"}
     actions = np.asarray(group["actions"])
     t = len(actions)
     if isinstance(parts, dict) and "observation" in parts and limit:  # the time feature that our environments append
@@ -234,6 +238,41 @@ def _minari_meta(file: Path, attributes: dict) -> dict:
         if theirs in found:
             meta[ours] = float(found[theirs])
     return meta
+
+
+def load_for(source: str, vec: VectorEnv, share: float = 1.0) -> Dataset:
+    """The best `share` of the episodes of `load(source)`, actions within +-1, for a policy that acts in `vec`.
+
+    Continuous actions stay 0.001 away from +-1: clipped noise piles up there, which no Gaussian has. Raises EnvError as
+    `load`, and for a dataset of another task."""
+    if not source:
+        raise EnvError("--dataset is missing: name an .npz of benchmarks/offline.py, or a dataset of Minari's")
+    data, space = best_episodes(load(source), share), vec.action_space
+    continuous = isinstance(space, gym.spaces.Box)
+    f = features(to_tensors(vec.reset(0))).shape[1]
+    if data.obs.shape[1:] != (f,) or data.act.shape[1:] != (space.shape if continuous else ()):
+        raise EnvError(f"{source} is of {data.meta.get('env')}, with {data.obs.shape[1]} numbers in an observation and "
+                       f"{data.act.shape[1:] or 'discrete'} actions; {vec.env.spec.id} has {f} and {space}: --env "
+                       "names the environment of the dataset")
+    if data.meta.get("env") not in (None, vec.env.spec.id):
+        announce(f"{source} was played in {data.meta['env']}, and is evaluated in {vec.env.spec.id}")
+    if not continuous:
+        if data.act.min() < 0 or data.act.max() >= space.n:
+            raise EnvError(f"{source} has actions {data.act.min()} to {data.act.max()}; {vec.env.spec.id} has {space}")
+        return data
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    return data._replace(act=np.clip((data.act - middle) / half, -0.999, 0.999).astype(np.float32))
+
+
+def without_tails(data: Dataset, tail: int) -> np.ndarray:
+    """Rows of `data` without the last `tail` of episodes that a time limit cut. Raises EnvError if none is left."""
+    kept = np.ones(len(data.rew), bool)
+    for begin, end in zip(data.starts, data.starts[1:]):
+        if not data.term[end - 1]:
+            kept[max(begin, end - tail):end] = False
+    if not kept.any():
+        raise EnvError(f"without the last {tail} steps of its episodes the dataset is empty; lower --drop-tail")
+    return np.flatnonzero(kept)
 
 
 def best_episodes(data: Dataset, share: float) -> Dataset:
