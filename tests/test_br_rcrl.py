@@ -13,7 +13,7 @@ import envs
 import knowledge
 import runtime
 from algos import br_rcrl
-from algos.br_rcrl import (Args, Batch, Draws, bayes_loss, behaviour, decide, draw, draw_search, gaussian_log_prob,
+from algos.br_rcrl import (Args, Batch, bayes_loss, behaviour, decide, draw, draw_search, gaussian_log_prob,
                            joint, joint_loss, make_agent, nce_loss, outcomes, prepare, project, rewards_to_go, search,
                            tail_log_prob, threshold, to_bins, update)
 from buffers import ReplayBuffer
@@ -88,8 +88,7 @@ def test_search_finds_the_best_action(samples, most):
     mean, log_std = torch.zeros(1, 1), torch.full((1, 1), math.log(0.8))
     for seed in range(50):
         noise = draw_search(samples, 1, torch.Generator().manual_seed(seed))
-        best = search(lambda a: -0.5 * (a / 0.8).square().sum(2), lambda a: -0.5 * ((a - 0.6) / 0.1).square().sum(2),
-                      mean, log_std, noise)
+        best = search(lambda a: -0.5 * ((a / 0.8).square() + ((a - 0.6) / 0.1).square()).sum(2), mean, log_std, noise)
         assert best.item() == pytest.approx(0.590769, abs=most)
 
 
@@ -98,11 +97,11 @@ def test_c_of_one_is_the_mean_of_the_behaviour():
     agent = make_agent(args, 3, 2, False, CPU)
     obs = 5 * torch.randn(50, 3)
     noise = draw_search(64, 2, torch.Generator().manual_seed(0))
-    decision = decide(agent["params"], obs, noise, SCALE, args, discrete=False)
-    assert decision.k.tolist() == [0] * 50
-    assert torch.allclose(decision.output, behaviour(agent["params"], obs)[0].clamp(-1, 1), atol=1e-6)
-    lower = decide(agent["params"], obs, noise, SCALE, replace(args, c=0.05), discrete=False)
-    assert (lower.k > 0).all() and not torch.allclose(lower.output, decision.output, atol=1e-2)
+    action, k = decide(agent["params"], obs, noise, SCALE, args, discrete=False)
+    assert k.tolist() == [0] * 50
+    assert torch.allclose(action, behaviour(agent["params"], obs)[0].clamp(-1, 1), atol=1e-6)
+    other, k = decide(agent["params"], obs, noise, SCALE, replace(args, c=0.05), discrete=False)
+    assert (k > 0).all() and not torch.allclose(other, action, atol=1e-2)
 
 
 def toy(std: float, args: Args, seed: int = 0) -> Batch:
@@ -136,8 +135,8 @@ def test_the_best_outcomes_are_asked_for_and_reached():
     obs, noise = torch.linspace(-1, 1, 200)[:, None], draw_search(256, 1, torch.Generator().manual_seed(0))
     earned, bins = {}, {}
     for c in (0.05, 0.2, 1.0):
-        decision = decide(agent["params"], obs, noise, SCALE, replace(TOY, c=c), discrete=False)
-        earned[c], bins[c] = reward_of(obs, decision.output).mean().item(), decision.k.float().mean().item()
+        action, k = decide(agent["params"], obs, noise, SCALE, replace(TOY, c=c), discrete=False)
+        earned[c], bins[c] = reward_of(obs, action).mean().item(), k.float().mean().item()
     of_mean = reward_of(obs, behaviour(agent["params"], obs)[0]).mean().item()
     assert earned[0.05] > 9 and 5 < earned[0.2] < earned[0.05] and earned[1.0] == pytest.approx(of_mean, abs=0.3)
     assert bins[0.05] > 17.5 and 6 < bins[0.2] < 13 and bins[1.0] == 0
@@ -153,7 +152,7 @@ def test_nce_correct_narrows_the_behaviour():
     torch.manual_seed(0)
     args = replace(TOY, nce_correct=True)
     batch, params = Batch(*(x[:128] for x in toy(0.35, args))), make_agent(args, 1, 1, False, CPU)["params"]
-    loss, logged = bayes_loss(params, batch, draw(args, 1), args)
+    loss, logged = bayes_loss(params, {}, batch, draw(args, 1), SCALE, args)
     parts = [logged[f"{name}_loss"].item() for name in ("nce", "rtg", "value")]
     assert loss.item() == pytest.approx(sum(parts), abs=1e-5)
 
@@ -164,12 +163,12 @@ def test_candidates_get_the_return_of_the_data():
     params = make_agent(args, 1, 1, False, CPU)["params"]
     batch = Batch(torch.tensor([[0.3]]), torch.tensor([[0.2]]), torch.tensor([4.0]), torch.tensor([8]), torch.zeros(1),
                   torch.zeros(1), torch.zeros(1, 1))
-    draws = Draws(torch.tensor([[[0.5]]]), torch.tensor([[[-0.7]]]))
+    draws = torch.tensor([0.5, -0.7]).view(2, 1, 1, 1)
     mean, log_std = behaviour(params, batch.obs)
     actions = [0.2, (mean + 0.5 * log_std.exp()).clamp(-1, 1).item(), -0.7]
     scores = [(gaussian_log_prob(torch.tensor([[a]]), mean, log_std)
                + outcomes(params, batch.obs, torch.tensor([[[a]]]))[:, 0, 8]).item() for a in actions]
-    _, logged = bayes_loss(params, batch, draws, args)
+    _, logged = bayes_loss(params, {}, batch, draws, SCALE, args)
     expected = math.log(sum(math.exp(score) for score in scores)) - scores[0]
     assert logged["nce_loss"].item() == pytest.approx(expected, abs=1e-5)
 
@@ -196,16 +195,16 @@ def test_discrete_actions(method):
             rtg = torch.where(torch.rand(256) < torch.tensor([0.1, 0.5, 0.9])[action], 9.0, 1.0)
             obs = torch.zeros(256, 1)
             batch = Batch(obs, action, rtg, to_bins(rtg, 0.0, 10.0, 5), rtg, torch.ones(256), obs)
-            update(agent, batch, None, SCALE, args)
+            update(agent, batch, draw(args, 3), SCALE, args)
         obs = torch.zeros(1, 1)
         log_joint = joint(agent["params"], obs, args)
-        good, everything = (decide(agent["params"], obs, None, SCALE, replace(args, c=c), discrete=True)
-                            for c in (0.05, 1.0))
+        (good, k), (everything, no_k) = (decide(agent["params"], obs, None, SCALE, replace(args, c=c), discrete=True)
+                                         for c in (0.05, 1.0))
     assert log_joint.exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert log_joint.logsumexp(2).exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.07)  # beta
-    assert good.k.item() == 4 and everything.k.item() == 0
-    assert good.output.exp()[0].tolist() == pytest.approx([0.131579, 0.394737, 0.473684], abs=0.07)  # Bayes' rule
-    assert everything.output.exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.07)
+    assert k.item() == 4 and no_k.item() == 0
+    assert good.exp()[0].tolist() == pytest.approx([0.131579, 0.394737, 0.473684], abs=0.07)  # Bayes' rule
+    assert everything.exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.07)
 
 
 def test_discrete_loss_is_the_likelihood_of_action_and_return():
@@ -213,7 +212,7 @@ def test_discrete_loss_is_the_likelihood_of_action_and_return():
     params = make_agent(args, 2, 3, True, CPU)["params"]
     batch = Batch(torch.randn(4, 2), torch.tensor([0, 2, 1, 2]), torch.zeros(4), torch.tensor([0, 4, 2, 3]),
                   torch.zeros(4), torch.zeros(4), torch.zeros(4, 2))
-    loss, _ = joint_loss(params, None, batch, SCALE, args)
+    loss, _ = joint_loss(params, {}, batch, draw(args, 3), SCALE, args)
     picked = joint(params, batch.obs, args)[torch.arange(4), batch.action, batch.bin]
     assert loss.item() == pytest.approx(-picked.mean().item(), abs=1e-5)
 
