@@ -42,7 +42,7 @@ TARGET_STEP = 0.005  # Polyak step of the target network, with --discrete td
 
 @dataclass
 class Args:
-    """Offline reward-conditioned RL by Bayes' rule. Steps are updates: environments are stepped in evaluations alone."""
+    """Offline RL by Bayes' rule. Steps are updates; environments are stepped in evaluations alone."""
     # twin: run arguments
     env: str = "Hopper-v4"  # environment id of the dataset: of evaluations
     seed: int = 1  # of all that is random: networks, batches, candidates
@@ -364,7 +364,6 @@ def main(args: Args) -> dict[str, float]:
         return output.argmax(1).numpy() if discrete else vec.to_box(output.numpy())
 
     def returns_by_c() -> torch.Tensor:
-        """Mean returns (6,) for each c of CURVE."""
         return torch.tensor([evaluator.play(lambda obs: act(obs, c))["return_mean"] for c in CURVE])
 
     if args.evaluate:
