@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -16,9 +15,11 @@ from algos import br_rcrl
 from algos.br_rcrl import (Args, Batch, bayes_loss, behaviour, decide, draw, draw_search, gaussian_log_prob,
                            joint, joint_loss, make_agent, nce_loss, outcomes, prepare, project, rewards_to_go, search,
                            tail_log_prob, threshold, to_bins, update)
+from benchmarks import curves
 from buffers import ReplayBuffer
 from envs import offline
 from errors import UserError
+from tests.tasks import dataset
 
 CPU = torch.device("cpu")
 SCALE = {"low": torch.tensor(0.0), "high": torch.tensor(10.0), "mean": torch.tensor(0.0), "std": torch.tensor(1.0),
@@ -355,42 +356,29 @@ SMALL = dict(total_timesteps=40, eval_every=20, eval_episodes=2, checkpoint_ever
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for env_id in ("Pendulum-v1", "CartPole-v1"):
-        vec = envs.make_vec(env_id, 4)
-        rng = np.random.default_rng(0)
-
-        def act(obs):
-            if isinstance(vec.action_space, gym.spaces.Box):
-                return rng.uniform(-2, 2, (4, 1)).astype(np.float32)
-            return rng.integers(2, size=4)
-        data = offline.collect(act, vec, 8, seed=0)
-        offline.save(folder / f"{env_id}.npz", data._replace(meta={"env": env_id, "ref_min": 0.0, "ref_max": 500.0}))
-    return folder
+def cartpole(tmp_path_factory):
+    vec, rng = envs.make_vec("CartPole-v1", 4), np.random.default_rng(0)
+    data = offline.collect(lambda obs: rng.integers(2, size=4), vec, 8, seed=0)
+    path = tmp_path_factory.mktemp("data") / "CartPole-v1.npz"
+    offline.save(path, data._replace(meta={"env": "CartPole-v1", "ref_min": 20.0, "ref_max": 500.0}))
+    return str(path)
 
 
-def curve(folder) -> list[list[str]]:
-    rows = []
-    for name in ("eval.csv", "scalars.csv"):
-        for row in csv.DictReader((folder / name).open()):
-            row.pop("wall_s")
-            rows.append(list(row.values()))
-    return rows
-
-
-@pytest.mark.parametrize("env_id, kwargs", [
-    ("Pendulum-v1", dict(curve=True)), ("Pendulum-v1", dict(mode="bc", top=0.5)), ("Pendulum-v1", dict(mode="rcrl")),
-    ("CartPole-v1", dict(curve=True)), ("CartPole-v1", dict(discrete="td")), ("CartPole-v1", dict(mode="bc")),
-    ("CartPole-v1", dict(mode="rcrl", query=0.5))])
-def test_every_mode_trains_and_leaves_its_policy(env_id, kwargs, datasets, tmp_path, monkeypatch):
+@pytest.mark.parametrize("discrete, kwargs", [
+    (False, dict(curve=True)), (False, dict(mode="bc", top=0.5)), (False, dict(mode="rcrl")), (True, dict(curve=True)),
+    (True, dict(discrete="td")), (True, dict(mode="bc")), (True, dict(mode="rcrl", query=0.5))])
+def test_every_mode_trains_and_leaves_its_policy(discrete, kwargs, cartpole, tmp_path, monkeypatch):
     monkeypatch.setattr(br_rcrl, "LOG_EVERY", 20)
-    args = Args(**{**SMALL, **kwargs, "env": env_id, "dataset": str(datasets / f"{env_id}.npz"),
+    env_id = "CartPole-v1" if discrete else "tests.tasks:Point-v0"
+    args = Args(**{**SMALL, **kwargs, "env": env_id, "dataset": cartpole if discrete else dataset(),
                    "run_dir": str(tmp_path / "run")})
     result = br_rcrl.main(args)
-    names = {row[1] for row in curve(tmp_path / "run")}
+    rows = list(csv.DictReader((tmp_path / "run" / "scalars.csv").open()))
+    names = {row["name"] for row in rows}
     assert {"eval/normalized", "asked_bin", "asked_return"} <= names and math.isfinite(result["return_mean"])
     assert ("return_by_c/0.05" in names) == args.curve
+    name = curves.variant(json.loads((tmp_path / "run" / "config.json").read_text()))
+    assert name.startswith(f"br_rcrl {'CartPole-v1' if discrete else 'point'} --batch-size 16")
     if kwargs.get("curve"):
         scores = [br_rcrl.main(runtime.cli(Args, "br_rcrl", ["--evaluate", str(tmp_path / "run"), "--c", c]))
                   for c in ("0.05", "1")]
@@ -398,20 +386,16 @@ def test_every_mode_trains_and_leaves_its_policy(env_id, kwargs, datasets, tmp_p
     vec = envs.make_vec(env_id, 3)
     obs = envs.to_tensors(vec.reset(0))
     output = torch.export.load(tmp_path / "run" / "policy.pt2").module()(obs)
-    sizes = (2, obs, 0.0) if env_id == "CartPole-v1" else (1, obs)
-    played, = knowledge.load(f"run:{tmp_path / 'run'}", env_id, *sizes).values()
-    assert torch.allclose(played(obs), output.exp() if env_id == "CartPole-v1" else output, atol=1e-5)
-    if env_id == "CartPole-v1":
-        assert output.shape == (3, 2) and torch.allclose(output.exp().sum(1), torch.ones(3), atol=1e-5)
-    else:
-        assert output.shape == (3, 1) and output.abs().max() <= 1
+    played, = knowledge.load(f"run:{tmp_path / 'run'}", env_id, 2, obs, 0.0 if discrete else -1.0).values()
+    assert output.shape == (3, 2)
+    assert torch.allclose(played(obs), output.exp() if discrete else output, atol=1e-5)
 
 
-def test_bad_arguments_are_one_line(datasets, tmp_path):
+def test_bad_arguments_are_one_line(tmp_path):
     for kwargs, word in ((dict(dataset=""), "--dataset"), (dict(c=0.0), "--c"), (dict(top=2.0), "--top"),
                          (dict(drop_tail=10_000), "--drop-tail"), (dict(vmin=5.0, vmax=1.0), "no bins")):
         with pytest.raises(UserError, match=word):
-            br_rcrl.main(Args(**{**SMALL, "env": "Pendulum-v1", "dataset": str(datasets / "Pendulum-v1.npz"),
+            br_rcrl.main(Args(**{**SMALL, "env": "tests.tasks:Point-v0", "dataset": dataset(),
                                  "run_dir": str(tmp_path / "run"), **kwargs}))
         assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,6 @@
 """MEow against hand numbers and integrals: the flow's density, values, update, toy; and its runs."""
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import runtime
 from algos import meow
 from algos.meow import (Args, Batch, action_values, decide, draw_bits, dropout_factors, generate, init_net, invert,
                         log_sigma, make_agent, mask, sampled_value, shifts, state_values, update, with_preset)
-from benchmarks import meow_modules
+from benchmarks import curves, meow_modules
 from envs import multigoal
 from errors import UserError
 
@@ -260,6 +261,12 @@ def test_presets():
     assert with_preset(Args(env="HalfCheetah-v4")).sigma_max == 2.0 and with_preset(Args(env="Ant-v5")).tau == 0.0001
     assert with_preset(Args(env="Pendulum-v1")).alpha == 0.2
     assert with_preset(Args(env="Hopper-v4", alpha=0.1)).alpha == 0.1
+
+
+def test_a_curve_with_the_presets_of_its_environment_is_named_by_nothing_else():
+    for kwargs, name in (({}, "meow"), ({"alpha": 0.1, "lrs": False}, "meow --alpha 0.1 --no-lrs")):
+        args = asdict(with_preset(Args(env="HalfCheetah-v4", **kwargs)))
+        assert curves.variant({"algo": "meow", "args": args}) == name
 
 
 def test_one_step_bandit_is_learned():
