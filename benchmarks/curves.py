@@ -22,14 +22,19 @@ RUN = {"env", "seed", "total_timesteps", "device", "compile", "run_dir", "resume
        "eval_episodes", "checkpoint_every", "video", "track"}
 
 
-def defaults(algo: str) -> dict:
-    """Defaults of `algos/<algo>.py`, read from its source: this folder runs commands and imports nothing of ours.
+def defaults(algo: str, env: str = "") -> dict:
+    """Defaults of `algos/<algo>.py`, for `env` where the script has PRESETS, read from its source: this folder runs
+    commands and imports nothing of ours.
 
     Raises ValueError, a one-line message, for a default that has to be computed.
     """
     import ast
 
     tree = ast.parse((RESULTS.parents[1] / "algos" / f"{algo}.py").read_text())
+    presets = {"": {}}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
+            presets = ast.literal_eval(node.value)
     args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
     found = {}
     for a in (a for a in args.body if isinstance(a, ast.AnnAssign)):
@@ -37,18 +42,21 @@ def defaults(algo: str) -> dict:
             found[a.target.id] = ast.literal_eval(a.value)
         except ValueError as error:
             raise ValueError(f"algos/{algo}.py: the default of {a.target.id} is computed; write it as it is") from error
-    return found
+    return found | presets[""] | presets.get(env.split("-v")[0], {})
 
 
 def variant(config: dict) -> str:
-    """Name of a run's settings: `sac_kian`, `sac_kian fetch.official`, `sac_kian --cosine-scale 0.0`, ..."""
+    """Name of a run's settings: `sac_kian`, `sac_kian fetch.official`, `sac_kian --cosine-scale 0.0`, ...; of offline
+    learners first the name of the dataset's file."""
     if "variant" in config:  # a peer names itself
         return config["variant"]
-    args, usual = config["args"], defaults(config["algo"])
+    args, usual = config["args"], defaults(config["algo"], config["args"].get("env", ""))
     words = [config["algo"]]
+    if args.get("dataset"):
+        words.append(Path(args["dataset"]).stem)
     if args.get("knowledge") != usual.get("knowledge"):
         words.append(args["knowledge"])
-    changed = {k: v for k, v in args.items() if k not in RUN | {"knowledge"} and v != usual.get(k)}
+    changed = {k: v for k, v in args.items() if k not in RUN | {"knowledge", "dataset"} and v != usual.get(k)}
     if "init_from" in changed:
         changed["init_from"] = origin(Path(changed["init_from"]))
     return " ".join([*words, *(flag(k.replace("_", "-"), v) for k, v in sorted(changed.items()))])

@@ -8,6 +8,7 @@ python benchmarks/speed.py sac       # beside stable-baselines3
 python benchmarks/speed.py td3       # beside stable-baselines3, and what the masks of camel.py cost
 python benchmarks/speed.py ppo       # beside stable-baselines3 and torch-ac
 python benchmarks/speed.py stream    # beside the same maths written with autograd
+python benchmarks/speed.py meow      # beside the same maths written with modules and torch.optim
 """
 import argparse
 import csv
@@ -36,14 +37,15 @@ import envs
 import knowledge
 import runtime
 import streamnet
-from algos import camel, ppo, ppo_kian, sac, sac_kian, stream_ac, td3
-from benchmarks import stream_autograd
+from algos import camel, meow, ppo, ppo_kian, sac, sac_kian, stream_ac, td3
+from benchmarks import meow_modules, stream_autograd
+from buffers import ReplayBuffer
 from runtime import Means, compile_for, use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
 PEERS = {"sac": {"stable_baselines3": PEER}, "td3": {"stable_baselines3": PEER},
          "ppo": {"stable_baselines3": PEER, "torch_ac": "torch-ac==1.4.0"},
-         "stream": {}}  # packages that a table needs
+         "stream": {}, "meow": {}}  # packages that a table needs
 GRID = ppo.Args(env="MiniGrid-DoorKey-8x8-v0")
 FILL = 2000  # transitions of uniform actions in every buffer before timing: 40 Fetch episodes
 CAPACITY = 50_000  # of every buffer; SB3 looks through all of it for each HER batch, and a million would slow it down
@@ -508,6 +510,62 @@ def time_stream(share: int, rounds: int, compiled: bool) -> list[dict]:
     return rows
 
 
+def time_meow(share: int, rounds: int, compiled: bool) -> list[dict]:
+    """Updates of MEow at Hopper's size, beside the same maths with modules, autograd and torch.optim."""
+    torch.compiler.reset()
+    torch.manual_seed(1)
+    fast = "medium" if use_fast_matmul(torch.device("cpu")) else "highest"
+    args, f, d, device = meow.with_preset(meow.Args(env="Hopper-v4")), 11, 3, torch.device("cpu")
+    buffer = ReplayBuffer(FILL, 1, 1, f, d)
+    for _ in range(FILL):
+        obs, final_obs, action = torch.randn(1, f), torch.randn(1, f), 2 * torch.rand(1, d) - 1
+        buffer.add(obs, action, np.ones(1), np.zeros(1, bool), np.zeros(1, bool), final_obs)
+
+    def modules(compile_parts: bool) -> Callable[[int], None]:
+        learner = meow_modules.Learner(args, f, d)
+        if compile_parts:  # what torch.compile takes of modules: the functions that are differentiated
+            learner.optimizer = torch.optim.Adam(learner.flow.parameters(), args.learning_rate, fused=True)
+            learner.flow.q = torch.compile(learner.flow.q, fullgraph=True, dynamic=False)
+            learner.target.v = torch.compile(learner.target.v, fullgraph=True, dynamic=False)
+
+        def run(updates: int) -> None:
+            for _ in range(updates):
+                learner.update(buffer.sample(args.batch_size))
+        return run
+
+    def ours(compile_update: bool) -> Callable[[int], None]:
+        agent, learn = meow.make_agent(args, f, d, device), runtime.compiled(meow.update, compile_update, device)
+
+        @torch.no_grad()
+        def run(updates: int) -> None:
+            for _ in range(updates):
+                learn(agent, buffer.sample(args.batch_size), meow.draw_bits(args), args)
+        return run
+
+    plain = modules(False)
+    contenders = [Contender("modules", plain), Contender('modules, matmul "medium"', plain, "medium"),
+                  Contender("ours, eager", ours(False), fast)]
+    if compiled:  # a graph holds for the precision it was compiled at
+        contenders += [Contender("modules, parts compiled", modules(True), fast),
+                       Contender("ours, one graph", ours(True), fast)]
+    return measure("meow", "one update of flow and target, sampling and dropout included; 11 features, 3 actions, batch "
+                   "256, networks 64x2 and 256x2", "updates", contenders, share, rounds)
+
+
+def bfloat16_pays() -> bool:
+    """Whether bfloat16 matrix products are faster here than float32 ones: CPUs without them emulate them slowly."""
+    use_fast_matmul(torch.device("cpu"))
+    a, b = torch.randn(2, 512, 512)
+
+    def seconds(x: torch.Tensor, y: torch.Tensor) -> float:
+        start = time.perf_counter()
+        torch.mm(x, y)
+        return time.perf_counter() - start
+
+    times = [(seconds(a.bfloat16(), b.bfloat16()), seconds(a, b)) for _ in range(10)]
+    return min(half for half, _ in times) < min(full for _, full in times)  # the least disturbed of each
+
+
 def describe_cpu() -> str:
     """Name of the processor, as far as the system tells, and the instructions torch uses on it."""
     info = Path("/proc/cpuinfo")
@@ -552,7 +610,7 @@ def main() -> int:
         if importlib.util.find_spec(module) is None:
             print(f"speed: {module} is not installed; pip install {package}", file=sys.stderr)
             return 2
-    if flags.threads or flags.algo == "stream":
+    if flags.threads or flags.algo in ("stream", "meow"):
         torch.set_num_threads(flags.threads or 1)
     full, rounds = not flags.quick, flags.rounds or (2 if flags.quick else 7)
 
@@ -561,7 +619,8 @@ def main() -> int:
     print(f"torch {machine['torch']}, {machine['threads']} threads of {os.cpu_count()} cores, {machine['cpu']}{load}")
     rows = {"sac": lambda: time_sac(full, rounds), "td3": lambda: time_td3(full, rounds),
             "ppo": lambda: time_ppo(full, rounds),
-            "stream": lambda: time_stream(2000 if full else 100, rounds, compiled=full)}[flags.algo]()
+            "stream": lambda: time_stream(2000 if full else 100, rounds, compiled=full),
+            "meow": lambda: time_meow(100 if full else 5, rounds, compiled=full)}[flags.algo]()
     if flags.csv:
         with flags.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *machine])

@@ -102,7 +102,8 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
     if episodes < 1:
         return
     grid = is_grid(env_id := resolve(env_id))
-    painted = grid or "classic_control" in str(gym.spec(env_id).entry_point)  # by numpy or pygame
+    entry = str(gym.spec(env_id).entry_point)
+    painted = grid or "classic_control" in entry or "multigoal" in entry  # by numpy or pygame
     if not can_be_filmed(env_id, painted):
         return
     import imageio.v2 as imageio  # slow to import, and only filming needs it

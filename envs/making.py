@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import gymnasium as gym
 
+import envs.multigoal  # registers MultiGoal-v0
 from envs.fetch import FetchVectorEnv
 from envs.franka import IDS as FRANKA
 from envs.franka import FrankaVectorEnv

@@ -1,10 +1,16 @@
 """Environments that cost no time, and rules for them, as users write theirs: `--env tests.tasks:Point-v0`."""
 import os
 import signal
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+
+import envs
+from envs import offline
 
 NUMBERS = gym.spaces.Box(-1, 1, (2,), np.float64)
 SIGNAL_AT = "POINT_SIGNAL_AT"  # environment variable: "100 SIGINT" sends this signal at the hundredth step
@@ -57,6 +63,16 @@ if "Point-v0" not in gym.registry:  # a rule file is executed once more
     gym.register("Point-v0", Point, max_episode_steps=12)
     gym.register("PointDense-v0", Dense, max_episode_steps=12)
     gym.register("Hopeless-v0", Hopeless, max_episode_steps=12)
+
+
+@cache
+def dataset() -> str:
+    """A file of 64 episodes of uniform actions in Point-v0."""
+    vec, rng = envs.make_vec("tests.tasks:Point-v0", 4), np.random.default_rng(0)
+    data = offline.collect(lambda obs: rng.uniform(-0.3, 0.3, (4, 2)).astype(np.float32), vec, 64, seed=0)
+    path = Path(tempfile.mkdtemp(), "point.npz")
+    offline.save(path, data._replace(meta={"env": "Point-v0", "ref_min": -12.0, "ref_max": 0.0}))
+    return str(path)
 
 
 def go_right(obs: dict[str, torch.Tensor]) -> torch.Tensor:

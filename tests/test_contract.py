@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 import envs
 import knowledge
 import runtime
-from tests.tasks import SIGNAL_AT
+from tests.tasks import SIGNAL_AT, dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +49,10 @@ SCRIPTS = [
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("lesr", f"--env Pendulum-v1 {DDPG.split(' ', 2)[2]} --features tests/features.py", LOSSES,
            refuses="CartPole-v1"),
+    Script("br_rcrl", f"{POINT} --dataset {dataset()} --bins 8 --negatives 4 --samples 8",
+           "nce_loss rtg_loss value_loss accuracy asked_return", refuses="CartPole-v1"),
+    Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
+    Script("meow", f"{DDPG} --shift-hidden 8x1", "critic_loss q target_q grad_norm", refuses="CartPole-v1"),
     Script("ppo", f"--env CartPole-v1 {PPO}", OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_a2t", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_bc", GRID, OF_PPO, refuses="Pendulum-v1"),
