@@ -44,6 +44,7 @@ LOSSES, SAC = "critic_loss actor_loss q", "critic_loss actor_loss q alpha entrop
 OF_PPO, OF_STREAM = "policy_loss value_loss entropy approx_kl", "abs_delta value"
 BOTH = "policy.pt2 inner.pt2"
 SCRIPTS = [
+    Script("a2c", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy", refuses="Pendulum-v1"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("ppo", f"--env CartPole-v1 {PPO}", OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_a2t", GRID, OF_PPO, refuses="Pendulum-v1"),
@@ -59,6 +60,7 @@ SCRIPTS = [
     Script("stream_q", f"--env CartPole-v1 {STREAM}", OF_STREAM, refuses="Pendulum-v1"),
     Script("stream_td", "--env series/transformer --hidden 16x1", OF_STREAM, leaves="", played=False),
     Script("td3", DDPG, LOSSES, refuses="CartPole-v1"),
+    Script("trpo", f"--env CartPole-v1 {PPO}", "policy_loss value_loss entropy kl", refuses="Pendulum-v1"),
 ]
 BY_NAME = {script.name: script for script in SCRIPTS}
 STEPS = 512

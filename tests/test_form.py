@@ -18,6 +18,7 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # what a child changes of its parent's functions and classes, Args and main aside; it may add others. Who is whose child
 # says algos/README.md, by its diff commands
 CHANGED = {
+    "a2c": set(),
     "ddpg": {"actor_loss", "critic_loss", "decide", "make_agent", "update"},
     "ppo_a2t": {"Agent", "Output", "ppo_loss"},
     "ppo_bc": {"Agent", "ppo_loss"},
@@ -28,6 +29,7 @@ CHANGED = {
     "stream_q": {"choose", "make_agent", "policy", "step", "td_error", "update"},
     "stream_td": {"make_agent", "step", "update"},
     "td3": {"actor_loss", "critic_loss", "make_agent", "update"},
+    "trpo": {"Agent", "update"},
 }
 PARENT = {child: parent for parent, child in re.findall(r"`diff -u algos/(\w+)\.py algos/(\w+)\.py`",
                                                         (ROOT / "algos" / "README.md").read_text())}
