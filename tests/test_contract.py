@@ -34,7 +34,8 @@ class Script(NamedTuple):
     played: bool = True  # whether there are episodes; else eval.csv has what the last rows of a series came to
 
 
-POINT = "--env tests.tasks:Point-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
+SEARCH = "--env tests.tasks:Point-v0 --num-envs 4"
+POINT = f"{SEARCH} --hidden 8x1 --batch-size 16"
 DDPG = f"{POINT} --learning-starts 64 --updates-per-step 0.2"
 RULES = "--knowledge tests/tasks.py"
 PPO = "--num-envs 4 --num-steps 16 --batch-size 32"
@@ -45,6 +46,9 @@ OF_PPO, OF_STREAM = "policy_loss value_loss entropy approx_kl", "abs_delta value
 BOTH = "policy.pt2 inner.pt2"
 SCRIPTS = [
     Script("a2c", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy", refuses="Pendulum-v1"),
+    Script("ars", f"{SEARCH} --top 2", "step_norm return return_deviation",
+           refuses="MiniGrid-Empty-5x5-v0"),
+    Script("cma_es", SEARCH, "sigma step_norm return", refuses="MiniGrid-Empty-5x5-v0"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("ppo", f"--env CartPole-v1 {PPO}", OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_a2t", GRID, OF_PPO, refuses="Pendulum-v1"),

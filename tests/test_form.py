@@ -19,6 +19,7 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # says algos/README.md, by its diff commands
 CHANGED = {
     "a2c": set(),
+    "cma_es": {"ask", "check", "make_agent", "update"},
     "ddpg": {"actor_loss", "critic_loss", "decide", "make_agent", "update"},
     "ppo_a2t": {"Agent", "Output", "ppo_loss"},
     "ppo_bc": {"Agent", "ppo_loss"},
