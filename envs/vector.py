@@ -112,6 +112,13 @@ class VectorEnv:
         self.ready = True
         return self._observe_with_time()
 
+    def reset_alike(self, seed: int) -> Observation:
+        """Reset all copies to one start state: each is seeded with `seed`."""
+        self.reset(seed)
+        for i in range(1, self.num_envs):
+            self._reset(i, seed)
+        return self._observe_with_time()
+
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
         """(num_envs, d) actions, (num_envs,) int discrete ones -> obs, reward, terminated, truncated (num_envs,), info.
 

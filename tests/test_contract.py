@@ -35,6 +35,8 @@ class Script(NamedTuple):
 
 
 POINT = "--env tests.tasks:PointDense-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
+SEARCH = "--env tests.tasks:Point-v0 --num-envs 4"
+POINT = f"{SEARCH} --hidden 8x1 --batch-size 16"
 DDPG = f"{POINT} --learning-starts 64 --updates-per-step 0.2"
 RULES = "--knowledge tests/tasks.py"
 PPO = "--num-envs 4 --num-steps 16 --batch-size 32"
@@ -46,6 +48,10 @@ BOTH = "policy.pt2 inner.pt2"
 SCRIPTS = [
     Script("camel", f"{DDPG} {RULES} --mask-steps 400", f"{LOSSES} epsilon outside clipped masked_return",
            refuses="CartPole-v1"),
+    Script("a2c", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy", refuses="Pendulum-v1"),
+    Script("ars", f"{SEARCH} --top 2", "step_norm return return_deviation",
+           refuses="MiniGrid-Empty-5x5-v0"),
+    Script("cma_es", SEARCH, "sigma step_norm return", refuses="MiniGrid-Empty-5x5-v0"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("lesr", f"--env Pendulum-v1 {DDPG.split(' ', 2)[2]} --features tests/features.py", LOSSES,
            refuses="CartPole-v1"),
@@ -67,6 +73,7 @@ SCRIPTS = [
     Script("stream_q", f"--env CartPole-v1 {STREAM}", OF_STREAM, refuses="Pendulum-v1"),
     Script("stream_td", "--env series/transformer --hidden 16x1", OF_STREAM, leaves="", played=False),
     Script("td3", DDPG, LOSSES, refuses="CartPole-v1"),
+    Script("trpo", f"--env CartPole-v1 {PPO}", "policy_loss value_loss entropy kl", refuses="Pendulum-v1"),
 ]
 BY_NAME = {script.name: script for script in SCRIPTS}
 STEPS = 512

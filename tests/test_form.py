@@ -19,6 +19,8 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # says algos/README.md, by its diff commands
 CHANGED = {
     "camel": {"actor_loss", "critic_inputs", "make_buffer", "update"},
+    "a2c": set(),
+    "cma_es": {"ask", "check", "make_agent", "update"},
     "ddpg": {"actor_loss", "critic_loss", "decide", "make_agent", "update"},
     "lesr": set(),
     "ppo_a2t": {"Agent", "Output", "ppo_loss"},
@@ -30,6 +32,7 @@ CHANGED = {
     "stream_q": {"choose", "make_agent", "policy", "step", "td_error", "update"},
     "stream_td": {"make_agent", "step", "update"},
     "td3": {"actor_loss", "critic_loss", "make_agent", "update"},
+    "trpo": {"Agent", "update"},
 }
 PARENT = {child: parent for parent, child in re.findall(r"`diff -u algos/(\w+)\.py algos/(\w+)\.py`",
                                                         (ROOT / "algos" / "README.md").read_text())}

@@ -1,0 +1,301 @@
+"""A2C: synchronous advantage actor-critic for discrete actions, the parent of ACKTR.
+
+Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning" (arXiv 1602.01783), with all environments in step.
+Each iteration plays `num_steps` steps and learns from them once: a policy gradient with advantages that count the
+rewards of these steps and the value after them (gae_lambda 1), a value error, an entropy bonus, and RMSprop.
+
+The released code runs RMSprop as TensorFlow has it: epsilon under the root, and squared gradients that start at 1. As
+PyTorch has it, the first steps are ten learning rates long in every weight. --rmsprop torch does that.
+
+Everything else is PPO's: `diff algos/ppo.py algos/a2c.py`. So the first layer is shared by actor and critic.
+
+python algos/a2c.py --env MiniGrid-DoorKey-5x5-v0
+python algos/a2c.py --env CartPole-v1 --num-envs 8 --entropy-coef 0 --eval-select argmax --total-timesteps 150000
+"""
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+import envs
+import runtime
+
+ALGO = Path(__file__).stem  # names run folders and result tables
+LOG_EVERY = 10_000  # environment steps
+WIDTH = 64  # of the encoder's output and of all hidden layers
+
+
+@dataclass
+class Args:
+    """A2C for discrete actions."""
+    # twin: run arguments of PPO
+    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
+    seed: int = 1  # of all that is random: networks, environments, exploration
+    total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
+    num_envs: int = 16  # environments stepped together
+    eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
+    eval_episodes: int = 100  # episodes per evaluation
+    checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
+    video: int = 0  # episodes to film after training, or with --evaluate
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    compile: bool = False  # compile the loss: about 30 s at the first start
+    run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
+    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    evaluate: str = ""  # run folder to evaluate; no training
+    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    # twin end
+
+    # algorithm
+    num_steps: int = 5  # steps of every environment per iteration, which is one update
+    learning_rate: float = 7e-4  # RMSprop, constant
+    rmsprop: Literal["tf", "torch"] = "tf"  # epsilon under the root and squares from 1 on; or outside, and from 0 on
+    rmsprop_decay: float = 0.99  # alpha, of the mean of squared gradients
+    rmsprop_eps: float = 1e-5  # epsilon
+    gamma: float = 0.99  # discount per step
+    gae_lambda: float = 1.0  # of the advantage estimate; 1: rewards of the rollout and the value after it
+    entropy_coef: float = 0.01  # weight of the entropy bonus; on CartPole it keeps from a return of 500
+    value_coef: float = 0.5  # weight of the value loss, which has no factor 1/2 of its own
+    max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
+    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+
+
+# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf),
+          "rmsprop_decay": (0, 1)}
+TUNE = {"learning_rate": (1e-4, 3e-3), "entropy_coef": (1e-5, 3e-2), "num_steps": [5, 8, 16, 32],
+        "gae_lambda": [0.9, 0.95, 1.0]}
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A layer whose units have weights of length 1 at the start, and no bias."""
+    layer = nn.Linear(fan_in, fan_out)
+    with torch.no_grad():
+        layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
+        layer.bias.zero_()
+    return layer
+
+
+class GridEncoder(nn.Module):
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
+    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4 * 3, 16), nn.Linear(4 * 16, 32), nn.Linear(4 * 32, WIDTH)])
+        first, second = (torch.arange(s * s).view(s, s).unfold(0, 2, 1).unfold(1, 2, 1) for s in (7, 3))  # 2x2 windows
+        pooled = first.reshape(3, 2, 3, 2, 4).transpose(1, 2)  # (3, 3, 2, 2, 4): neighbours that are pooled together
+        self.register_buffer("first", pooled.flatten(), persistent=False)
+        self.register_buffer("second", second.flatten(), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """The 7x7 cells in view (B, 7, 7, 3) as object, colour and state, unscaled -> (B, 64)."""
+        x = image.flatten(1, 2).index_select(1, self.first).view(-1, 9, 4, 4 * 3).float()
+        x = F.relu(self.layers[0](x).amax(2))  # (B, 9, 16)
+        x = x.index_select(1, self.second).view(-1, 4, 4 * 16)
+        x = F.relu(self.layers[1](x)).view(-1, 4 * 32)
+        return F.relu(self.layers[2](x))
+
+
+Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
+
+
+class Output(NamedTuple):
+    log_probs: torch.Tensor  # (B, A), of the actions
+    value: torch.Tensor  # (B,), of the state
+
+
+class Agent(nn.Module):
+    """Actor and critic on one encoder."""
+
+    def __init__(self, shape: tuple[int, ...], num_actions: int):
+        super().__init__()
+        self.encoder = GridEncoder() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+        self.critic = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, 1))
+        self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
+        self.actor = linear(WIDTH, num_actions)
+
+    def forward(self, obs: Seen) -> Output:
+        x = self.encoder(obs)  # (B, 64)
+        logits = self.actor(self.trunk(x))  # (B, A)
+        return Output(torch.log_softmax(logits, -1), self.critic(x).squeeze(1))
+
+
+class Batch(NamedTuple):
+    """Transitions of a rollout."""
+    obs: Seen
+    action: torch.Tensor  # (B,)
+    log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
+    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    advantage: torch.Tensor  # (B,)
+    target_value: torch.Tensor  # (B,), what the critic is to learn
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Noise that makes the argmax of log-probabilities a draw from them."""
+    return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
+
+
+def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, ended: torch.Tensor, gamma: float,
+        gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimates (T, N) from reward, value and ended (T, N) and the value (N,) of the state after
+    the last step. Nothing flows back over the end of an episode."""
+    next_value, advantage, running = last_value, torch.zeros_like(reward), torch.zeros_like(last_value)
+    for t in reversed(range(len(reward))):
+        goes_on = 1.0 - ended[t]
+        delta = reward[t] + gamma * next_value * goes_on - value[t]
+        advantage[t] = running = delta + gamma * gae_lambda * goes_on * running
+        next_value = value[t]
+    return advantage
+
+
+@torch.no_grad()
+def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
+    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    device = next(agent.parameters()).device
+    noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
+    seen, steps = look(loop["obs"]), []
+    for t in range(args.num_steps):
+        output = agent(seen)
+        action = (output.log_probs + noise[t]).argmax(1)  # a draw from the policy
+        log_prob = output.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
+        obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
+        reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
+        loop["open_return"] += reward
+        for finished in loop["open_return"][ended]:
+            scalars.add({"return": finished})
+        loop["open_return"][ended] = 0.0
+        cut = torch.from_numpy(truncated & ~terminated)
+        if args.bootstrap and cut.any():  # obs already belongs to the next episode, final_obs to this one
+            final_value = agent(look(envs.to_tensors(info["final_obs"]))).value.cpu()
+            reward[cut] += args.gamma * final_value[cut]
+        steps.append((seen, action, log_prob, output.value, reward.to(device), ended.float().to(device)))
+        loop["obs"] = envs.to_tensors(obs)
+        seen = look(loop["obs"])
+    obs, action, log_prob, value, reward, ended = tree_map(lambda *columns: torch.stack(columns), *steps)  # (T, N, ...)
+    advantage = gae(reward, value, agent(seen).value, ended, args.gamma, args.gae_lambda)
+    return tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
+
+
+def a2c_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of a rollout, and what is logged of it. Means over steps: with sums, the step would grow with num_envs.
+    Advantages are not normalised, for the deviation of a few steps is noise."""
+    output = agent(batch.obs)
+    log_probs, value = output.log_probs, output.value
+    log_prob = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    policy_loss = -(batch.advantage * log_prob).mean()
+    value_loss = (value - batch.target_value).square().mean()
+    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+    loss = policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss
+    scalars = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "value": value.mean()}
+    return loss, scalars
+
+
+class RMSprop(torch.optim.Optimizer):
+    """v <- alpha v + (1 - alpha) g^2, then theta <- theta - lr g / sqrt(v + eps) with v = 1 at the start ("tf"), or
+    theta <- theta - lr g / (sqrt(v) + eps) with v = 0 at the start ("torch")."""
+
+    def __init__(self, params: Iterable[nn.Parameter], args: Args):
+        super().__init__(params, {})
+        self.args, start = args, 1.0 if args.rmsprop == "tf" else 0.0
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["square"] = torch.full_like(p, start)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        args, params = self.args, self.param_groups[0]["params"]
+        squares, grads = [self.state[p]["square"] for p in params], [p.grad for p in params]
+        torch._foreach_mul_(squares, args.rmsprop_decay)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - args.rmsprop_decay)
+        if args.rmsprop == "tf":
+            divisors = torch._foreach_sqrt(torch._foreach_add(squares, args.rmsprop_eps))
+        else:
+            divisors = torch._foreach_add(torch._foreach_sqrt(squares), args.rmsprop_eps)
+        torch._foreach_addcdiv_(params, grads, divisors, -args.learning_rate)
+
+
+def update(agent: Agent, optimizer: torch.optim.Optimizer, loss_of: Callable, batch: Batch, args: Args) -> dict:
+    """One step of the optimiser on a batch; returns what is logged."""
+    loss, scalars = loss_of(agent, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+    optimizer.step()
+    return {name: x.detach() for name, x in scalars.items()}
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
+    args, saved = runtime.checked(args, ALGO, RANGES, anew=["env", "eval_select"])
+    device = runtime.pick_device(args.device)
+
+    vec = envs.make_vec(args.env, args.num_envs)
+    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    example = envs.example_of(vec, obs)
+    agent = Agent(shape, num_actions).to(device)
+    optimizer = RMSprop(agent.parameters(), args)
+    loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
+    scalars = runtime.Means()  # of updates and finished episodes since the last log
+    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
+    evaluator = envs.Evaluator(args, copies=100)
+
+    def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
+        """What the agent sees of observations."""
+        return (obs["image"] if isinstance(obs, dict) else obs).to(device)
+
+    def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
+        return agent(look(obs)).log_probs.cpu()
+
+    @torch.no_grad()
+    def act(obs: envs.Observation) -> np.ndarray:
+        """What evaluations play."""
+        output = agent(look(envs.to_tensors(obs)))
+        log_probs = output.log_probs.cpu()
+        if args.eval_select == "sample":
+            log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
+        action = log_probs.argmax(1)
+        return action.numpy()
+
+    if args.evaluate:
+        return evaluator.report(act, saved["step"])
+
+    # train
+    run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
+    loss_of = runtime.compiled(a2c_loss, args.compile, device)
+    if not saved:
+        run.log_evaluation(evaluator.play(act))  # the untrained agent
+    while run.advance(args.num_steps * args.num_envs):
+        rollout = collect(agent, vec, look, loop, scalars, args)
+        scalars.add(update(agent, optimizer, loss_of, rollout, args))
+
+        # log, evaluate, save
+        if run.due(LOG_EVERY):
+            run.log(scalars.take())
+        if run.due(args.eval_every) or run.over:
+            run.log_evaluation(result := evaluator.play(act))
+        run.save_if_due()
+    run.finish()
+    runtime.save_policy(run.folder / "policy.pt2", policy, example)
+    evaluator.film(act, run.folder)
+    return result
+
+
+if __name__ == "__main__":
+    with runtime.exit_codes(ALGO):
+        main(runtime.cli(Args, ALGO))

@@ -1,0 +1,341 @@
+"""TRPO: trust region policy optimisation for discrete actions.
+
+Schulman et al., "Trust Region Policy Optimization" (arXiv 1502.05477), with advantages by GAE. Each iteration maximises
+J = mean(ratio * advantage) within a mean KL divergence of `target_kl` (Eq. 14). J is taken as linear and the divergence
+as quadratic, with the Fisher matrix F. Conjugate gradients solve F x = gradient, and a line search along x takes the
+first step that keeps the constraint and improves J (appendix C). Then Adam fits the critic in `epochs` passes.
+
+Actor and critic share no layer, because the critic's steps would move a shared one without regard to the constraint.
+For the same reason there is no entropy bonus. Everything else is PPO's: `diff algos/ppo.py algos/trpo.py`.
+
+python algos/trpo.py --env MiniGrid-DoorKey-5x5-v0
+python algos/trpo.py --env CartPole-v1 --num-envs 8 --eval-select argmax --total-timesteps 100000
+"""
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+import envs
+import runtime
+
+ALGO = Path(__file__).stem  # names run folders and result tables
+LOG_EVERY = 10_000  # environment steps
+WIDTH = 64  # of the encoder's output and of all hidden layers
+
+
+@dataclass
+class Args:
+    """TRPO for discrete actions."""
+    # twin: run arguments of PPO
+    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
+    seed: int = 1  # of all that is random: networks, environments, exploration
+    total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
+    num_envs: int = 16  # environments stepped together
+    eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
+    eval_episodes: int = 100  # episodes per evaluation
+    checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
+    video: int = 0  # episodes to film after training, or with --evaluate
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    compile: bool = False  # compile the loss: about 30 s at the first start
+    run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
+    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    evaluate: str = ""  # run folder to evaluate; no training
+    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    # twin end
+
+    # algorithm
+    num_steps: int = 128  # steps of every environment per iteration
+    epochs: int = 10  # passes of the critic over an iteration's transitions
+    batch_size: int = 128  # transitions per update of the critic
+    learning_rate: float = 1e-3  # Adam, of the critic
+    gamma: float = 0.99  # discount per step
+    gae_lambda: float = 0.95  # of the advantage estimate
+    target_kl: float = 0.01  # delta: the step keeps the mean divergence from the old policy below this
+    cg_iterations: int = 10  # of conjugate gradients
+    cg_damping: float = 0.1  # times the identity, added to F, which is singular: softmax has a free direction
+    shrink: float = 0.8  # each try of the line search is this much shorter
+    tries: int = 10  # of the line search; then the policy stays as it is
+    normalize_advantage: bool = True  # advantages of a rollout to mean 0 and deviation 1
+    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+
+
+# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "cg_damping": (0, math.inf), "shrink": (0, 1)}
+TUNE = {"learning_rate": (1e-4, 3e-3), "target_kl": (3e-3, 5e-2), "cg_damping": (1e-3, 0.3),
+        "num_steps": [64, 128, 256], "gae_lambda": [0.9, 0.95, 0.98]}
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A layer whose units have weights of length 1 at the start, and no bias."""
+    layer = nn.Linear(fan_in, fan_out)
+    with torch.no_grad():
+        layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
+        layer.bias.zero_()
+    return layer
+
+
+class GridEncoder(nn.Module):
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
+    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4 * 3, 16), nn.Linear(4 * 16, 32), nn.Linear(4 * 32, WIDTH)])
+        first, second = (torch.arange(s * s).view(s, s).unfold(0, 2, 1).unfold(1, 2, 1) for s in (7, 3))  # 2x2 windows
+        pooled = first.reshape(3, 2, 3, 2, 4).transpose(1, 2)  # (3, 3, 2, 2, 4): neighbours that are pooled together
+        self.register_buffer("first", pooled.flatten(), persistent=False)
+        self.register_buffer("second", second.flatten(), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """The 7x7 cells in view (B, 7, 7, 3) as object, colour and state, unscaled -> (B, 64)."""
+        x = image.flatten(1, 2).index_select(1, self.first).view(-1, 9, 4, 4 * 3).float()
+        x = F.relu(self.layers[0](x).amax(2))  # (B, 9, 16)
+        x = x.index_select(1, self.second).view(-1, 4, 4 * 16)
+        x = F.relu(self.layers[1](x)).view(-1, 4 * 32)
+        return F.relu(self.layers[2](x))
+
+
+Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
+
+
+class Output(NamedTuple):
+    log_probs: torch.Tensor  # (B, A), of the actions
+    value: torch.Tensor  # (B,), of the state
+
+
+class Agent(nn.Module):
+    """Actor and critic without a common layer."""
+
+    def __init__(self, shape: tuple[int, ...], num_actions: int):
+        super().__init__()
+
+        def network(outputs: int) -> nn.Sequential:
+            encoder = GridEncoder() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+            return nn.Sequential(encoder, linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, outputs))
+        self.critic = network(1)
+        self.actor = network(num_actions)
+
+    def forward(self, obs: Seen) -> Output:
+        return Output(torch.log_softmax(self.actor(obs), -1), self.critic(obs).squeeze(1))
+
+
+class Batch(NamedTuple):
+    """Transitions of a rollout."""
+    obs: Seen
+    action: torch.Tensor  # (B,)
+    log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
+    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    advantage: torch.Tensor  # (B,)
+    target_value: torch.Tensor  # (B,), what the critic is to learn
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Noise that makes the argmax of log-probabilities a draw from them."""
+    return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
+
+
+def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, ended: torch.Tensor, gamma: float,
+        gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimates (T, N) from reward, value and ended (T, N) and the value (N,) of the state after
+    the last step. Nothing flows back over the end of an episode."""
+    next_value, advantage, running = last_value, torch.zeros_like(reward), torch.zeros_like(last_value)
+    for t in reversed(range(len(reward))):
+        goes_on = 1.0 - ended[t]
+        delta = reward[t] + gamma * next_value * goes_on - value[t]
+        advantage[t] = running = delta + gamma * gae_lambda * goes_on * running
+        next_value = value[t]
+    return advantage
+
+
+@torch.no_grad()
+def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
+    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    device = next(agent.parameters()).device
+    noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
+    seen, steps = look(loop["obs"]), []
+    for t in range(args.num_steps):
+        output = agent(seen)
+        action = (output.log_probs + noise[t]).argmax(1)  # a draw from the policy
+        log_prob = output.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
+        obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
+        reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
+        loop["open_return"] += reward
+        for finished in loop["open_return"][ended]:
+            scalars.add({"return": finished})
+        loop["open_return"][ended] = 0.0
+        cut = torch.from_numpy(truncated & ~terminated)
+        if args.bootstrap and cut.any():  # obs already belongs to the next episode, final_obs to this one
+            final_value = agent(look(envs.to_tensors(info["final_obs"]))).value.cpu()
+            reward[cut] += args.gamma * final_value[cut]
+        steps.append((seen, action, log_prob, output.value, reward.to(device), ended.float().to(device)))
+        loop["obs"] = envs.to_tensors(obs)
+        seen = look(loop["obs"])
+    obs, action, log_prob, value, reward, ended = tree_map(lambda *columns: torch.stack(columns), *steps)  # (T, N, ...)
+    advantage = gae(reward, value, agent(seen).value, ended, args.gamma, args.gae_lambda)
+    return tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
+
+
+def objective(log_probs: torch.Tensor, batch: Batch, advantage: torch.Tensor) -> torch.Tensor:
+    """J (Eq. 14): what the policy with these log-probabilities (B, A) gains, by the actions of the old one."""
+    log_prob = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    return ((log_prob - batch.log_prob).exp() * advantage).mean()
+
+
+def mean_kl(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Mean over states of KL(old || new), of log-probabilities (B, A)."""
+    return (old.exp() * (old - new)).sum(1).mean()
+
+
+def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def fisher_product(kl_gradient: torch.Tensor, params: list[nn.Parameter], v: torch.Tensor, damping: float
+                   ) -> torch.Tensor:
+    """(F + damping) v (P,): F is the Hessian of the divergence, so F v is the gradient of kl_gradient . v."""
+    return flat(torch.autograd.grad(kl_gradient @ v, params, retain_graph=True)) + damping * v
+
+
+def conjugate_gradient(product: Callable[[torch.Tensor], torch.Tensor], g: torch.Tensor, iterations: int
+                       ) -> torch.Tensor:
+    """x (P,) with product(x) near g, from x = 0 on; 0 where there is no gradient to follow."""
+    x, residual, direction = torch.zeros_like(g), g, g
+    square = g @ g
+    for _ in range(iterations):
+        if square < 1e-10:
+            break
+        curved = product(direction)
+        step = square / (direction @ curved)
+        x, residual = x + step * direction, residual - step * curved
+        before, square = square, residual @ residual
+        direction = residual + square / before * direction
+    return x
+
+
+def improve_actor(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+    """A step of the actor within the trust region; returns what is logged. Gradients, F and the line search all see the
+    states of this rollout."""
+    advantage, params = batch.advantage, list(agent.actor.parameters())
+    if args.normalize_advantage:
+        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+    log_probs = torch.log_softmax(agent.actor(batch.obs), -1)
+    old_log_probs, old_theta = log_probs.detach(), flat(params).detach()
+    old_objective = objective(log_probs, batch, advantage)
+    gradient = flat(torch.autograd.grad(old_objective, params, retain_graph=True))
+    # the divergence from itself is 0, and so is its gradient, but not the gradient of that
+    kl_gradient = flat(torch.autograd.grad(mean_kl(old_log_probs, log_probs), params, create_graph=True))
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        return fisher_product(kl_gradient, params, v, args.cg_damping)
+    x = conjugate_gradient(product, gradient, args.cg_iterations)
+    length = (2 * args.target_kl / (x @ product(x)).clamp(min=1e-12)).sqrt()  # half of step F step is target_kl
+    gain, kl, share = torch.zeros_like(old_objective), torch.zeros_like(old_objective), 1.0
+    with torch.no_grad():
+        for _ in range(args.tries):
+            nn.utils.vector_to_parameters(old_theta + share * length * x, params)
+            new_log_probs = torch.log_softmax(agent.actor(batch.obs), -1)
+            gain, kl = objective(new_log_probs, batch, advantage) - old_objective, mean_kl(old_log_probs, new_log_probs)
+            if kl < args.target_kl and gain > 0:
+                break
+            share *= args.shrink
+        else:
+            nn.utils.vector_to_parameters(old_theta, params)
+            gain, kl, share = torch.zeros_like(gain), torch.zeros_like(kl), 0.0
+    entropy = -(old_log_probs.exp() * old_log_probs).sum(1).mean()
+    return {"policy_loss": -gain, "kl": kl, "entropy": entropy, "step_share": torch.tensor(share)}
+
+
+def value_loss(agent: Agent, batch: Batch) -> torch.Tensor:
+    return (agent.critic(batch.obs).squeeze(1) - batch.target_value).square().mean()
+
+
+def update(agent: Agent, optimizer: torch.optim.Optimizer, loss_of: Callable, batch: Batch) -> dict:
+    """One step of the critic on a batch; returns what is logged."""
+    loss = loss_of(agent, batch)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"value_loss": loss.detach(), "value": batch.value.mean()}
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
+    args, saved = runtime.checked(args, ALGO, RANGES, anew=["env", "eval_select"])
+    device = runtime.pick_device(args.device)
+
+    vec = envs.make_vec(args.env, args.num_envs)
+    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    example = envs.example_of(vec, obs)
+    agent = Agent(shape, num_actions).to(device)
+    optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
+    loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
+    scalars = runtime.Means()  # of updates and finished episodes since the last log
+    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
+    evaluator = envs.Evaluator(args, copies=100)
+
+    def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
+        """What the agent sees of observations."""
+        return (obs["image"] if isinstance(obs, dict) else obs).to(device)
+
+    def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
+        return agent(look(obs)).log_probs.cpu()
+
+    @torch.no_grad()
+    def act(obs: envs.Observation) -> np.ndarray:
+        """What evaluations play."""
+        output = agent(look(envs.to_tensors(obs)))
+        log_probs = output.log_probs.cpu()
+        if args.eval_select == "sample":
+            log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
+        action = log_probs.argmax(1)
+        return action.numpy()
+
+    if args.evaluate:
+        return evaluator.report(act, saved["step"])
+
+    # train
+    run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
+    loss_of = runtime.compiled(value_loss, args.compile, device)
+    if not saved:
+        run.log_evaluation(evaluator.play(act))  # the untrained agent
+    while run.advance(args.num_steps * args.num_envs):
+        rollout = collect(agent, vec, look, loop, scalars, args)
+        scalars.add(improve_actor(agent, rollout, args))
+        for _ in range(args.epochs):
+            for index in torch.randperm(len(rollout.action)).to(device).split(args.batch_size):
+                batch = tree_map(lambda x: x[index], rollout)
+                scalars.add(update(agent, optimizer, loss_of, batch))
+
+        # log, evaluate, save
+        if run.due(LOG_EVERY):
+            run.log(scalars.take())
+        if run.due(args.eval_every) or run.over:
+            run.log_evaluation(result := evaluator.play(act))
+        run.save_if_due()
+    run.finish()
+    runtime.save_policy(run.folder / "policy.pt2", policy, example)
+    evaluator.film(act, run.folder)
+    return result
+
+
+if __name__ == "__main__":
+    with runtime.exit_codes(ALGO):
+        main(runtime.cli(Args, ALGO))

@@ -1,0 +1,329 @@
+"""The classic methods against hand numbers, and that they learn. Resume, errors and exports are in test_contract.py."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import envs
+import runtime
+from algos import a2c, ars, cma_es, trpo
+from tests.test_ppo import Bandit
+
+# Two states and a policy with three actions that is linear in them.
+OBS = torch.tensor([[1.0, -0.5], [0.5, 2.0]], dtype=torch.float64)
+ACTION, ADVANTAGE = torch.tensor([2, 0]), torch.tensor([1.5, -0.7], dtype=torch.float64)
+WEIGHT, BIAS = [[0.1, -0.2], [0.3, 0.0], [-0.1, 0.4]], [0.0, 0.1, -0.1]
+
+
+def linear(weight: list[list[float]], bias: list[float]) -> nn.Linear:
+    layer = nn.Linear(len(weight[0]), len(weight), dtype=torch.float64)
+    layer.weight.data.copy_(torch.tensor(weight, dtype=torch.float64))
+    layer.bias.data.copy_(torch.tensor(bias, dtype=torch.float64))
+    return layer
+
+
+def numbers(*tensors: torch.Tensor) -> list[float]:
+    return [x for tensor in tensors for x in tensor.detach().flatten().tolist()]
+
+
+class Linear(nn.Module):
+    """Actor and critic of one layer each, in place of a script's Agent."""
+
+    def __init__(self, output: type):
+        super().__init__()
+        self.output = output
+        self.actor, self.critic = linear(WEIGHT, BIAS), linear([[0.2, -0.3]], [0.05])
+
+    def forward(self, obs):
+        return self.output(torch.log_softmax(self.actor(obs), -1), self.critic(obs).squeeze(1))
+
+
+def batch_of(script, agent, target_value):
+    with torch.no_grad():
+        output = agent(OBS)
+    log_prob = output.log_probs.gather(1, ACTION.unsqueeze(1)).squeeze(1)
+    return script.Batch(OBS, ACTION, log_prob, output.value, ADVANTAGE, target_value)
+
+
+def bandit_is_learned(script, args, iterations, learn, agent):
+    """Play and learn that often; then the action that each of two states names is likely."""
+    task = Bandit()
+    loop = {"obs": torch.from_numpy(task.state), "open_return": torch.zeros(4, dtype=torch.float64)}
+    for _ in range(iterations):
+        learn(script.collect(agent, task, lambda obs: obs, loop, runtime.Means(), args))
+    with torch.no_grad():
+        p = agent(torch.tensor([[0.0], [1.0]])).log_probs.exp()
+    assert p[0, 0] > 0.9 and p[1, 1] > 0.9
+
+
+# A2C
+
+def test_returns_of_a_few_steps():
+    """With gae_lambda 1, advantage + value is the return of the steps that follow: the second step ends an episode."""
+    reward, value, ended = (torch.tensor(x, dtype=torch.float64).unsqueeze(1) for x in (
+        [1.0, 0.0, -1.0, 2.0], [0.5, 0.4, 0.3, 0.2], [0.0, 1.0, 0.0, 0.0]))
+    last_value = torch.tensor([0.1], dtype=torch.float64)
+    advantage = a2c.gae(reward, value, last_value, ended, 0.99, a2c.Args().gae_lambda)
+    assert numbers(advantage) == pytest.approx([0.5, -0.4, 0.778010, 1.899], abs=1e-6)
+    assert numbers(advantage + value) == pytest.approx([1.0, 0.0, 1.078010, 2.099], abs=1e-6)
+    advantage = a2c.gae(reward, value, last_value, ended, 0.99, 0.95)
+    assert numbers(advantage) == pytest.approx([0.519800, -0.4, 0.684010, 1.899], abs=1e-6)
+
+
+def test_a2c_loss():
+    agent, args = Linear(a2c.Output), a2c.Args()
+    batch = batch_of(a2c, agent, torch.tensor([1.0, 0.2], dtype=torch.float64))
+    assert numbers(batch.log_prob) == pytest.approx([-1.618925, -1.712067], abs=1e-6)
+    loss, scalars = a2c.a2c_loss(agent, batch, args)
+    assert loss.item() == pytest.approx(0.800227, abs=1e-6)
+    assert [scalars[name].item() for name in ("policy_loss", "value_loss", "entropy")] == pytest.approx(
+        [0.614970, 0.391250, 1.036861], abs=1e-6)
+    grads = torch.autograd.grad(loss, list(agent.parameters()))
+    assert numbers(grads[1]) == pytest.approx([0.557, 0.215936, -0.772935], abs=1e-6)  # of the actor's biases
+    assert torch.cat([g.flatten() for g in grads]).norm().item() == pytest.approx(1.696211, abs=1e-6)
+
+
+@pytest.mark.parametrize("form, actor, critic", [
+    ("torch", [.0930057, -.2069946, .2930087, .0069940, -.0930035, .4069425, -.0069957, .0930110, -.0930031],
+     [.2069949, -.2930048, .0569962]),
+    ("tf", [.0999142, -.2000906, .2999433, .0000821, -.0998575, .4000085, -.0001155, .0999552, -.0998398],
+     [.2000959, -.2998963, .0501296])])
+def test_the_first_step_of_both_rmsprops(form, actor, critic):
+    """The gradient is cut to length 0.5. torch's form then moves every weight by ten learning rates."""
+    agent, args = Linear(a2c.Output), a2c.Args(rmsprop=form)
+    batch = batch_of(a2c, agent, torch.tensor([1.0, 0.2], dtype=torch.float64))
+    a2c.update(agent, a2c.RMSprop(agent.parameters(), args), a2c.a2c_loss, batch, args)
+    assert numbers(*agent.actor.parameters()) == pytest.approx(actor, abs=2e-7)
+    assert numbers(*agent.critic.parameters()) == pytest.approx(critic, abs=2e-7)
+
+
+def test_torch_form_is_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    optimizers = [a2c.RMSprop([ours], a2c.Args(rmsprop="torch")), torch.optim.RMSprop([theirs], 7e-4, 0.99, 1e-5)]
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(5)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a2c_learns():
+    torch.manual_seed(0)
+    args = a2c.Args(entropy_coef=0.0, learning_rate=2e-2)
+    agent = a2c.Agent((1,), 4)
+    optimizer = a2c.RMSprop(agent.parameters(), args)
+    bandit_is_learned(a2c, args, 300, lambda rollout: a2c.update(agent, optimizer, a2c.a2c_loss, rollout, args), agent)
+
+
+# TRPO
+
+THETA = [p for row in WEIGHT for p in row] + BIAS
+GRADIENT = [-.4141510, -.4382868, -.2731254, .3955545, .6872764, .0427322, -.5575648, -.2155716, .7731365]
+
+
+def trpo_parts():
+    """Agent, batch, damped Fisher product and gradient at the old policy."""
+    agent = Linear(trpo.Output)
+    batch, params = batch_of(trpo, agent, torch.zeros(2, dtype=torch.float64)), list(agent.actor.parameters())
+    log_probs = agent(OBS).log_probs
+    old_objective = trpo.objective(log_probs, batch, ADVANTAGE)
+    gradient = trpo.flat(torch.autograd.grad(old_objective, params, retain_graph=True))
+    kl = trpo.mean_kl(log_probs.detach(), log_probs)
+    kl_gradient = trpo.flat(torch.autograd.grad(kl, params, create_graph=True))
+    assert old_objective.item() == pytest.approx(0.4) and kl.item() == 0
+    return agent, batch, lambda v, damping=0.1: trpo.fisher_product(kl_gradient, params, v, damping), gradient
+
+
+def test_fisher_product_is_that_of_the_explicit_matrix():
+    agent, _, product, gradient = trpo_parts()
+    assert numbers(gradient) == pytest.approx(GRADIENT, abs=1e-6)
+    v = torch.arange(1, 10, dtype=torch.float64) / 10
+    expected = [-.0656894, -.1267723, -.0081185, -.0647889, .0738079, .1915613, -.1011598, -.0234181, .1245779]
+    assert numbers(product(v, 0.0)) == pytest.approx(expected, abs=1e-6)
+    assert numbers(product(v)) == pytest.approx([x + 0.01 * (i + 1) for i, x in enumerate(expected)], abs=1e-6)
+    inputs = torch.cat([OBS, torch.ones(2, 1, dtype=torch.float64)], 1)
+    fisher = torch.zeros(9, 9, dtype=torch.float64)
+    for x, p in zip(inputs, agent(OBS).log_probs.exp()):  # mean of J^T (diag p - p p^T) J
+        jacobian = torch.cat([torch.block_diag(*[x[:2].unsqueeze(0)] * 3), torch.eye(3, dtype=torch.float64)], 1)
+        fisher += jacobian.T @ (p.diag() - p.outer(p)) @ jacobian / 2
+    assert torch.allclose(product(v, 0.0), fisher @ v)
+
+
+@pytest.mark.parametrize("iterations, expected", [
+    (1, [-.7584100, -.8026084, -.5001582, .7243554, 1.2585682, .0782530, -1.0210352, -.3947635, 1.4157987]),
+    (2, [-.8821728, -.5713310, -.6552162, 1.1543164, 1.5373890, -.5829855, -1.1071544, -.4715033, 1.5786577]),
+    (15, [-.9171176, -.3487803, -.7416482, 1.0122924, 1.6587658, -.6635120, -1.0965263, -.5990997, 1.6956260])])
+def test_conjugate_gradient(iterations, expected):
+    _, _, product, gradient = trpo_parts()
+    x = trpo.conjugate_gradient(product, gradient, iterations)
+    assert numbers(x) == pytest.approx(expected, abs=1e-5)
+    if iterations == 15:
+        assert (x @ product(x)).item() == pytest.approx(4.298832, abs=1e-5) and torch.allclose(product(x), gradient)
+    assert not trpo.conjugate_gradient(product, 0 * gradient, iterations).any()
+
+
+def test_a_step_within_the_trust_region():
+    agent, batch, _, _ = trpo_parts()
+    scalars = trpo.improve_actor(agent, batch, trpo.Args(normalize_advantage=False, cg_iterations=15))
+    assert scalars["kl"].item() == pytest.approx(0.007968, abs=1e-6) and scalars["step_share"] == 1
+    assert scalars["policy_loss"].item() == pytest.approx(-(0.714169 - 0.4), abs=1e-6)
+    assert numbers(*agent.actor.parameters()) == pytest.approx(
+        [.0374446, -.2237899, .2494131, .0690471, .0131423, .3547427, -.0747926, .0591362, .0156564], abs=1e-6)
+    assert numbers(*agent.critic.parameters()) == pytest.approx([0.2, -0.3, 0.05])
+
+
+def test_line_search():
+    """Without gain all tries fail and the policy stays. A far step is shortened until it keeps the constraint."""
+    agent, batch, _, _ = trpo_parts()
+    args = trpo.Args(normalize_advantage=False, cg_iterations=15)
+    nothing = trpo.improve_actor(agent, batch._replace(advantage=0 * ADVANTAGE), args)
+    assert nothing["step_share"] == 0 and nothing["kl"] == 0 and numbers(*agent.actor.parameters()) == THETA
+    far = trpo.improve_actor(agent, batch, replace(args, target_kl=0.1, cg_damping=1e-3))
+    assert far["step_share"].item() == pytest.approx(0.8) and 0 < far["kl"] < 0.1
+    step = trpo.flat(agent.actor.parameters()).detach() - torch.tensor(THETA, dtype=torch.float64)
+    longer = torch.tensor(THETA, dtype=torch.float64) + step / 0.8  # the try before
+    before = agent(OBS).log_probs.detach()
+    nn.utils.vector_to_parameters(longer, agent.actor.parameters())
+    after = agent(OBS).log_probs.detach()
+    old = batch_of(trpo, Linear(trpo.Output), None)
+    start = Linear(trpo.Output)(OBS).log_probs.detach()
+    assert trpo.mean_kl(start, before).item() == pytest.approx(far["kl"].item())
+    assert trpo.mean_kl(start, after) >= 0.1 and trpo.objective(after, old, ADVANTAGE) > 0.4
+
+
+def test_trpo_learns():
+    torch.manual_seed(0)
+    args = trpo.Args(num_steps=32, target_kl=0.05)
+    agent = trpo.Agent((1,), 4)
+    optimizer = torch.optim.Adam(agent.critic.parameters(), lr=3e-3)
+
+    def learn(rollout):
+        trpo.improve_actor(agent, rollout, args)
+        for _ in range(5):
+            trpo.update(agent, optimizer, trpo.value_loss, rollout)
+    bandit_is_learned(trpo, args, 30, learn, agent)
+
+
+# ARS and CMA-ES
+
+def test_candidates_start_alike():
+    for env_id in ("CartPole-v1", "FetchReach-v2"):
+        vec = envs.make_vec(env_id, 3)
+        obs, alone = envs.flatten(vec.reset_alike(7)), envs.flatten(envs.make_vec(env_id, 1).reset(7))
+        assert torch.equal(obs, alone.expand(3, -1))
+        assert not torch.equal(envs.flatten(vec.reset_alike(8)), obs)
+
+
+def test_population_is_played_as_each_policy_alone():
+    torch.manual_seed(0)
+    theta, x = torch.randn(4, ars.num_weights(3, 2, 5)), torch.randn(4, 6, 3)
+    together = ars.forward(theta, x, 2, 5)
+    for weights, inputs, outputs in zip(theta, x, together):
+        first, second = weights[:15].view(3, 5), weights[15:].view(5, 2)
+        assert torch.allclose((inputs @ first).tanh() @ second, outputs, atol=1e-6)
+    assert torch.allclose(ars.forward(theta[:, :6], x, 2, 0)[1], x[1] @ theta[1, :6].view(3, 2), atol=1e-6)
+
+
+class Countdown:
+    """Three copies: copy i pays 1 + its action, and its episodes have 2 (i + 1) steps; the next one begins at once."""
+    num_envs = 3
+
+    def reset_alike(self, seed):
+        self.t = np.zeros(3)
+        return np.zeros((3, 1), np.float32)
+
+    def step(self, action):
+        self.t += 1
+        ended = self.t == [2, 4, 6]
+        self.t[ended] = 0
+        return self.t[:, None].astype(np.float32), 1.0 + action, ended, np.zeros(3, bool), {}
+
+
+def test_one_episode_of_every_candidate():
+    """The last reward counts, rewards after the end do not, and the bonus is taken from each."""
+    returns, lengths, seen = ars.play(Countdown(), lambda features: np.array([0.0, 1.0, 2.0]), 1, 0.5)
+    assert returns.tolist() == [2 * 0.5, 4 * 1.5, 6 * 2.5] and lengths.tolist() == [2, 4, 6]
+    assert sorted(numbers(seen)) == sorted([0, 1, *range(4), *range(6)])
+
+
+@pytest.mark.parametrize("returns, expected", [
+    ([10, 30, 20, 14, 22, 21], [.0012624, .0201982, -.0227230, .0075743, -.0100991, .0201982, .0050496, -.0214606]),
+    ([3] * 6, [0] * 8)])
+def test_ars_step(returns, expected):
+    """Directions 2 and 3 count; the deviation of their four returns is divided by four, not three."""
+    delta = torch.tensor([[1, -1, .5, 0, 2, -.5, 1, 0], [0, 1, -1, .5, -.5, 1, 0, -1], [-.5, 0, 1, 1, 0, 0, -2, .5]])
+    args = ars.Args(num_envs=6, top=2)
+    agent = ars.make_agent(8, args)
+    ars.update(agent, delta.double(), torch.tensor(returns, dtype=torch.float64), args)
+    assert numbers(agent["theta"]) == pytest.approx(expected, abs=1e-7)
+
+
+def test_ars_tries_both_ways():
+    args = ars.Args(num_envs=6)
+    agent = {"theta": torch.arange(4).double()}
+    delta, candidates = ars.ask(agent, args)
+    assert torch.allclose(candidates[:3], agent["theta"] + 0.05 * delta)
+    assert torch.allclose(candidates[:3] + candidates[3:], 2 * agent["theta"].expand(3, 4))
+    for wrong in (dict(num_envs=5, top=1), dict(num_envs=6)):  # an odd number; four directions of three
+        with pytest.raises(runtime.UserError, match="two environments for each direction"):
+            ars.check(ars.Args(**wrong))
+
+
+Z = torch.tensor([[.5, -1], [-.8, .3], [1.2, .7], [-.1, -.4], [.9, -1.5], [-1.3, 1.1]], dtype=torch.float64)
+
+
+def test_cma_rates():
+    r = cma_es.rates(2, 6, True)
+    expected = [.6370426, .2845703, .0783872, -.2863838, -.7649581, -1.1559818]
+    assert numbers(r.weights) == pytest.approx(expected, abs=1e-7)
+    assert r[1:] == pytest.approx([2.0286115, .4462050, 1.4462050, .6245545, .1548154, .0855928, 1.2533141], abs=1e-7)
+    assert numbers(cma_es.rates(2, 6, False).weights[3:]) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("active, first, mean, path_c, second", [
+    (False, [.9165753, -.0499389, -.0499389, .7837277], [.5755160, .4871293], [-.6268962, -.1994318],
+     [.7737548, -.0254120, -.0254120, .6156214]),
+    (True, [.9133916, -.0586842, -.0586842, .7869114], [.5762439, .4874820], [-.6247388, -.1983865],
+     [.7511763, -.0358757, -.0358757, .6355543])])
+def test_two_generations(active, first, mean, path_c, second):
+    """The best of -|x|^2 is sought from (1, 0.5). Step size and its path do not depend on the covariance."""
+    args = cma_es.Args(num_envs=6, active=active)
+    agent = cma_es.make_agent(2, args)
+    agent["theta"] += torch.tensor([1.0, 0.5])
+
+    def generation():
+        x = agent["theta"] + agent["sigma"] * Z @ agent["root"]
+        cma_es.update(agent, Z, -x.square().sum(1), args)
+        return [numbers(agent[name]) for name in ("theta", "sigma", "path_sigma", "path_c", "covariance")]
+    expected = [[.6800028, .5817553], [.4453769], [-.7589963, .1939141], [-.8448556, .2158500], first]
+    for found, value in zip(generation(), expected):
+        assert found == pytest.approx(value, abs=1e-7)
+    for found, value in zip(generation(), [mean, [.3928141], [-.7193837, -.1865271], path_c, second]):
+        assert found == pytest.approx(value, abs=1e-7)
+    assert torch.allclose(agent["root"] @ agent["root"], agent["covariance"])
+
+
+def test_cma_finds_the_lowest_point_of_a_long_valley():
+    torch.manual_seed(0)
+    args, scale = cma_es.Args(num_envs=10, sigma=0.5), torch.tensor([1.0, 10.0, 100.0, 1000.0]).double()
+    agent = cma_es.make_agent(4, args)
+    for _ in range(200):
+        z, x = cma_es.ask(agent, args)
+        cma_es.update(agent, z, -((x - 1) * scale).square().sum(1), args)
+    assert ((agent["theta"] - 1) * scale).norm() < 1e-6
+    with pytest.raises(runtime.UserError, match="lower --hidden"):
+        cma_es.make_agent(2001, args)
+
+
+@pytest.mark.parametrize("script", [ars, cma_es])
+def test_they_balance_a_pole(script, tmp_path):
+    args = script.Args(total_timesteps=20_000, eval_every=0, eval_episodes=5, run_dir=str(tmp_path / "run"))
+    assert script.main(args)["return_mean"] >= 400
+
+
+def test_views_are_refused(tmp_path):
+    with pytest.raises(runtime.UserError, match="flat arrays are needed"):
+        ars.main(ars.Args(env="MiniGrid-Empty-5x5-v0", run_dir=str(tmp_path / "run")))
