@@ -130,9 +130,10 @@ def box_around(centers: torch.Tensor, half_width: float) -> tuple[torch.Tensor, 
     return torch.where(some, low.clamp(min=-1), -1), torch.where(some, high.clamp(max=1), 1)
 
 
-def add_box(obs: torch.Tensor, external: dict, g: int, d: int, args: Args) -> torch.Tensor:
-    """Features (B, f) -> features | low | high (B, f + 2 d), what the buffer keeps of a state: asking may be slow."""
-    return torch.cat([obs, *box_around(centers_of(external, obs, g, d, args), args.half_width)], 1)
+def add_box(obs: torch.Tensor, needed: bool = True, *, external: dict, g: int, d: int, args: Args) -> torch.Tensor:
+    """Features (B, f) -> features | low | high (B, f + 2 d), what the buffer keeps of a state: asking may be slow. If
+    no box is `needed`, nobody is asked, and it is all of [-1, 1]."""
+    return torch.cat([obs, *box_around(centers_of(external if needed else {}, obs, g, d, args), args.half_width)], 1)
 
 
 def grown(low: torch.Tensor, high: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +165,8 @@ def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor) -> t
 def actor_loss(actor: dict, critic: dict, obs: Seen, mask: torch.Tensor, epsilon: torch.Tensor, args: Args):
     raw = decide(actor, obs.features)
     action = masked(raw, obs, mask, epsilon, args)
-    q = mlp(critic, "q", critic_inputs(obs, action))[0].mean()  # of the first critic
+    first = {name: p[0] for name, p in critic.items()}  # of the two critics
+    q = mlp(first, "q", critic_inputs(obs, action)).mean()
     wanted = action if args.mask_mode == "affine" else raw  # in coordinates of actions
     outside = (wanted - action).square().sum(1).mean()  # 0 where nothing is masked, and inside of the box
     off_center = (wanted - (obs.low + obs.high) / 2).square().sum(1).mean()
@@ -265,7 +267,7 @@ def main(args: Args) -> dict[str, float]:
 
     def look(rows: torch.Tensor, anew: bool = False) -> Seen:
         """What networks and masks see of features | low | high (B, f + 2 d)."""
-        rows = with_box(rows[:, :f]) if anew else rows
+        rows = with_box(rows[:, :f]) if anew and relabelled else rows  # for another goal the box may be another
         return Seen(normalizer(rows[:, :f]), *rows[:, f:].chunk(2, 1))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
@@ -299,10 +301,11 @@ def main(args: Args) -> dict[str, float]:
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
         # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
-        final_rows, ended = with_box(envs.flatten(info["final_obs"])), torch.from_numpy(terminated | truncated)
+        needed = bool(epsilon > 0 or loop["mask"].any())  # else no box will be used any more
+        final_rows, ended = with_box(envs.flatten(info["final_obs"]), needed), torch.from_numpy(terminated | truncated)
         buffer.add(rows, action, reward, terminated, truncated, final_rows)
         normalizer.add(rows[:, :f])
-        loop["rows"] = with_box(envs.flatten(next_obs)) if ended.any() else final_rows
+        loop["rows"] = with_box(envs.flatten(next_obs), needed) if ended.any() else final_rows
         redrawn = draw_masks(epsilon_at(run.step, loop["cap"], args), (args.num_envs, 1), 2 * run.step, args)
         loop["mask"] = torch.where(ended[:, None] | (args.mask_mode == "step"), redrawn, loop["mask"])
 
@@ -312,8 +315,7 @@ def main(args: Args) -> dict[str, float]:
         while loop["updates_owed"] >= 1:
             loop["updates_owed"] -= 1
             batch = buffer.sample(args.batch_size, relabelled)
-            anew = bool(relabelled and external and epsilon > 0)  # policies may do something else for hindsight goals
-            batch = batch._replace(obs=look(batch.obs, anew), next_obs=look(batch.next_obs, anew))
+            batch = batch._replace(obs=look(batch.obs, needed), next_obs=look(batch.next_obs, needed))
             loop["updates"] += 1
             masks = draw_masks(epsilon.item(), (2, args.batch_size, 1), 2 * loop["updates"] + 1, args)
             inputs = tree_map(lambda x: x.to(device), (batch, torch.randn(args.batch_size, d), masks, epsilon))

@@ -228,6 +228,15 @@ def test_what_is_masked_is_in_the_box(mode, tmp_path):
     assert uniform.mean() == pytest.approx(0.5, abs=0.1) and uniform.std() == pytest.approx(12 ** -0.5, abs=0.05)
 
 
+def test_nobody_is_asked_when_no_mask_can_come_any_more(tmp_path, monkeypatch):
+    asked, advise = [], knowledge.advise
+    monkeypatch.setattr(knowledge, "advise", lambda policies, obs, *rest, **more: asked.append(
+        len(obs["observation"])) or advise(policies, obs, *rest, **more))
+    rows = trained(camel, tmp_path / "run", mask_steps=120, eval_every=0, **RULES)["buffer"]["rows"]
+    assert 30 < len(asked) <= 30 + 3 * 12 + 4 * 20  # 120 steps of four, the rest of an episode, updates in between
+    assert (rows[-100:, F:F + 2] == -1).all() and (rows[-100:, F + 2:F + 4] == 1).all()
+
+
 def test_whole_episodes_are_masked_or_not(tmp_path):
     rows = trained(camel, tmp_path / "run", mask_steps=800, half_width=0.05, learning_starts=400, **RULES)["buffer"]["rows"]
     _, low, high, action, _ = rows.split([F, 2, 2, 2, F + 6], 1)
