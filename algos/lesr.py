@@ -138,7 +138,8 @@ def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor) -> t
 
 
 def actor_loss(actor: dict, critic: dict, obs: torch.Tensor, args: Args) -> torch.Tensor:
-    return -mlp(critic, "q", critic_inputs(obs, decide(actor, obs)))[0].mean()  # of the first critic
+    first = {name: p[0] for name, p in critic.items()}  # of the two critics
+    return -mlp(first, "q", critic_inputs(obs, decide(actor, obs))).mean()
 
 
 def make_agent(args: Args, f: int, d: int, device: torch.device) -> dict:

@@ -238,7 +238,8 @@ def test_nobody_is_asked_when_no_mask_can_come_any_more(tmp_path, monkeypatch):
 
 
 def test_whole_episodes_are_masked_or_not(tmp_path):
-    rows = trained(camel, tmp_path / "run", mask_steps=800, half_width=0.05, learning_starts=400, **RULES)["buffer"]["rows"]
+    saved = trained(camel, tmp_path / "run", mask_steps=800, half_width=0.05, learning_starts=400, **RULES)
+    rows = saved["buffer"]["rows"]
     _, low, high, action, _ = rows.split([F, 2, 2, 2, F + 6], 1)
     inside = ((low <= action) & (action <= high)).all(1).reshape(-1, 12)  # episodes are stored one after another
     share = inside.float().mean(1)
