@@ -1,6 +1,7 @@
 """The classic methods against hand numbers, and that they learn. Resume, errors and exports are in test_contract.py."""
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import envs
 import runtime
-from algos import a2c, ars, cma_es, trpo
+from algos import a2c, ars, cma_es, dqn, trpo
 from tests.test_ppo import Bandit
 
 # Two states and a policy with three actions that is linear in them.
@@ -327,3 +328,123 @@ def test_they_balance_a_pole(script, tmp_path):
 def test_views_are_refused(tmp_path):
     with pytest.raises(runtime.UserError, match="flat arrays are needed"):
         ars.main(ars.Args(env="MiniGrid-Empty-5x5-v0", run_dir=str(tmp_path / "run")))
+
+
+# DQN
+
+def test_dueling():
+    value, advantage = torch.tensor([[.3], [-1]]), torch.tensor([[1, -2, 4], [.5, .5, -.4]])
+    assert numbers(dqn.dueling(value, advantage)) == pytest.approx([.3, -2.7, 3.3, -.7, -.7, -1.6])
+    agent, obs = dqn.make_agent(dqn.Args(hidden="8x1"), 2, 3, torch.device("cpu")), torch.randn(4, 2)
+    q = dqn.q_values(agent["online"], obs)
+    agent["online"]["advantage.0.bias"] += 5  # the same for all actions: no difference
+    assert torch.allclose(dqn.q_values(agent["online"], obs), q, atol=1e-5)
+    agent["online"]["value.0.bias"] += 5
+    assert torch.allclose(dqn.q_values(agent["online"], obs), q + 5, atol=1e-5)
+
+
+def test_dqn_targets_and_loss():
+    online = torch.tensor([[1., 2, 0], [.5, -1, .4], [0, 3, 1]])
+    target = torch.tensor([[.7, .2, 5], [.1, .9, .3], [2, 1, 4]])
+    reward, discount = torch.tensor([1, -.5, 2]), torch.tensor([.99, .99 ** 3, 0])
+    plain = dqn.target_values(online, target, reward, discount, False)
+    double = dqn.target_values(online, target, reward, discount, True)
+    assert numbers(plain) == pytest.approx([5.95, .3732691, 2])
+    assert numbers(double) == pytest.approx([1.198, -.4029701, 2])
+    q = torch.tensor([[.5], [1.2], [1.6]])  # of the one action: the network is the identity of relu, and obs are q
+    params = {"trunk.0.weight": torch.eye(1), "trunk.0.bias": torch.zeros(1), "advantage.0.weight": torch.eye(1),
+              "advantage.0.bias": torch.zeros(1)}
+    batch = dqn.Batch(q, torch.zeros(3, dtype=torch.long), reward, discount, q)
+    loss, (error, _) = dqn.critic_loss(params, batch, double, torch.tensor([1, .5, .8]))
+    assert loss.item() == pytest.approx(.2863623, abs=1e-6)
+    assert numbers(error) == pytest.approx([-.698, 1.6029701, -.4], abs=1e-6)
+
+
+def pushed(n, ends, rewards):
+    """(reward, discount, step of obs, step of next_obs) of all transitions. In `ends`: T terminates, L is a limit."""
+    window, found = dqn.NStep(1, n, 0.99), []
+    for t, (end, reward) in enumerate(zip(ends, rewards)):
+        found += window.push(torch.full((1, 1), t), np.array([1]), np.array([reward]), np.array([end == "T"]),
+                             np.array([end == "L"]), torch.full((1, 1), t + 1))
+    return [(total, discount, int(obs), int(final)) for obs, _, total, discount, final in found]
+
+
+def test_n_step_returns():
+    (total, discount, *steps), = pushed(3, "...", [1, 0, 2])
+    assert total + discount * 4 == pytest.approx(6.841396, abs=1e-6) and steps == [0, 3]
+    assert pushed(3, "..", [1, 0]) == []
+    assert pushed(3, ".T", [1, 2]) == [(1 + .99 * 2, 0.0, 0, 2), (2, 0.0, 1, 2)]  # fewer steps at the end
+    assert pushed(3, ".L.", [1, 2, 9]) == [(1 + .99 * 2, .99 ** 2, 0, 2), (2, .99, 1, 2)]  # nothing crosses it
+    assert pushed(1, "..T", [1, 2, 3]) == [(1, .99, 0, 1), (2, .99, 1, 2), (3, 0.0, 2, 3)]
+
+
+def filled(errors):
+    buffer = dqn.PrioritisedBuffer(len(errors), 1, 0.6)
+    for i in range(len(errors)):
+        buffer.add(torch.tensor([float(i)]), 0, 0.0, 0.0, torch.zeros(1))
+    buffer.set_errors(np.arange(len(errors)), np.array(errors))
+    return buffer
+
+
+def test_priorities():
+    buffer = filled([.5, 1, 2, .1, 4])
+    assert buffer.tree[np.arange(5)] == pytest.approx([.6597547, 1.0000006, 1.5157170, .2511902, 2.2973971], abs=1e-6)
+    assert buffer.tree.nodes[1] == pytest.approx(5.7240596, abs=1e-6)
+    index, weight = buffer.draw(np.array([.3, .9, .5]), 0.4)
+    assert index.tolist() == [0, 4, 4] and weight == pytest.approx([1, .6070977, .6070977], abs=1e-6)
+    buffer.add(torch.tensor([9.0]), 0, 0.0, 0.0, torch.zeros(1))  # in place of the oldest, with the largest priority
+    assert buffer.rows.obs[0] == 9 and buffer.tree[np.array([0])] == pytest.approx((4 + 1e-6) ** 0.6)
+    again = dqn.PrioritisedBuffer(5, 1, 0.6)
+    again.load_state_dict(runtime.to_plain(buffer.state_dict()))
+    assert (again.tree.nodes == buffer.tree.nodes).all() and again.largest == buffer.largest
+    assert torch.equal(again.rows.obs, buffer.rows.obs)
+
+
+def test_the_newest_transition_is_drawn():
+    """Also where it is the only one."""
+    assert filled([0.3]).draw(np.array([0.0, 0.999]), 0.4)[0].tolist() == [0, 0]
+    index, _ = filled([1, 1, 1]).draw(np.linspace(0, 0.999, 300), 0.4)
+    assert np.bincount(index).tolist() == [100, 100, 100]
+
+
+def test_sum_tree_is_a_prefix_sum():
+    rng = np.random.default_rng(0)
+    for capacity in (1, 5, 16, 100):
+        tree, priority = dqn.SumTree(capacity), rng.random(capacity)
+        tree[np.arange(capacity)] = rng.random(capacity)
+        tree[rng.permutation(capacity)[:3]] = 7.0
+        tree[np.arange(capacity)] = priority
+        mass = rng.random(50) * priority.sum()
+        assert tree.find(mass).tolist() == np.searchsorted(priority.cumsum(), mass, side="right").tolist()
+
+
+def test_exploration_ends_where_it_should():
+    args = dqn.Args(total_timesteps=1000, epsilon_fraction=0.2, epsilon_end=0.1)
+    assert [dqn.epsilon_at(step, args) for step in (0, 100, 200, 900)] == pytest.approx([1, 0.55, 0.1, 0.1])
+
+
+class Corridor(gym.Env):
+    """Five places in a row; the last one ends the episode with reward 1. Actions: back, on."""
+    observation_space, action_space = gym.spaces.Box(0, 1, (5,), np.float32), gym.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = 0
+        return np.eye(5, dtype=np.float32)[0], {}
+
+    def step(self, action):
+        self.place = max(0, self.place + 2 * int(action) - 1)
+        return np.eye(5, dtype=np.float32)[self.place], float(self.place == 4), self.place == 4, False, {}
+
+
+if "Corridor-v0" not in gym.registry:
+    gym.register("Corridor-v0", Corridor, max_episode_steps=30)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(double=False, dueling=False, priority_alpha=0.0, n_step=1)])
+def test_dqn_finds_the_end_of_a_corridor(kwargs, tmp_path):
+    args = dqn.Args(env="Corridor-v0", total_timesteps=2000, num_envs=2, hidden="32x1", learning_rate=3e-3,
+                    learning_starts=200, train_every=20, updates=8, target_every=20, epsilon_fraction=0.5,
+                    gamma=0.8, compile=False, eval_every=0, eval_episodes=1, run_dir=str(tmp_path / "run"), **kwargs)
+    result = dqn.main(args)
+    assert result["return_mean"] == 1 and result["length_mean"] == 4

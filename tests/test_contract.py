@@ -59,6 +59,8 @@ SCRIPTS = [
            "nce_loss rtg_loss value_loss accuracy asked_return", refuses="CartPole-v1"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("meow", f"{DDPG} --shift-hidden 8x1", "critic_loss q target_q grad_norm", refuses="CartPole-v1"),
+    Script("dqn", "--env CartPole-v1 --num-envs 4 --hidden 16x1 --batch-size 16 --learning-starts 64 --train-every 32 "
+           "--updates 4", "critic_loss q epsilon", refuses="Pendulum-v1"),
     Script("ppo", f"--env CartPole-v1 {PPO}", OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_a2t", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_bc", GRID, OF_PPO, refuses="Pendulum-v1"),

@@ -20,6 +20,8 @@ TREE = ROOT / "algos" / "README.md"
 FEW_SAC = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32",
            "--updates-per-step", "0.05", "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
 FEW_DDPG = [*FEW_SAC, "--learning-starts", "100"]
+FEW_DQN = [*(word for word in FEW_DDPG if word not in ("--updates-per-step", "0.05")), "--train-every", "100",
+           "--updates", "2"]
 FEW_PPO = ["--total-timesteps", "256", "--num-envs", "2", "--num-steps", "64", "--batch-size", "64", "--eval-every",
            "0", "--eval-episodes", "2", "--video", "0"]
 FEW_A2C = [word for word in FEW_PPO if word not in ("--batch-size", "64", "--num-steps")]
@@ -31,7 +33,7 @@ FEW_STREAM = [*FEW_SERIES, "--eval-episodes", "1"]
 WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": FEW_DDPG, "td3": FEW_DDPG,
          "camel": FEW_DDPG, "lesr": FEW_DDPG,
          "ppo": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
-         "a2c": FEW_A2C, "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH,
+         "a2c": FEW_A2C, "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH, "dqn": FEW_DQN,
          "stream_ac": FEW_STREAM, "stream_q": FEW_STREAM, "stream_td": FEW_SERIES}
 OPTIONAL = {"MinAtar/": "minatar", "dm_control/": "dm_control", "NoFrameskip": "ale_py"}  # requirements-envs.txt
 ROW = re.compile(r"^\| \[`(\w+)\.py`\]\([^)]*\) \| (\d+) \|", re.M)  # of the table of scripts: name, lines
