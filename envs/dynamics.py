@@ -130,6 +130,14 @@ def all_tasks(env_id: str, split: str) -> list[dict]:
             for mass, damping, crippled in product(bucket.mass, bucket.damping, bucket.crippled)]
 
 
+def horizon_of(env_id: str, at_most: int = 0) -> int:
+    """Steps of an episode: as many as the task is registered with, but `at_most` so many (0: no limit). Raises EnvError
+    for an id without splits."""
+    all_tasks(env_id, "train")
+    own = gym.spec(env_id).max_episode_steps
+    return min(own, at_most) if at_most else own
+
+
 def of_split(splits: dict, split: str) -> list:
     if split not in splits:
         raise EnvError(f"unknown split {split!r}; known are {', '.join(splits)}")
