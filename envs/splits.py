@@ -141,7 +141,7 @@ def play(act: Callable, vec: VectorEnv, share: int, seed: int) -> Episodes:
         action, context = act(obs, began)
         obs, reward, terminated, truncated, info = vec.step(action)
         total, length, step = total + reward, length + 1, step + 1
-        if step % EVERY == 0:
+        if step % EVERY == 1:
             contexts.append(context)
         began = terminated | truncated
         for i in np.flatnonzero(began):
