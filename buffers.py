@@ -112,7 +112,7 @@ class TrajectoryBuffer:
                     "reward": torch.zeros(n, horizon), "terminated": torch.zeros(n, horizon),
                     "length": torch.zeros(n, dtype=torch.long), "task": torch.zeros(n, dtype=torch.long)}
 
-        self.window, self.bootstrap, self.stored = window, bootstrap, 0
+        self.window, self.horizon, self.bootstrap, self.stored = window, horizon, bootstrap, 0
         self.kept, self.open = empty(max(num_envs, capacity // horizon)), empty(num_envs)
         self._count()
 
@@ -150,15 +150,15 @@ class TrajectoryBuffer:
         pick = torch.randint(self.transitions, (batch_size,))
         episode = torch.searchsorted(self.ends, pick, right=True)
         step = pick - self.ends[episode] + self.length[episode]
-        rows = self.windows(episode, step, self.window + 1)
+        rows = self.windows(episode, step, more=1)
         action, reward, terminated = (self.kept[name][episode, step] for name in ("action", "reward", "terminated"))
         return Batch(rows[:-1], action, reward.unsqueeze(1), terminated.unsqueeze(1), rows[1:])
 
-    def windows(self, episode: torch.Tensor, step: torch.Tensor, size: int) -> torch.Tensor:
-        """Rows (size, B, width): windows of steps (B,) of episodes (B,), and with one row more those that follow."""
+    def windows(self, episode: torch.Tensor, step: torch.Tensor, more: int = 0) -> torch.Tensor:
+        """Windows of steps (B,) of episodes (B,), with so many `more` rows after them: (window + more, B, width)."""
         rows = self.kept["rows"]
         first = episode * rows.shape[1] + step  # as if all episodes were one
-        return rows.view(-1, rows.shape[2])[first + torch.arange(size).unsqueeze(1)]
+        return rows.view(-1, rows.shape[2])[first + torch.arange(self.window + more).unsqueeze(1)]
 
     def latest(self, task: int, count: int) -> torch.Tensor:
         """The `count` last episodes of a task, fewer where there are not as many, the oldest first."""

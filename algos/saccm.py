@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 import envs
 import runtime
 from buffers import Batch, TrajectoryBuffer, Windows
+from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
@@ -80,54 +81,10 @@ class Args:
     official: bool = False  # the quirks of the paper's code: docs/sami.md lists them
 
 
-# limits of numbers that need not be above 0, or may not be any
+# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "horizon": (0, math.inf), "contrast_trajectories": (2, math.inf)}
-# ranges of `make tune`: (low, high) on a log scale, or choices
 TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature": (0.01, 1.0),
         "updates_per_step": (0.02, 0.2), "batch_size": [128, 256, 512], "window": [4, 8, 16]}
-
-
-# Networks are dicts of tensors, {"actor.0.weight": ..., "actor.0.bias": ...}, and losses are functions of them: what
-# torch.func differentiates, and what torch.compile turns into one graph with the optimisers inside.
-# twin: networks
-def init_mlp(name: str, sizes: list[int], stack: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Parameters of a ReLU network in PyTorch's default initialisation; `stack=(2,)` makes two side by side."""
-    params = {}
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
-        bound = fan_in ** -0.5
-        params[f"{name}.{i}.weight"] = torch.empty(*stack, fan_in, fan_out).uniform_(-bound, bound)
-        params[f"{name}.{i}.bias"] = torch.empty(*stack, *(1,) * len(stack), fan_out).uniform_(-bound, bound)
-    return params
-
-
-def mlp(params: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    """(B, in) -> (B, out), or (2, B, out) of two networks side by side."""
-    depth = sum(f"{name}.{i}.weight" in params for i in range(len(params)))
-    for i in range(depth):
-        x = torch.matmul(x, params[f"{name}.{i}.weight"]) + params[f"{name}.{i}.bias"]
-        if i < depth - 1:
-            x = F.relu(x)
-    return x
-
-
-def adam_state(params: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    return {moment: {name: torch.zeros_like(p) for name, p in params.items()} for moment in ("mean", "square")}
-
-
-def adam(params: dict, grads: dict, moments: dict, count: torch.Tensor, learning_rate: float) -> None:
-    """Adam in place, all tensors at once. `count` is a tensor: as a number it would be compiled in as a constant."""
-    m, v = list(moments["mean"].values()), list(moments["square"].values())
-    p, g = [params[name] for name in moments["mean"]], [grads[name] for name in moments["mean"]]
-    torch._foreach_lerp_(m, g, 1 - 0.9)
-    torch._foreach_mul_(v, 0.999)
-    torch._foreach_addcmul_(v, g, g, 1 - 0.999)
-    scale = torch._foreach_sqrt(v)
-    torch._foreach_div_(scale, (1 - 0.999 ** count).sqrt())
-    torch._foreach_add_(scale, 1e-8)
-    step = torch._foreach_div(m, scale)
-    torch._foreach_mul_(step, learning_rate / (1 - 0.9 ** count))
-    torch._foreach_sub_(p, step)
-# twin end
 
 
 def init_encoder(width: int, hidden: int, size: int) -> dict[str, torch.Tensor]:
@@ -248,9 +205,9 @@ def make_agent(args: Args, f: int, d: int, c: int, device: torch.device) -> dict
     actor = init_mlp("actor", [f + c, *hidden, 2 * d])
     trained = {"actor": actor, "critic": critic,
                "temperature": {"log_alpha": torch.tensor(math.log(args.initial_temperature))}}
-    rest = {"target": {name: p.clone() for name, p in critic.items()}, "count": torch.zeros(()),
-            "moments": {group: adam_state(params) for group, params in trained.items()}}
-    return tree_map(lambda x: x.to(device), trained | rest)
+    moments = {group: adam_state(params) for group, params in trained.items()}
+    target = {name: p.clone() for name, p in critic.items()}
+    return tree_map(lambda x: x.to(device), trained | {"target": target, "moments": moments, "count": torch.zeros(())})
 
 
 def update(agent: dict, batch: Batch, contrast: Contrast, noise: torch.Tensor, next_noise: torch.Tensor,
@@ -309,48 +266,41 @@ def return_gap_weight(positive: torch.Tensor, negative: torch.Tensor, kappa: flo
     return (kappa * (positive.mean() - negative.mean())).clamp(0, 1)
 
 
-def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Episodes of one random task that are better than the negative ones, which are the worst of a draw over all tasks;
-    None where all are alike."""
-    tasks = buffer.task.bincount().nonzero()[:, 0].tolist()
-    n = negatives(args)
+def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Episodes (n,) of a random task that are better than the following ones, which are the worst of a draw over all
+    tasks, and the weight () of comparing them: 0 where all are alike."""
+    n, tasks = args.contrast_trajectories, buffer.task.bincount().nonzero()[:, 0].tolist()
     recent = {task: buffer.latest(task, RECENT) for task in tasks}
-    each = max(args.contrast_trajectories // len(tasks), 1)
+    each = max(n // len(tasks), 1)
     drawn = torch.cat([episodes[torch.randint(len(episodes), (each,))] for episodes in recent.values()])
-    negative = drawn[buffer.mean_reward[drawn].argsort(stable=True)][:n]
-    worst = buffer.mean_reward[negative].max()
+    poor = drawn[buffer.mean_reward[drawn].argsort(stable=True)][:negatives(args)]
     for i in torch.randperm(len(tasks)).tolist():
-        better = recent[tasks[i]][buffer.mean_reward[recent[tasks[i]]] > worst]
+        better = recent[tasks[i]][buffer.mean_reward[recent[tasks[i]]] > buffer.mean_reward[poor].max()]
         if len(better):
-            return better[torch.randint(len(better), (args.contrast_trajectories - n,))], negative
-    return None
+            good = better[torch.randint(len(better), (n - len(poor),))]
+            gap = return_gap_weight(buffer.mean_reward[good], buffer.mean_reward[poor], args.kappa)
+            return torch.cat([good, poor]), torch.tensor(args.kappa) if args.fixed_weight else gap
+    return torch.zeros(n, dtype=torch.long), torch.tensor(0.0)
 
 
 def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args) -> Contrast:
-    """Random windows of drawn trajectories, and the weight of their loss: 0 where there is nothing to compare."""
-    drawn, weight = draw_trajectories(buffer, args), torch.tensor(0.0)
-    if drawn is not None:
-        weight = return_gap_weight(*(buffer.mean_reward[episodes] for episodes in drawn), args.kappa)
-        if args.fixed_weight:
-            weight = torch.tensor(args.kappa)
-    else:
-        drawn = (torch.zeros(args.contrast_trajectories, dtype=torch.long),)
-    episode = torch.cat(drawn).repeat_interleave(args.contrast_steps)
+    """Random windows of the episodes that are drawn."""
+    drawn, weight = draw_trajectories(buffer, args)
+    episode = drawn.repeat_interleave(args.contrast_steps)
     step = (torch.rand(len(episode)) * buffer.length[episode]).long()
     if not args.official:
-        return Contrast(look(buffer.windows(episode, step, args.window)), weight)
+        return Contrast(look(buffer.windows(episode, step)), weight)
     # The paper's code also counts steps after the end, with embeddings of zero, and takes the actions of the trajectory
     # before, of the same environment and one step too late.
-    last = buffer.kept["action"].shape[1]
-    step = torch.randint(last + 1, (len(episode),))
-    windows = look(buffer.windows(episode, step, args.window))
-    other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=last), args.window)
+    step = torch.randint(buffer.horizon + 1, (len(episode),))
+    windows = look(buffer.windows(episode, step))
+    other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
     return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
 
 
 @torch.no_grad()  # gradients are taken by torch.func, inside `update`
-def main(args: Args) -> dict[str, dict[str, float]]:
-    """Train, resume or evaluate, as `args` say; returns the last evaluation, {split: result}."""
+def main(args: Args) -> dict[str, float]:
+    """Train, resume or evaluate, as `args` say; returns the last evaluation on training tasks."""
     args, saved = runtime.checked(args, ALGO, RANGES)
     device = runtime.pick_device(args.device, fast_matmul=True)
     horizon = envs.horizon_of(args.env, args.horizon)
@@ -391,7 +341,7 @@ def main(args: Args) -> dict[str, dict[str, float]]:
 
     player = make_player(choose, vec, width, args)
     if args.evaluate:
-        return evaluator.report(player, saved["step"])
+        return evaluator.report(player, saved["step"])["train"]
 
     # train
     run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
@@ -438,7 +388,7 @@ def main(args: Args) -> dict[str, dict[str, float]]:
     runtime.save_policy(run.folder / "policy.pt2", policy, row.unsqueeze(1).repeat(1, buffer.window, 1))
     evaluator.keep(run.folder)
     evaluator.film(player, run.folder)
-    return result
+    return result["train"]
 
 
 if __name__ == "__main__":

@@ -52,17 +52,21 @@ class SplitEvaluator:
         self.seed, self.played = 10_000 * args.seed + 5_000, {}
 
     def play(self, player: Player, twice: bool = False) -> dict[str, dict[str, float]]:
-        """{split: result} with the keys of `envs.evaluate`, from the same start states every time; FrankaSkill's also
-        have the shares of episodes that pushed, rolled and picked."""
+        """{split: result}, with the keys of `envs.evaluate`, from the same start states every time."""
         share = self.share * (2 if twice else 1)
         self.played = {split: play(player(vec.num_envs, self.numbers[split]), vec, share, self.seed)
                        for split, vec in self.vecs.items()}
         return {split: summary(episodes) for split, episodes in self.played.items()}
 
     def log(self, run, results: dict[str, dict[str, float]]) -> None:
-        """Append results to the files of a run: those of training tasks to eval.csv, of a split to eval-<split>.csv."""
+        """Append results to the files of a run: those of training tasks to eval.csv, those of another split to
+        eval-<split>.csv; and to its scalars, of FrankaSkill, the shares of episodes that pushed, rolled and picked."""
         for split, result in results.items():
-            run.log_evaluation(result, "" if split == "train" else split)
+            part = "" if split == "train" else split
+            run.log_evaluation(result, part)
+            skill = self.played[split].skill
+            if skill[0]:
+                run.log({f"eval{part and '-'}{part}/{name}": float((skill == name).mean()) for name in SKILLS[1:]})
 
     def diagnose(self, player: Player) -> dict[str, float]:
         """How much a policy needs its context, and what a line through the context tells of the task, both in training:
@@ -77,7 +81,7 @@ class SplitEvaluator:
         return result
 
     def report(self, player: Player, step: int) -> dict[str, dict[str, float]]:
-        """What --evaluate does: play, print a table, keep the contexts, film."""
+        """What --evaluate does: play, print a table; where films are asked for, also film and `keep`."""
         results = self.play(player)
         print(f"{self.args.env} after {step} steps, {self.share} per task")
         print(f"{'split':10}{'return':>10}{'std':>10}{'success':>10}  best task")
@@ -85,8 +89,9 @@ class SplitEvaluator:
             best, _ = self.best(split)
             print(f"{split:10}{result['return_mean']:10.2f}{result['return_std']:10.2f}{result['success_rate']:10.2f}  "
                   f"{json.dumps(best)}")
-        self.keep(Path(self.args.evaluate))
-        self.film(player, Path(self.args.evaluate))
+        if self.args.video:
+            self.keep(Path(self.args.evaluate))
+            self.film(player, Path(self.args.evaluate))
         return results
 
     def best(self, split: str) -> tuple[dict, int]:
@@ -156,12 +161,9 @@ def play(act: Callable, vec: VectorEnv, share: int, seed: int) -> Episodes:
 
 
 def summary(episodes: Episodes) -> dict[str, float]:
-    result = {"episodes": len(episodes.task), "return_mean": float(episodes.total.mean()),
-              "return_std": float(episodes.total.std()), "success_rate": float(episodes.success.mean()),
-              "length_mean": float(episodes.length.mean())}
-    if episodes.skill[0]:
-        result |= {str(skill): float((episodes.skill == skill).mean()) for skill in SKILLS[1:]}
-    return result
+    return {"episodes": len(episodes.task), "return_mean": float(episodes.total.mean()),
+            "return_std": float(episodes.total.std()), "success_rate": float(episodes.success.mean()),
+            "length_mean": float(episodes.length.mean())}
 
 
 def probe(fitted: torch.Tensor, tested: torch.Tensor, numbers: torch.Tensor) -> float:
@@ -222,7 +224,8 @@ def draw_contexts(context: torch.Tensor, split: np.ndarray, task: np.ndarray, to
     figure, rows = plt.subplots(2, 2, figsize=(10, 8), constrained_layout=True)
     planes = {"PCA": principal_components(context), "t-SNE": tsne(context)}
     for row, (name, plane) in zip(rows, planes.items()):
-        for axes, (what, color, colors) in zip(row, (("task", task, "tab20"), ("return", total, "viridis"))):
+        columns = (("task of its split", task, "tab20"), ("return", total, "viridis"))
+        for axes, (what, color, colors) in zip(row, columns):
             for k, marker in enumerate("o^s"):
                 shown = split == k
                 points = axes.scatter(*plane[torch.from_numpy(shown)].T, c=color[shown], cmap=colors, marker=marker,

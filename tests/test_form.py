@@ -18,15 +18,19 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # what a child changes of its parent's functions and classes, Args and main aside; it may add others. Who is whose child
 # says algos/README.md, by its diff commands
 CHANGED = {
+    "ccm": {"critic_loss", "make_agent", "make_player", "make_row", "make_windows", "update", "with_context"},
     "ddpg": {"actor_loss", "critic_loss", "decide", "make_agent", "update"},
     "ppo_a2t": {"Agent", "Output", "ppo_loss"},
     "ppo_bc": {"Agent", "ppo_loss"},
     "ppo_kian": {"Agent", "Output", "ppo_loss"},
     "ppo_kogun": {"Agent"},
+    "saccm": {"draw_trajectories"},
     "sac_handover": {"Decision", "actor_loss", "decide", "make_agent", "update"},
     "sac_kian": {"Decision", "actor_loss", "critic_inputs", "decide", "draw_noise", "make_agent", "update"},
+    "satesac": {"critic_loss", "make_agent", "make_player", "make_row", "make_windows", "update", "with_context"},
     "stream_q": {"choose", "make_agent", "policy", "step", "td_error", "update"},
     "stream_td": {"make_agent", "step", "update"},
+    "tesac": {"critic_loss", "make_agent", "update"},
     "td3": {"actor_loss", "critic_loss", "make_agent", "update"},
 }
 PARENT = {child: parent for parent, child in re.findall(r"`diff -u algos/(\w+)\.py algos/(\w+)\.py`",
