@@ -1,4 +1,5 @@
-"""Replay with hindsight goals (HER, strategy "future"): a ring of transitions that knows where episodes end.
+"""Replay with hindsight goals (HER, strategy "future"): a ring of transitions that knows where episodes end. Below it,
+whole episodes for policies that see more than the last observation.
 
 Andrychowicz et al., "Hindsight Experience Replay" (2017). This code is shared because it is long and easy to get wrong,
 and no script here is about it.
@@ -90,3 +91,111 @@ def relabel(batch: Batch, later: Batch, g: int, compute_reward: Callable) -> Non
     batch.obs[:r, g:2 * g] = batch.next_obs[:r, g:2 * g] = goal
     reward = compute_reward(batch.next_obs[:r, :g].numpy(), goal.numpy())
     batch.reward[:r, 0] = torch.as_tensor(reward, dtype=torch.float32)
+
+
+class TrajectoryBuffer:
+    """The last whole episodes of at most `horizon` steps, with the task that each was played on, sampled in windows.
+
+    A row is what a policy sees of a step, `width` numbers; an episode of n steps has n + 1 of them. The window of step
+    t is rows t - window + 1 to t, zeros where the episode had not begun. Open episodes wait aside, never sampled.
+
+    stored: episodes so far. transitions: steps of those that are kept. length, task (n,) int64, mean_reward (n,): of
+    the episodes that are kept.
+    """
+
+    def __init__(self, capacity: int, horizon: int, window: int, num_envs: int, width: int, d: int,
+                 bootstrap: bool = True):
+        """Room for `capacity` transitions, and for an episode per environment at least. Without `bootstrap`, a time
+        limit is stored as terminal."""
+        def empty(n: int) -> dict[str, torch.Tensor]:
+            return {"rows": torch.zeros(n, window + horizon, width), "action": torch.zeros(n, horizon, d),
+                    "reward": torch.zeros(n, horizon), "terminated": torch.zeros(n, horizon),
+                    "length": torch.zeros(n, dtype=torch.long), "task": torch.zeros(n, dtype=torch.long)}
+
+        self.window, self.horizon, self.bootstrap, self.stored = window, horizon, bootstrap, 0
+        self.kept, self.open = empty(max(num_envs, capacity // horizon)), empty(num_envs)
+        self._count()
+
+    def add(self, row: torch.Tensor, action: torch.Tensor, reward: np.ndarray, terminated: np.ndarray,
+            truncated: np.ndarray, final_row: torch.Tensor, task: np.ndarray) -> None:
+        """One step of every environment: row and final_row (num_envs, width), before and after it; the rest as
+        `vec.step` gives it; task (num_envs,) int."""
+        ended = terminated | truncated
+        terminal = terminated if self.bootstrap else ended
+        parts, i, t = self.open, torch.arange(len(row)), self.open["length"].clone()
+        parts["rows"][i, self.window - 1 + t], parts["rows"][i, self.window + t] = row, final_row
+        parts["action"][i, t] = action
+        parts["reward"][i, t], parts["terminated"][i, t] = (torch.from_numpy(x).float() for x in (reward, terminal))
+        parts["length"] += 1
+        if not ended.any():
+            return
+        ended = torch.from_numpy(ended)
+        parts["task"] = torch.as_tensor(task)
+        slots = (self.stored + torch.arange(int(ended.sum()))) % len(self.kept["task"])
+        for name, part in parts.items():
+            self.kept[name][slots] = part[ended]
+            part[ended] = 0
+        self.stored += len(slots)
+        self._count()
+
+    def _count(self) -> None:
+        n = min(self.stored, len(self.kept["task"]))
+        self.length, self.task = self.kept["length"][:n], self.kept["task"][:n]
+        self.ends = self.length.cumsum(0)
+        self.transitions = int(self.ends[-1]) if n else 0
+        self.mean_reward = self.kept["reward"][:n].sum(1) / self.length
+
+    def sample(self, batch_size: int) -> Batch:
+        """Random transitions, all steps alike; obs and next_obs are windows (window, B, width)."""
+        pick = torch.randint(self.transitions, (batch_size,))
+        episode = torch.searchsorted(self.ends, pick, right=True)
+        step = pick - self.ends[episode] + self.length[episode]
+        rows = self.windows(episode, step, more=1)
+        action, reward, terminated = (self.kept[name][episode, step] for name in ("action", "reward", "terminated"))
+        return Batch(rows[:-1], action, reward.unsqueeze(1), terminated.unsqueeze(1), rows[1:])
+
+    def windows(self, episode: torch.Tensor, step: torch.Tensor, more: int = 0) -> torch.Tensor:
+        """Windows of steps (B,) of episodes (B,), with so many `more` rows after them: (window + more, B, width)."""
+        rows = self.kept["rows"]
+        first = episode * rows.shape[1] + step  # as if all episodes were one
+        return rows.view(-1, rows.shape[2])[first + torch.arange(self.window + more).unsqueeze(1)]
+
+    def latest(self, task: int, count: int) -> torch.Tensor:
+        """The `count` last episodes of a task, fewer where there are not as many, the oldest first."""
+        episodes = torch.nonzero(self.task == task)[:, 0]
+        age = (episodes - self.stored) % len(self.kept["task"])  # 0: the oldest
+        return episodes[age.argsort()][-count:]
+
+    def state_dict(self) -> dict:
+        n = min(self.stored, len(self.kept["task"]))  # the rest is empty
+        kept = {name: part[:n].clone() for name, part in self.kept.items()}
+        return {"kept": kept, "open": self.open, "stored": self.stored}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in state["kept"].items():
+            self.kept[name][:len(part)] = part
+        self.open, self.stored = state["open"], state["stored"]
+        self._count()
+
+
+class Windows:
+    """The last `window` rows of the episode that every environment is in, zeros before its first one."""
+
+    def __init__(self, window: int, num_envs: int, width: int, hide_first: bool = False):
+        """`hide_first`: of the first row of an episode, the last number becomes 0, which marks it as not there."""
+        self.rows, self.hide_first = torch.zeros(window, num_envs, width), hide_first
+
+    def push(self, row: torch.Tensor, began: torch.Tensor) -> torch.Tensor:
+        """Rows (window, num_envs, width) that end with `row` (num_envs, width), the first one where an episode
+        `began` (num_envs,) bool."""
+        self.rows[:, began] = 0
+        self.rows = torch.cat([self.rows[1:], row.unsqueeze(0)])
+        if self.hide_first:
+            self.rows[-1, began, -1] = 0
+        return self.rows
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = state["rows"].clone()

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import gymnasium as gym
 
 import envs.multigoal  # registers MultiGoal-v0
+from envs.dynamics import IDS as DYNAMICS
+from envs.dynamics import DynamicsVectorEnv, FrankaTasksVectorEnv
 from envs.fetch import FetchVectorEnv
 from envs.franka import IDS as FRANKA
 from envs.franka import FrankaVectorEnv
@@ -50,6 +52,10 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
     with named(env_id):
         if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
             vec = FetchVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
+        elif fast and resolved in DYNAMICS:
+            vec = DynamicsVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
+        elif resolved == "FrankaSkill-v0" and "split" in kwargs:
+            vec = FrankaTasksVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif fast and resolved in FRANKA:
             vec = FrankaVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif is_grid(resolved):

@@ -61,6 +61,7 @@ class Run:
                 raise UserError("--track needs Weights & Biases: pip install wandb") from error
         self.args, self.parts = args, parts
         self.step = self.before = saved["step"] if saved else 0  # before: the step before the last `advance`
+        self.start_step = self.step  # of this start, perhaps one of several
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         env = Path(args.env).stem if Path(args.env).is_file() else args.env  # a path is no name for a folder
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, env, name))
@@ -76,7 +77,7 @@ class Run:
         self.start = time.monotonic() - (saved["wall_s"] if saved else 0.0)
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         self.scalars = self._csv("scalars.csv", ["step", "wall_s", "name", "value"])
-        self.evals = self._csv("eval.csv", ["step", "wall_s", *EVALUATION])
+        self.evals = {"eval": self._csv("eval.csv", ["step", "wall_s", *EVALUATION])}  # and those of parts of the tasks
         self.signal, self.stopped = 0, False  # SIGINT or SIGTERM that came; whether it was obeyed
         self.handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=not sys.stderr.isatty())
@@ -118,7 +119,7 @@ class Run:
         if path.exists():  # rows after the checkpoint will be written again; a kill may have cut the last one
             with path.open() as file:
                 old = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdigit()
-                       and int(row[0]) <= self.step]
+                       and int(row[0]) <= self.start_step]
         write_whole(path, lambda p: p.write_text("".join(",".join(row) + "\n" for row in [columns, *old])))
         return path.open("a", newline="", buffering=1)  # line-buffered: a killed run keeps its curve
 
@@ -161,13 +162,18 @@ class Run:
                 raise UserError(f"the run has diverged: {name} is {value} at step {self.step}; lower --learning-rate, "
                                 f"and begin anew ({self.folder} keeps its last checkpoint)")
 
-    def log_evaluation(self, result: dict[str, float]) -> None:
-        """Append the result of `envs.evaluate` to eval.csv and show it in the progress line."""
-        values = ",".join(f"{result[name]:.6g}" for name in EVALUATION)
-        self.evals.write(f"{self.step},{self.wall_s()},{values}\n")
-        self.log({f"eval/{name}": value for name, value in result.items()})
+    def log_evaluation(self, result: dict[str, float], part: str = "") -> None:
+        """Append the result of `envs.evaluate` to eval.csv and show it in the progress line. The result of one `part`
+        of the tasks goes to eval-<part>.csv."""
+        name = f"eval-{part}" if part else "eval"
+        if name not in self.evals:
+            self.evals[name] = self._csv(f"{name}.csv", ["step", "wall_s", *EVALUATION])
+        values = ",".join(f"{result[key]:.6g}" for key in EVALUATION)
+        self.evals[name].write(f"{self.step},{self.wall_s()},{values}\n")
+        self.log({f"{name}/{key}": value for key, value in result.items()})
         success = result["success_rate"]
-        line = f"return {result['return_mean']:.2f}" + ("" if math.isnan(success) else f", success {success:.2f}")
+        line = f"{part} return {result['return_mean']:.2f}".strip()
+        line += "" if math.isnan(success) else f", success {success:.2f}"
         self.bar.set_postfix_str(line)
         if self.bar.disable:  # no terminal
             print(f"step {self.step}: {line}", file=sys.stderr, flush=True)
@@ -186,7 +192,7 @@ class Run:
         before its end exits with 128 + signal."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-        for thing in (self.bar, self.board, self.scalars, self.evals):
+        for thing in (self.bar, self.board, self.scalars, *self.evals.values()):
             thing.close()
         what, flags = "finished; score and film it", ["--evaluate", str(self.folder), "--video", "2"]
         if not self.over:
