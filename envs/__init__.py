@@ -4,11 +4,13 @@
     obs, reward, terminated, truncated, info = vec.step(action)   # info["final_obs"]: the true next observations
 
 Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achieved_goal`, `desired_goal` of goal tasks;
-`image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI.
+`image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI; `view`, `status` and, where
+it has pixels, `image` of Crafter.
 """
+from envs.captions import action_words, captions, clauses
 from envs.evaluation import Act, Evaluator, evaluate, find_renderer, record
-from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, time_limit_of, to_tensors,
-                           unflatten)
+from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, seen, time_limit_of,
+                           to_tensors, unflatten)
 from envs.ids import EnvError, resolve
 from envs.making import make, make_vec
 from envs.series import Series, SeriesEvaluator
@@ -16,9 +18,9 @@ from envs.stream import StreamEnv, StreamEvaluator
 from envs.vector import Observation, VectorEnv
 
 __all__ = ["Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "SeriesEvaluator", "StreamEnv",
-           "StreamEvaluator", "VectorEnv", "continuous_sizes", "discrete_sizes", "evaluate", "example_of",
-           "find_renderer", "flatten", "make", "make_vec", "record", "resolve", "restore", "snapshot", "time_limit_of",
-           "to_tensors", "unflatten"]
+           "StreamEvaluator", "VectorEnv", "action_words", "captions", "clauses", "continuous_sizes", "discrete_sizes",
+           "evaluate", "example_of", "find_renderer", "flatten", "make", "make_vec", "record", "resolve", "restore",
+           "seen", "snapshot", "time_limit_of", "to_tensors", "unflatten"]
 
 
 def snapshot(vec: VectorEnv) -> dict:
