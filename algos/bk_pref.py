@@ -1,13 +1,14 @@
 """BK-Pref: PPO whose reward is shaped by a potential that was learned from preferences.
 
-Zhang et al., "Improving Sample Efficiency of Reinforcement Learning with Background Knowledge from Large Language Models"
-(arXiv 2407.03964). A language model is shown pairs of short pieces of behaviour and says which is better, whatever the
-task. A transformer learns to predict that, and the value w that it gives to the last step is the potential. Nothing is
-asked or learned of preferences here: knowledge/label_preferences.py and knowledge/train_preferences.py are the stage
-before, knowledge/preferences.py is the model. Shaping is that of BK-Code: `diff algos/bk_code.py algos/bk_pref.py`.
+Zhang et al., "Improving Sample Efficiency of Reinforcement Learning with Background Knowledge from Large Language
+Models" (arXiv 2407.03964). A language model is shown pairs of short pieces of behaviour and says which is better,
+whatever the task. A transformer learns to predict that, and the value w that it gives to the last step is the
+potential. Nothing is asked or learned of preferences here: knowledge/label_preferences.py and
+knowledge/train_preferences.py are the stage before, knowledge/preferences.py is the model. Shaping is that of BK-Code:
+`diff algos/bk_code.py algos/bk_pref.py`.
 
-The shipped model was trained on labels of a rule, not of a language model: docs/background_knowledge.md says what labels of
-a small one are worth.
+The shipped model was trained on labels of a rule, not of a language model: docs/background_knowledge.md says what
+labels of a small one are worth.
 
 python algos/bk_pref.py --env BabyAI-Text-GoToLocal-RedBall-S20
 """
@@ -31,7 +32,8 @@ from torch.utils._pytree import tree_map
 import envs
 import runtime
 from knowledge import potentials
-from knowledge.history import Past, Potential
+from knowledge.history import Past
+from knowledge.potentials import Checked
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 10_000  # environment steps
@@ -79,7 +81,7 @@ class Args:
     shaping: Literal["pbrs", "official", "none"] = "pbrs"  # as above, as released, or not at all: PPO
     ext_coef: float = 1.0  # weight of the task's reward (official: 10)
     shape_coef: float = 0.1  # weight of the shaping reward (official: 1)
-    phi_scale: Literal["fixed", "running"] = "fixed"  # deviation of phi over a dataset, or of its running sum (official)
+    phi_scale: Literal["fixed", "running"] = "fixed"  # deviation of phi over a dataset, or of its running sum
     horizon: int = 5  # steps of the past that a potential reads
     critic_sees_phi: bool = False  # the potential as an input of the critic, which sees the present observation alone
 
@@ -122,22 +124,17 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Three convolutions of 32, 64, 64 units with ReLU (Mnih et al. 2015), for the pictures (B, 64, 64, 3) of Crafter."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
                          nn.ReLU(), nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH), nn.ReLU())
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Values of 0 to 255 -> (B, 64)."""
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-def encoder_for(shape: tuple[int, ...]) -> nn.Module:
-    """Observations of this shape -> (B, 64)."""
-    if len(shape) == 3:
-        return GridEncoder() if shape[0] == 7 else PixelEncoder()
-    return nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
 
 
 class Seen(NamedTuple):
@@ -156,7 +153,7 @@ class Agent(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_actions: int, critic_sees_phi: bool):
         super().__init__()
-        self.encoder = encoder_for(shape)
+        self.encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
         self.critic_sees_phi = critic_sees_phi
         self.critic = nn.Sequential(linear(WIDTH + critic_sees_phi, WIDTH), nn.Tanh(), linear(WIDTH, 1))
         self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
@@ -198,8 +195,8 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 
 def gain(phi: torch.Tensor, next_phi: torch.Tensor, terminated: torch.Tensor, gamma: float) -> torch.Tensor:
-    """gamma phi' - phi of potentials before and after each step (T, N). What follows the end of a task is worth nothing,
-    else ending would be worth phi; an episode that its time limit cuts goes on."""
+    """gamma phi' - phi of potentials before and after each step (T, N). What follows the end of a task is worth
+    nothing, else it would pay to end, or not to; an episode that its time limit cuts goes on."""
     return gamma * (1 - terminated) * next_phi - phi
 
 
@@ -249,11 +246,11 @@ class Shaping:
 
 
 @torch.no_grad()
-def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, episodes: runtime.Means, past: Past,
-            potential: Potential, shaping: Shaping, args: Args) -> tuple[Batch, dict[str, torch.Tensor]]:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...), and what is logged of potentials.
-    `look` gives what the agent sees of observations and potentials, `loop` has those to go on from, `past` the histories,
-    `episodes` gets the returns of finished episodes."""
+def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, past: Past,
+            potential: Checked, shaping: Shaping, args: Args) -> Batch:
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
+    observations and potentials, `loop` has those to go on from, `scalars` gets the returns of finished episodes, `past`
+    has the histories that potentials read."""
     device = next(agent.parameters()).device
     noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"], loop["phi"]), []
@@ -265,7 +262,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, episo
         reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
         loop["open_return"] += reward
         for finished in loop["open_return"][ended]:
-            episodes.add({"return": finished})
+            scalars.add({"return": finished})
         loop["open_return"][ended] = 0.0
         final_obs, obs = envs.to_tensors(info["final_obs"]), envs.to_tensors(obs)
         next_phi = potential(past.step(action.cpu(), final_obs, obs, ended))
@@ -284,9 +281,10 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, episo
     reward, phi, next_phi, terminated, rest = task
     reward, added = shaping(reward, phi, next_phi, terminated, args)
     advantage = gae((reward + rest).to(device), value, agent(seen).value, ended, args.gamma, args.gae_lambda)
-    rollout = tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
-    return rollout, {"phi": phi.mean(), "phi_deviation": phi.std(), "shaping": added.mean(), "shaping_size":
-                     added.abs().mean(), "phi_scale": torch.tensor(shaping.scale)}
+    scalars.add({"phi": phi.mean(), "phi_deviation": phi.std(), "phi_scale": torch.tensor(shaping.scale),
+                 "phi_invalid": torch.tensor(float(potential.invalid)), "shaping": added.mean(),
+                 "shaping_size": added.abs().mean()})
+    return tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
 
 
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -339,9 +337,9 @@ def main(args: Args) -> dict[str, float]:
     loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64),
             "phi": potential(past.now)}
     shaping = Shaping(potentials.scale_of(potential, args.env, args.horizon), args.num_envs)
-    scalars, episodes = runtime.Means(), runtime.Means()  # of updates, and of training episodes, since the last log
-    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars, "episodes": episodes,
-             "past": past, "shaping": shaping}
+    scalars = runtime.Means()  # of updates and finished episodes since the last log
+    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars, "past": past,
+             "shaping": shaping}
     runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
     evaluator = envs.Evaluator(args, copies=100)
 
@@ -373,8 +371,7 @@ def main(args: Args) -> dict[str, float]:
     if not saved:
         run.log_evaluation(evaluator.play(act))  # the untrained agent
     while run.advance(args.num_steps * args.num_envs):
-        rollout, shaped = collect(agent, vec, look, loop, episodes, past, potential, shaping, args)
-        scalars.add(shaped)
+        rollout = collect(agent, vec, look, loop, scalars, past, potential, shaping, args)
         for _ in range(args.epochs):
             for index in torch.randperm(len(rollout.action)).to(device).split(args.batch_size):
                 batch = tree_map(lambda x: x[index], rollout)
@@ -382,7 +379,7 @@ def main(args: Args) -> dict[str, float]:
 
         # log, evaluate, save
         if run.due(LOG_EVERY):
-            run.log(scalars.take() | episodes.take())
+            run.log(scalars.take())
         if run.due(args.eval_every) or run.over:
             run.log_evaluation(result := evaluator.play(act))
         run.save_if_due()

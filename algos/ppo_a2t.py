@@ -111,22 +111,17 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Three convolutions of 32, 64, 64 units with ReLU (Mnih et al. 2015), for the pictures (B, 64, 64, 3) of Crafter."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
                          nn.ReLU(), nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH), nn.ReLU())
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Values of 0 to 255 -> (B, 64)."""
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-def encoder_for(shape: tuple[int, ...]) -> nn.Module:
-    """Observations of this shape -> (B, 64)."""
-    if len(shape) == 3:
-        return GridEncoder() if shape[0] == 7 else PixelEncoder()
-    return nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
 
 
 class Seen(NamedTuple):
@@ -146,7 +141,7 @@ class Agent(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_actions: int, n: int):
         super().__init__()
-        self.encoder = encoder_for(shape)
+        self.encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
         self.critic = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, 1))
         self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
         self.actor = linear(WIDTH, num_actions)

@@ -1,18 +1,17 @@
 """PPO-RND: PPO with a second reward for what is new to the agent, and the collector of experience without a task.
 
-Burda et al., "Exploration by Random Network Distillation" (arXiv 1810.12894), as Zhang et al. (arXiv 2407.03964) use it: a
-predictor learns what a fixed random network says of observations z, and its error is the curiosity
+Burda et al., "Exploration by Random Network Distillation" (arXiv 1810.12894), as Zhang et al. (arXiv 2407.03964) use
+it: a predictor learns what a fixed random network says of observations z, and its error is the curiosity
 
     c = 1/2 |target(z) - predictor(z)|^2,   advantage = int_coef A_int + ext_coef A_ext
 
-Curiosity does not end with an episode: A_int flows on, from a value of its own. Curiosity is divided by the deviation of
-its discounted sum, advantages by their running deviation. Departures: networks are small, as those of ppo.py, and a time
-limit bootstraps. With --collect, episodes of the sampled policy are kept at every evaluation, from near random ones to
-skilful ones: stage one of background knowledge, docs/background_knowledge.md. Everything else is PPO:
-`diff algos/ppo.py algos/ppo_rnd.py`.
+Curiosity does not end with an episode: A_int flows on, from a value of its own. Curiosity is divided by the deviation
+of its discounted sum, advantages by their running deviation. Departures: networks are small, as those of ppo.py, and a
+time limit bootstraps. With --collect, episodes of the sampled policy are kept at every evaluation, from near random
+ones to skilful ones: stage one of background knowledge, docs/background_knowledge.md.
 
 python algos/ppo_rnd.py --env BabyAI-Text-GoTo-RedBallBlueBox-S20
-python algos/ppo_rnd.py --env BabyAI-Text-GoToLocal-Pretraining-S20 --total-timesteps 1000000 --eval-every 100000 --collect 8
+python algos/ppo_rnd.py --env BabyAI-Text-GoToLocal-Pretraining-S20 --eval-every 30000 --collect 10
 """
 import math
 import os
@@ -38,6 +37,7 @@ from knowledge.dataset import Recorder
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 10_000  # environment steps
 WIDTH = 64  # of the encoder's output and of all hidden layers
+PREDICTED = 0.25  # share of a batch from which the predictor learns: it is not to learn too fast
 
 
 @dataclass
@@ -80,14 +80,12 @@ class Args:
     int_coef: float = 1.0  # weight of the advantage from curiosity
     ext_coef: float = 2.0  # weight of the advantage from the task's reward
     int_gamma: float = 0.99  # discount per step of curiosity
-    predicted: float = 0.25  # share of a batch from which the predictor learns: it is not to learn too fast
     collect: int = 0  # episodes to keep at every evaluation, as dataset/ in the run folder; 0: none
 
 
 # limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf),
-          "int_coef": (0, math.inf), "ext_coef": (0, math.inf), "int_gamma": (0, 1), "predicted": (0, 1),
-          "collect": (0, math.inf)}
+          "int_coef": (0, math.inf), "ext_coef": (0, math.inf), "int_gamma": (0, 1), "collect": (0, math.inf)}
 TUNE = {"learning_rate": (2e-4, 3e-3), "entropy_coef": (1e-3, 5e-2), "num_steps": [64, 128, 256],
         "epochs": [2, 4, 8], "batch_size": [128, 256, 512], "gae_lambda": [0.9, 0.95, 0.98]}
 
@@ -123,22 +121,17 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Three convolutions of 32, 64, 64 units with ReLU (Mnih et al. 2015), for the pictures (B, 64, 64, 3) of Crafter."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
                          nn.ReLU(), nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH), nn.ReLU())
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Values of 0 to 255 -> (B, 64)."""
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-def encoder_for(shape: tuple[int, ...]) -> nn.Module:
-    """Observations of this shape -> (B, 64)."""
-    if len(shape) == 3:
-        return GridEncoder() if shape[0] == 7 else PixelEncoder()
-    return nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
 
 
 Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
@@ -155,13 +148,17 @@ class Agent(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_actions: int):
         super().__init__()
-        self.encoder = encoder_for(shape)
+
+        def encoder() -> nn.Module:
+            return ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+
+        self.encoder = encoder()
         self.critic = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, 1))
         self.int_critic = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, 1))
         self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
         self.actor = linear(WIDTH, num_actions)
-        self.target = nn.Sequential(encoder_for(shape), linear(WIDTH, WIDTH)).requires_grad_(False)
-        self.predictor = nn.Sequential(encoder_for(shape), linear(WIDTH, WIDTH), nn.ReLU(), linear(WIDTH, WIDTH))
+        self.target = nn.Sequential(encoder(), linear(WIDTH, WIDTH)).requires_grad_(False)
+        self.predictor = nn.Sequential(encoder(), linear(WIDTH, WIDTH), nn.ReLU(), linear(WIDTH, WIDTH))
 
     def forward(self, obs: Seen) -> Output:
         x = self.encoder(obs)  # (B, 64)
@@ -222,15 +219,13 @@ class Curiosity:
     """Running statistics: of observations, of the discounted sums of curiosity, and of advantages."""
 
     def __init__(self, shape: tuple[int, ...], num_envs: int):
-        self.shape, self.seen, self.sums = shape, envs.Normalizer(math.prod(shape)), Running()
-        self.advantages, self.running_sum = Running(), torch.zeros(num_envs)
+        self.seen, self.sums, self.advantages = envs.Normalizer(math.prod(shape)), Running(), Running()
+        self.running_sum = torch.zeros(num_envs)
 
     def normalise(self, view: Seen, clip: float) -> Seen:
         """z (B, ...), within +-clip."""
-        mean, deviation = self.seen.stats()
-        flat = view.flatten(1)
-        z = ((flat - mean.to(flat.device)) / deviation.to(flat.device)).clamp(-clip, clip)
-        return z.view(-1, *self.shape)
+        mean, deviation = (x.to(view.device) for x in self.seen.stats())
+        return ((view.flatten(1) - mean) / deviation).clamp(-clip, clip).view(view.shape)
 
     def scaled(self, curiosity: torch.Tensor, gamma: float) -> torch.Tensor:
         """Curiosity (T, N) of a rollout, by the deviation of its discounted sums."""
@@ -252,11 +247,10 @@ class Curiosity:
 
 
 @torch.no_grad()
-def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, episodes: runtime.Means,
-            curious: Curiosity, args: Args) -> Batch:
+def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, curious: Curiosity,
+            args: Args) -> Batch:
     """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `episodes` gets the returns of finished episodes, `curious` normalises.
-    """
+    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes, `curious` scales."""
     device = next(agent.parameters()).device
     noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
@@ -268,7 +262,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, episo
         reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
         loop["open_return"] += reward
         for finished in loop["open_return"][ended]:
-            episodes.add({"return": finished})
+            scalars.add({"return": finished})
         loop["open_return"][ended] = 0.0
         cut = torch.from_numpy(truncated & ~terminated)
         if args.bootstrap and cut.any():  # obs already belongs to the next episode, final_obs to this one
@@ -309,7 +303,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
         clipped_value = batch.value + (value - batch.value).clamp(-args.clip, args.clip)
         value_error = value_error.max((clipped_value - batch.target_value).square())
     value_loss = value_error.mean() + (output.int_value - batch.target_int_value).square().mean()
-    learns = torch.rand(len(value), device=value.device) < args.predicted
+    learns = torch.rand(len(value), device=value.device) < PREDICTED
     curiosity = agent.curiosity(batch.z)
     predictor_loss = 2 * (curiosity * learns).sum() / learns.sum().clamp(min=1) / WIDTH  # a mean square
     entropy = -(log_probs.exp() * log_probs).sum(1).mean()
@@ -343,10 +337,10 @@ def main(args: Args) -> dict[str, float]:
     agent = Agent(shape, num_actions).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
-    scalars, episodes = runtime.Means(), runtime.Means()  # of updates, and of training episodes, since the last log
+    scalars = runtime.Means()  # of updates and finished episodes since the last log
     curious, recorder = Curiosity(shape, args.num_envs), Recorder()
-    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars, "episodes": episodes,
-             "curious": curious, "recorder": recorder}
+    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars, "curious": curious,
+             "recorder": recorder}
     runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
     evaluator = envs.Evaluator(args, copies=100)
 
@@ -376,10 +370,9 @@ def main(args: Args) -> dict[str, float]:
     loss_of = runtime.compiled(ppo_loss, args.compile, device)
     if not saved:
         run.log_evaluation(evaluator.play(act))  # the untrained agent
-        if args.collect:
-            recorder.play(evaluator.vec, act, args.collect, 10_000 * args.seed + 8_000, envs.captions)
+        recorder.play(evaluator.vec, act, args.collect, 10_000 * args.seed + 8_000, envs.captions)
     while run.advance(args.num_steps * args.num_envs):
-        rollout = collect(agent, vec, look, loop, episodes, curious, args)
+        rollout = collect(agent, vec, look, loop, scalars, curious, args)
         for _ in range(args.epochs):
             for index in torch.randperm(len(rollout.action)).to(device).split(args.batch_size):
                 batch = tree_map(lambda x: x[index], rollout)
@@ -387,18 +380,15 @@ def main(args: Args) -> dict[str, float]:
 
         # log, evaluate, save
         if run.due(LOG_EVERY):
-            run.log(scalars.take() | episodes.take())
+            run.log(scalars.take())
         if run.due(args.eval_every) or run.over:
             run.log_evaluation(result := evaluator.play(act))
-            if args.collect:
-                recorder.play(evaluator.vec, act, args.collect, 10_000 * args.seed + 8_000 + len(recorder.episodes),
-                              envs.captions)
+            first = 10_000 * args.seed + 8_000 + len(recorder.episodes)
+            recorder.play(evaluator.vec, act, args.collect, first, envs.captions)
         run.save_if_due()
     run.finish()
     if args.collect:
-        words = envs.action_words(args.env)
-        recorder.save(run.folder / "dataset", args.env, words, words.index("do nothing"), collected_by=ALGO,
-                      seed=args.seed, steps=args.total_timesteps)
+        recorder.save(run.folder / "dataset", args.env, envs.action_words(args.env), by=ALGO, seed=args.seed)
     runtime.save_policy(run.folder / "policy.pt2", policy, example)
     evaluator.film(act, run.folder)
     return result

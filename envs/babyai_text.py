@@ -1,8 +1,8 @@
 """BabyAI-Text: tasks in one square room of BabyAI, and captions of what the agent sees.
 
-The tasks are those of Zhang et al. (2024, arXiv 2407.03964), made from the levels of the minigrid package. A target of a
-fixed colour and type lies among random keys, balls and boxes. The mission is not observed: a learner finds out by reward
-what the task is. Two tasks have two targets, which are to be reached one after the other.
+The tasks are those of Zhang et al. (2024, arXiv 2407.03964), made from the levels of the minigrid package. A target of
+a fixed colour and type lies among random keys, balls and boxes. The mission is not observed: a learner finds out by
+reward what the task is. Two tasks have two targets, which are to be reached one after the other.
 
 `gym.make` gives observations with a `description`. `BabyAITextVectorEnv` steps all copies in arrays and leaves the text
 out: a caption is a function of the image, so whoever reads it asks for it (`captions`). tests/test_babyai_text.py steps
@@ -179,8 +179,8 @@ class PickUpLevel(FixedTargets):
 class BabyAITextVectorEnv(MiniGridVectorEnv):
     """`num_envs` copies of one task in arrays, without text.
 
-    Attributes beside MiniGridVectorEnv's: wanted (k, num_envs), bytes of the k targets; places (k, size of `flat`) bool,
-    where the task takes them to be; reached (num_envs,), how many targets have been reached.
+    Attributes beside MiniGridVectorEnv's: wanted (k, num_envs), bytes of the k targets; places (k, size of `flat`)
+    bool, where the task takes them to be; reached (num_envs,), how many targets have been reached.
     """
 
     def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, **kwargs):

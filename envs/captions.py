@@ -8,8 +8,8 @@ from envs.vector import Observation
 
 
 def clauses(obs: Observation) -> list[tuple[str, ...]]:
-    """The phrases that describe each of a batch of observations: `image` (B, 7, 7, 3) of grid tasks; `view` (B, 9, 7) and
-    `status` (B, 20) of Crafter. Raises EnvError for others."""
+    """The phrases that describe each of a batch of observations: `image` (B, 7, 7, 3) of grid tasks, or `view`
+    (B, 9, 7) and `status` (B, 20) of Crafter. Raises EnvError for others."""
     if isinstance(obs, dict) and "status" in obs:
         return [crafter_text.clauses(*one) for one in zip(np.asarray(obs["view"]), np.asarray(obs["status"]))]
     if isinstance(obs, dict) and "image" in obs and tuple(obs["image"].shape[1:]) == (7, 7, 3):

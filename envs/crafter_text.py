@@ -5,8 +5,9 @@ their release there are 20 actions, four of which are the same one (eat, drink, 
 than in the original (`fork_rules`). Departures from the release: success ends an episode as terminated, not truncated,
 and equal seeds give equal episodes.
 
-`Crafter-Text-*` observe crafter's picture, `Crafter-Symbols-*` do not, and are faster to step and to learn from: the cells
-in view and what the player has are observed by both, and are what a caption says. The crafter package is optional.
+`Crafter-Text-*` observe crafter's picture, `Crafter-Symbols-*` do not, and are faster to step and to learn from: the
+cells in view and what the player has are observed by both, and are what a caption says. The crafter package is
+optional.
 """
 import string
 
@@ -51,8 +52,8 @@ def clauses(view: np.ndarray, status: np.ndarray) -> tuple[str, ...]:
         if CELLS[kind] not in ("nothing", "player"):
             near = np.where(view == kind, distance, 99).argmin()  # of several, the first one column by column
             dx, dy = x.flat[near], y.flat[near]
-            ways = [way for way, here in (("up", dy < 0), ("down", dy > 0), ("left", dx < 0), ("right", dx > 0)) if here]
-            steps = distance.flat[near]
+            signs = (("up", dy < 0), ("down", dy > 0), ("left", dx < 0), ("right", dx > 0))
+            ways, steps = [way for way, true in signs if true], distance.flat[near]
             said.append(f"You see {CELLS[kind]} at {steps} {'step' if steps == 1 else 'steps'} {'-'.join(ways)}")
     front = view[4 + status[0], 3 + status[1]]
     said.append(f"You face {CELLS[front]}")
@@ -125,7 +126,7 @@ class CrafterText(gym.Env):
     def render(self) -> np.ndarray:
         """The picture that is observed, eight times as large."""
         world, position = self.world._world, None
-        if not self.pixels:  # the picture of this step, whose random numbers have been drawn: at night the noise differs
+        if not self.pixels:  # the random numbers of its picture have been drawn: at night the noise is another
             position = world.random.get_state()
             self.picture = self.world.picture()
             world.random.set_state(position)

@@ -1,4 +1,4 @@
-"""Crafter's simulator, made deterministic and several times faster, for envs/crafter_text.py. Needs the crafter package.
+"""Crafter's simulator, made deterministic and several times faster. Needs the crafter package.
 
 World generation evaluates noise for the whole map at once, a step asks only objects that are near, and a picture is
 looked up tile by tile. All random draws are those of crafter 1.8.3, in its order: tests/test_crafter_text.py plays both
@@ -113,8 +113,8 @@ class World(crafter.Env):
         return out
 
     def view(self) -> np.ndarray:
-        """What lies in the 9 x 7 cells around the player, uint8 [x, y]: 0 beyond the edge, then materials, then kinds of
-        objects."""
+        """What lies in the 9 x 7 cells around the player, uint8 [x, y]: 0 beyond the edge, then materials, then kinds
+        of objects."""
         world = self._world
         cells, index = self.window(world._mat_map, 0), self.window(world._obj_map, 0)
         for x, y in zip(*np.nonzero(index)):
@@ -178,7 +178,8 @@ class World(crafter.Env):
         self._seed, self._episode, self._step = (snapshot[name] for name in ("seed", "episode", "step"))
         world = self._world
         world.reset()
-        world.random.set_state(("MT19937", np.asarray(snapshot["keys"]).astype(np.uint32), snapshot["position"], 0, 0.0))
+        keys = np.asarray(snapshot["keys"]).astype(np.uint32)
+        world.random.set_state(("MT19937", keys, snapshot["position"], 0, 0.0))
         world._mat_map[:] = np.asarray(snapshot["materials"])
         for chunk in snapshot["chunks"]:
             world._chunks[tuple(chunk)]  # a defaultdict; chunks are balanced in the order in which they came to be

@@ -40,7 +40,7 @@ def discrete_sizes(vec: VectorEnv) -> tuple[tuple[int, ...], int]:
 
 def seen(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
     """What a learner for discrete actions sees of observations: features (B, f), the cells (B, 7, 7, 3) of a grid, the
-    pixels (B, 64, 64, 3) of Crafter, or of Crafter-Symbols features: what lies in each cell, one-hot, and the status."""
+    pixels (B, 64, 64, 3) of Crafter, and of Crafter-Symbols features: what lies in each cell, one-hot, and status."""
     if not isinstance(obs, dict) or "image" in obs:
         return obs["image"] if isinstance(obs, dict) else obs
     cells = obs["view"].flatten(1).unsqueeze(2) == torch.arange(KINDS_OF_CELLS)  # (B, 63, 19)

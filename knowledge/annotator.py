@@ -10,7 +10,7 @@ from knowledge.dataset import Segment
 
 TIE = 0.25  # segments whose scores differ less are alike
 FAR = 12  # distance of what is not in view
-OBJECT = re.compile(r"You see an? (?:\w+ )?\w+ (key|ball|box)((?: \d+ steps? (?:left|right))?(?: and)?(?: \d+ steps? forward)?)")
+OBJECT = re.compile(r"You see an? \w+ (key|ball|box)((?: \d+ steps? (?:left|right))?(?: and)?(?: \d+ steps? forward)?)")
 RESOURCE = re.compile(r"You see (tree|water|cow|table) at (\d+) steps?")
 VITAL = re.compile(r"(health|food|drink|energy) (\d)/9", re.I)
 HELD = re.compile(r"(\d) ([a-z ]+?)(?=,|$|\.)")

@@ -3,9 +3,9 @@
     def compute_reward(obs, past_obs, past_actions) -> (value, {name: part of it})
 
 `obs` is the present observation, `past_obs` the K before it, oldest first, and `past_actions` the K actions between. On
-grids `obs` is (3, 7, 7): object, colour and state of cell [x, y], the agent at (3, 6), the cell in front of it (3, 5). In
-the released code these are scaled to [0, 1], while its prompt promises integers, so that `obs[0] == 6` is never true; here
-they are what the prompt says. Of Crafter `obs` is a dict of `view` (9, 7) and `status` (20,).
+grids `obs` is (3, 7, 7): object, colour and state of cell [x, y], the agent at (3, 6), the cell in front of it (3, 5).
+In the released code these are scaled to [0, 1], while its prompt promises integers, so that `obs[0] == 6` is never
+true; here they are what the prompt says. Of Crafter `obs` is a dict of `view` (9, 7) and `status` (20,).
 """
 import numpy as np
 import torch

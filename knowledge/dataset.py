@@ -56,6 +56,8 @@ class Recorder:
     def play(self, vec, act: Callable, episodes: int, seed: int, describe: Callable) -> None:
         """Add `episodes` episodes of `act` (observations -> actions) in `vec`, each copy its share, from the start
         states of `seed`. `describe` gives the captions of a batch of observations."""
+        if episodes == 0:
+            return
         share = episodes // vec.num_envs + (np.arange(vec.num_envs) < episodes % vec.num_envs)
         obs = vec.reset(seed)
         first = {name: np.asarray(x) for name, x in obs.items()}
@@ -96,8 +98,9 @@ class Recorder:
         self.episodes = [{**rows, "obs": {name: list(np.asarray(x)) for name, x in rows["obs"].items()},
                           **{name: list(np.asarray(rows[name])) for name in STEPS}} for rows in state["episodes"]]
 
-    def save(self, folder: Path, env_id: str, words: Sequence[str], no_op: int, **about) -> None:
-        """Write the dataset; `about` are further entries of meta.json."""
+    def save(self, folder: Path, env_id: str, words: Sequence[str], **about) -> None:
+        """Write the dataset. `words` say what the actions do, one of them "do nothing"; `about` are further entries of
+        meta.json."""
         captions: dict[str, int] = {}
         names = readable({name: torch.as_tensor(np.array(x[:1])) for name, x in self.episodes[0]["obs"].items()})
         arrays = {name: np.concatenate([np.stack(rows["obs"][name]) for rows in self.episodes]) for name in names}
@@ -108,7 +111,7 @@ class Recorder:
         arrays["start"] = np.cumsum([0, *(len(rows["caption"]) for rows in self.episodes)], dtype=np.int64)
         folder.mkdir(parents=True, exist_ok=True)
         content = _npz(arrays)
-        meta = {"env": env_id, "episodes": len(self.episodes), "words": list(words), "no_op": no_op,
+        meta = {"env": env_id, "episodes": len(self.episodes), "words": list(words), "no_op": words.index("do nothing"),
                 "sha256": hashlib.sha256(content).hexdigest(), **about}
         (folder / "arrays.npz").write_bytes(content)
         (folder / "captions.json").write_text(json.dumps(list(captions), indent=0))

@@ -84,15 +84,16 @@ def phrases(text: str) -> list[str]:
 
 
 class Goals:
-    """The potential of a library of situations and goals. `describe` gives the phrases of observations, `words` what the
-    actions do."""
+    """The potential of a library of situations and goals. `describe` gives the phrases of observations, `words` what
+    the actions do."""
 
     def __init__(self, library: list[dict], goals: list[str], embed: Callable[[str], np.ndarray], describe: Callable,
                  words: Sequence[str], threshold: float = 0.0):
         self.describe, self.words, self.threshold = describe, words, threshold
         self.embedder = Embedder(embed)
         number = self.embedder.number
-        self.situations = self.embedder([[number(p) for p in phrases(entry["text"])] for entry in library])  # (n, width)
+        texts = [[number(phrase) for phrase in phrases(entry["text"])] for entry in library]
+        self.situations = self.embedder(texts)  # (n, width)
         self.goals = self.embedder([[number(goal)] for goal in goals])  # (G, width)
         self.suggested = torch.zeros(len(library), len(goals), dtype=torch.bool)
         for entry, row in zip(library, self.suggested):
@@ -125,8 +126,8 @@ class Goals:
 
 
 def load(path: Path, embedder: str, describe: Callable, words: Sequence[str]) -> Goals:
-    """The potential of a library file, `hash` or `minilm` embedded; its threshold is a quantile over 2,048 moments of the
-    dataset of the library. Raises KnowledgeError for a file that is none."""
+    """The potential of a library file, `hash` or `minilm` embedded; its threshold is a quantile over 2,048 moments of
+    the shipped dataset. Raises KnowledgeError for a file that is none."""
     try:
         saved = json.loads(path.read_text())
         library, goals, env = saved["library"], saved["goals"], saved["env"]

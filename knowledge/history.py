@@ -54,7 +54,8 @@ class Past:
         """Go on by one action (B,) to `final_obs`; returns the histories that end there. Where an episode `ended` (B,),
         the next one begins with `obs`: nothing of the last one is kept."""
         before = self.now
-        grown = {name: torch.cat([before.obs[name][:, 1:], x.unsqueeze(1)], 1) for name, x in readable(final_obs).items()}
+        grown = {name: torch.cat([before.obs[name][:, 1:], x.unsqueeze(1)], 1)
+                 for name, x in readable(final_obs).items()}
         following = History(grown, torch.cat([before.action[:, 1:], action.unsqueeze(1)], 1), before.step + 1)
         self.now = following
         if ended.any():

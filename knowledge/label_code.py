@@ -3,8 +3,8 @@
     python -m knowledge.label_code                                          # from the recordings: no key, no network
     python -m knowledge.label_code --mode record --model NAME --base-url URL
 
-Every version is written (code-0.py, code-1.py, ...), the last one that works as code-final.py. What was answered is kept
-as it comes: an interrupted command goes on where it stopped. Stage two of BK-Code; use the result as
+Every version is written (code-0.py, code-1.py, ...), the last one that works as code-final.py. What was answered is
+kept as it comes: an interrupted command goes on where it stopped. Stage two of BK-Code; use the result as
 `python algos/bk_code.py --knowledge llm:FILE`.
 """
 import json
@@ -70,7 +70,7 @@ def main(args: Args) -> Path:
     chat, rng = labelling.Chat(args, f"bk_code_{family}"), np.random.default_rng(args.seed)
     folder = labelling.out_of(args, f"code-{family}")
     task = client.prompt(f"bk_code_{family}", environment=client.prompt(f"bk_environment_{family}"),
-                         steps=str(args.horizon), **({} if family == "minigrid" else {"actions": numbered(dataset.words)}))
+                         steps=str(args.horizon), actions=numbered(dataset.words))
     messages = [{"role": "system", "content": client.prompt("bk_code_role")},
                 {"role": "system", "content": task},
                 {"role": "user", "content": "Write the function."}]

@@ -3,8 +3,9 @@
     python -m knowledge.label_preferences                                   # --annotator rules: no model at all
     python -m knowledge.label_preferences --annotator model --mode record --model NAME --base-url URL --max-calls 10000
 
-A model is asked in both orders with --swap, and what contradicts itself is dropped. What was answered is kept as it comes:
-an interrupted command goes on where it stopped. Stage two of BK-Pref; python -m knowledge.train_preferences comes next.
+A model is asked in both orders with --swap, and what contradicts itself is dropped. What was answered is kept as it
+comes: an interrupted command goes on where it stopped. Stage two of BK-Pref; python -m knowledge.train_preferences
+comes next.
 """
 import json
 import re
@@ -105,8 +106,8 @@ def ask(args: Args, family: str, dataset: Dataset, pairs: list[tuple[Segment, Se
         ranks.append(rank(reply.text))
         invalid = ranks.count(INVALID)
         if len(ranks) >= 50 and invalid > MOST_INVALID * len(ranks):
-            raise UserError(f"{invalid} of {len(ranks)} answers of {args.model} have no rank; try --grammar, or another "
-                            "--model")
+            raise UserError(f"{invalid} of {len(ranks)} answers of {args.model} have no rank; try --grammar, or "
+                            "another --model")
     first = sum(x == 0 for x in ranks) / len(ranks)
     about = {"model": args.model, "says_first": first, "invalid": ranks.count(INVALID) / len(ranks)}
     if not args.swap:

@@ -1,13 +1,14 @@
 """Potentials: how promising a history of observations and actions is. Reward shaping adds what they gain.
 
-A potential is a function `potential(history) -> (B,)` of a batch of histories (knowledge/history.py). It knows nothing of
-the task, unless its name says so. `load` finds one by name or by file, as `--knowledge` has it:
+A potential is a function `potential(history) -> (B,)` of a batch of histories (knowledge/history.py). It knows nothing
+of the task, unless its name says so. `load` finds one by name or by file, as `--knowledge` has it:
 
-    code, pref, goals        what a language model's stand-in said of these environments, shipped: knowledge/shipped/
-    near, target, count      registered below
-    mine.py, mine.py:name    a Python file of yours with `def potential(history)`, trusted as any program of yours
-    llm:FILE.py              generated code with `compute_reward(obs, past_obs, past_actions)`, in the sandbox
-    pref:FILE.pt, goals:FILE.json, goals-minilm:FILE.json    what knowledge/train_preferences.py and label_goals.py make
+    code, pref, goals, goals-minilm    shipped: knowledge/shipped/ and the page say who wrote or labelled them
+    near, target                       registered below
+    mine.py, mine.py:name              a Python file of yours with `def potential(history)`, trusted as your program
+    llm:FILE.py                        code with `compute_reward(obs, past_obs, past_actions)`, in the sandbox
+    pref:FILE.pt                       a model of knowledge/train_preferences.py
+    goals:FILE.json, goals-minilm:...  a library of knowledge/label_goals.py; texts compared by words, or by a model
 """
 import importlib.util
 import inspect
@@ -25,6 +26,7 @@ from knowledge.history import History, Potential
 from knowledge.registry import KnowledgeError
 
 SHIPPED = Path(__file__).resolve().parent / "shipped"
+SUFFIXES = {"code": "py", "pref": "pt", "goals": "json", "goals-minilm": "json"}  # of the files that hold them
 LARGEST = 1000.0  # potentials are clipped to +- this
 KEY, BALL, BOX, DOOR, GOAL = 5, 6, 7, 4, 8
 COLOURS = {"Red": 0, "Green": 1, "Blue": 2, "Purple": 3, "Yellow": 4, "Grey": 5}
@@ -91,7 +93,8 @@ def near_target(env_id: str) -> Potential:
     return near
 
 
-@potential("target", ("MiniGrid-UnlockPickup", "MiniGrid-BlockedUnlockPickup", "MiniGrid-DoorKey", "MiniGrid-KeyCorridor"))
+@potential("target", ("MiniGrid-UnlockPickup", "MiniGrid-BlockedUnlockPickup", "MiniGrid-DoorKey",
+                      "MiniGrid-KeyCorridor"))
 def stages_of_a_locked_door(env_id: str) -> Potential:
     """Knows the task: take a key, 1 more with it in hand and near the locked door, 2 more with the door open and near
     what lies behind."""
@@ -148,12 +151,12 @@ class Checked:
             raise
         except Exception as error:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise KnowledgeError(f"potential {self.name} fails on histories of {history.step.shape[0]} episodes: {line}; "
+            raise KnowledgeError(f"potential {self.name} fails on histories of {len(history.step)} episodes: {line}; "
                                  "correct it") from error
         if not isinstance(phi, torch.Tensor) or tuple(phi.shape) != tuple(history.step.shape):
             got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
-            raise KnowledgeError(f"potential {self.name} returns {got}; return a tensor {tuple(history.step.shape)}, one "
-                                 "number for each history")
+            raise KnowledgeError(f"potential {self.name} returns {got}; return a tensor {tuple(history.step.shape)}, "
+                                 "one number for each history")
         phi = phi.float()
         bad = ~phi.isfinite()
         self.invalid += int(bad.sum())
@@ -170,25 +173,23 @@ def scale_of(potential: Potential, env_id: str, horizon: int, count: int = 4096)
     return deviation if deviation > 1e-6 else 1.0
 
 
-def path_of(spec: str) -> tuple[str, Path | None]:
+def path_of(spec: str, env_id: str) -> tuple[str, Path | None]:
     """The kind of a potential and the file that holds it: ("code", ...), ("python", ...), ("name", None), ..."""
     kind, _, rest = spec.partition(":")
     if kind.endswith(".py"):
         return "python", Path(kind)
-    if kind in ("llm", "pref", "goals", "goals-minilm") and rest:
-        return {"llm": "code"}.get(kind, kind), Path(rest)
-    return "name", None
+    if spec in SUFFIXES:
+        family = "crafter" if env_id.startswith(CRAFTER) else "minigrid"
+        return spec, SHIPPED / f"{family}.{SUFFIXES[spec]}"
+    kind = "code" if kind == "llm" else kind
+    return (kind, Path(rest)) if kind in SUFFIXES and rest else ("name", None)
 
 
 def load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kept_in: str = "") -> Checked:
     """The potential that `spec` names, for `env_id`. `describe` gives the phrases of observations {name: (B, ...)},
     `words` what the actions do: for potentials that read text. `kept_in` is the folder of a run that goes on: of files
     its copies are taken. Raises KnowledgeError for whatever cannot be used."""
-    family = "crafter" if env_id.startswith(CRAFTER) else "minigrid"
-    if spec in ("code", "pref", "goals", "goals-minilm"):
-        spec = {"code": f"llm:{SHIPPED / family}.py", "pref": f"pref:{SHIPPED / family}.pt",
-                "goals": f"goals:{SHIPPED / family}.json", "goals-minilm": f"goals-minilm:{SHIPPED / family}.json"}[spec]
-    kind, path = path_of(spec)
+    kind, path = path_of(spec, env_id)
     if path is not None:
         kept = Path(kept_in, "knowledge", path.name)
         path = kept if kept_in and kept.is_file() else path
@@ -215,9 +216,7 @@ def load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kep
 
 def keep(spec: str, env_id: str, folder: Path) -> None:
     """Copy the file behind a potential into the run `folder`, for a run that goes on has to go on with it."""
-    family = "crafter" if env_id.startswith(CRAFTER) else "minigrid"
-    shipped = {"code": "py", "pref": "pt", "goals": "json", "goals-minilm": "json"}
-    path = SHIPPED / f"{family}.{shipped[spec]}" if spec in shipped else path_of(spec)[1]
+    path = path_of(spec, env_id)[1]
     if path is not None and not (folder / "knowledge" / path.name).exists():
         (folder / "knowledge").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "knowledge" / path.name)

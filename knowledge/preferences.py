@@ -58,7 +58,7 @@ class Cells(nn.Module):
     def __init__(self, family: str, hidden: int):
         super().__init__()
         self.family = family
-        sizes = [11, 6, 3] * 49 if family == "minigrid" else [19] * 63  # what object, colour and state, or a cell, may be
+        sizes = [11, 6, 3] * 49 if family == "minigrid" else [19] * 63
         self.table = nn.EmbeddingBag(sum(sizes), hidden, mode="sum")
         self.register_buffer("offset", torch.tensor([0, *sizes]).cumsum(0)[:-1], persistent=False)
         nn.init.normal_(self.table.weight, std=len(sizes) ** -0.5)
@@ -101,7 +101,7 @@ class PreferenceModel(nn.Module):
         batch, k = steps.action.shape
         states = self.state({name: x.flatten(0, 1) for name, x in steps.obs.items()}).view(batch, k, -1)
         when = self.timestep(steps.timestep.clamp(max=self.shape.timesteps - 1))
-        tokens = torch.stack([states + when, self.action(steps.action) + when], 2).flatten(1, 2)  # (B, 2K, d), s_1 a_1 ...
+        tokens = torch.stack([states + when, self.action(steps.action) + when], 2).flatten(1, 2)  # (B, 2K, d)
         mask = torch.ones(2 * k, 2 * k, dtype=torch.bool).triu(1)  # true: hidden
         return self.decoder(tokens, tokens, tgt_mask=mask, memory_mask=mask)[:, 1::2]
 

@@ -103,15 +103,16 @@ def main(args: Args) -> Path:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         now = accuracy(held)
-        print(f"epoch {epoch + 1}: loss {float(loss.detach()):.3f}, tells the winner in {now:.3f} of pairs it has not seen, "
-              f"{accuracy(used[:1000]):.3f} of others", file=sys.stderr)
+        print(f"epoch {epoch + 1}: loss {float(loss.detach()):.3f}, tells the winner in {now:.3f} of pairs that it has "
+              f"not seen, {accuracy(used[:1000]):.3f} of others", file=sys.stderr)
         if now > best:
             best, kept = now, {name: x.clone() for name, x in model.state_dict().items()}
     model.load_state_dict(kept)
     out = Path(args.out or Path(args.labels).with_suffix(".pt"))
-    save(model, out, labels=meta["source"], labelled_by=meta.get("model", "rules"), dataset=meta["dataset"], pairs=len(labels),
-         accuracy=best)
-    print(f"wrote {out}, trained on labels of {meta['source']}: use it as python algos/bk_pref.py --knowledge pref:{out}")
+    save(model, out, labels=meta["source"], labelled_by=meta.get("model", "rules"), dataset=meta["dataset"],
+         pairs=len(labels), accuracy=best)
+    print(f"wrote {out}, trained on labels of {meta['source']}: use it as python algos/bk_pref.py --knowledge "
+          f"pref:{out}")
     return out
 
 

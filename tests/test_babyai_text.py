@@ -46,8 +46,8 @@ def test_caption_of_a_known_room():
     task = room(*THINGS)
     assert clauses(seen(task, 2, 5, UP)) == (
         "You see a wall 2 steps left", "You see a blue key 1 step left and 1 step forward",
-        "You see a yellow key 3 steps forward", "You see a red ball 2 steps forward", "You see a purple ball 1 step right",
-        "You see a green box 2 steps right and 3 steps forward")
+        "You see a yellow key 3 steps forward", "You see a red ball 2 steps forward",
+        "You see a purple ball 1 step right", "You see a green box 2 steps right and 3 steps forward")
     assert caption(seen(task, 2, 5, DOWN)) == "You see a wall 2 steps right. You see a purple ball 1 step left"
     assert caption(seen(task, 10, 10, RIGHT)) == "You see nothing in front."
     task.carrying = Ball("green")

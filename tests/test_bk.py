@@ -1,4 +1,4 @@
-"""Shaping: invariance and numbers by hand, PPO where it is off, as released where that is asked, and the three stages."""
+"""Shaping: invariance and numbers by hand, PPO where it is off, as released where asked, and the three stages."""
 import csv
 import json
 import sys
@@ -101,7 +101,7 @@ def test_released_form_is_a_step_late():
 
 def test_running_scale_by_hand():
     shaping = bk_code.Shaping(1.0, 2)
-    shaping.count_in(torch.tensor([[1., 0.], [0., 2.], [3., 1.]]), 0.99)  # running sums [1, 0], [.99, 2], [3.9801, 2.98]
+    shaping.count_in(torch.tensor([[1., 0.], [0., 2.], [3., 1.]]), 0.99)  # sums [1, 0], [.99, 2], [3.9801, 2.98]
     assert shaping.mean == pytest.approx(1.824986, abs=1e-5) and shaping.var == pytest.approx(1.786306, abs=1e-5)
 
 
@@ -136,7 +136,8 @@ def test_without_shaping_it_is_ppo(tmp_path):
     bk_code.main(bk_code.Args(**SMALL, shaping="none", run_dir=str(tmp_path / "none")))
     bk_code.main(bk_code.Args(**SMALL, knowledge="none", run_dir=str(tmp_path / "zero")))
     assert rows(tmp_path / "ppo") == rows(tmp_path / "none") == rows(tmp_path / "zero")
-    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"] for name in ("ppo", "none", "zero")]
+    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"]
+               for name in ("ppo", "none", "zero")]
     assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
 
 

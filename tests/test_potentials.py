@@ -104,7 +104,8 @@ def test_preference_loss_by_hand():
     one = torch.tensor([[1., 0.]])
     smoothing = 0.3 * .813262
     for label, loss in ((0., .313262), (1., 1.313262)):
-        assert float(preferences.preference_loss(one, torch.tensor([label]))) == pytest.approx(loss + smoothing, abs=1e-6)
+        told = float(preferences.preference_loss(one, torch.tensor([label])))
+        assert told == pytest.approx(loss + smoothing, abs=1e-6)
     assert float(preferences.preference_loss(one, torch.tensor([.5]))) == pytest.approx(smoothing, abs=1e-6)  # no NaN
 
 
@@ -235,13 +236,13 @@ def small(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data") / "small", np.random.default_rng(0)
     vec, recorder = envs.make_vec(GRID, 3, max_steps=30), Recorder()
     recorder.play(vec, lambda obs: rng.integers(7, size=3), 4, 1, envs.captions)
-    recorder.save(folder, GRID, WORDS, 6, collected_by="chance")
+    recorder.save(folder, GRID, WORDS, by="chance")
     return folder
 
 
 def test_dataset_keeps_what_happened(small):
     data = Dataset(small)
-    assert len(data) == 4 and data.meta["collected_by"] == "chance" and data.start[-1] == len(data.caption)
+    assert len(data) == 4 and data.meta["by"] == "chance" and data.start[-1] == len(data.caption)
     for episode in range(4):
         length = data.length(episode)
         whole = data.segment(episode, 0, length)
@@ -253,7 +254,7 @@ def test_dataset_keeps_what_happened(small):
     rng = np.random.default_rng(0)
     first.play(vec, lambda obs: rng.integers(7, size=3), 4, 1, envs.captions)
     again.load_state_dict(first.state_dict())
-    again.save(small.parent / "again", GRID, WORDS, 6, collected_by="chance")
+    again.save(small.parent / "again", GRID, WORDS, by="chance")
     assert (small.parent / "again" / "arrays.npz").read_bytes() == (small / "arrays.npz").read_bytes()
 
 
@@ -268,7 +269,7 @@ def test_histories_of_a_dataset(small):
     whole = data.segment(0, late - 3, 3)
     assert all_of_it.action[late].tolist() == whole.action.tolist() and all_of_it.step[late] == late
     assert np.array_equal(all_of_it.obs["image"][late].numpy(), whole.obs["image"])
-    assert all_of_it.action[late + 1].tolist() == [6, 6, 6] and all_of_it.step[late + 1] == 0  # the next episode's first
+    assert all_of_it.action[late + 1].tolist() == [6, 6, 6] and all_of_it.step[late + 1] == 0  # of the next
 
 
 def test_text_of_a_segment():
@@ -285,7 +286,8 @@ def test_files_that_cannot_be_used(small, tmp_path):
         return potentials.load(spec, env_id, envs.clauses, WORDS)
     with pytest.raises(KnowledgeError, match="known are code, pref, goals, near, none, target"):
         load("nearly")
-    (tmp_path / "mine.py").write_text("def potential(history):\n    return history.step.float()\n\ndef other(h):\n    return 3\n")
+    (tmp_path / "mine.py").write_text("def potential(history):\n    return history.step.float()\n\n"
+                                      "def other(history):\n    return 3\n")
     assert load(f"{tmp_path}/mine.py")(Dataset(small).histories(5, 2)).shape == (5,)
     with pytest.raises(KnowledgeError, match="defines no function 'thing'"):
         load(f"{tmp_path}/mine.py:thing")
