@@ -43,7 +43,7 @@ WIDTH = 64  # of the encoder's output and of all hidden layers
 @dataclass
 class Args:
     """PPO with background knowledge as goals (BK-Goal)."""
-    # twin: run arguments of PPO
+    # twin: run arguments
     env: str = "BabyAI-Text-GoToLocal-RedBall-S20"  # environment id; with --evaluate another one may be named
     seed: int = 1  # of all that is random: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
@@ -81,7 +81,6 @@ class Args:
     shaping: Literal["pbrs", "official", "none"] = "pbrs"  # as above, as released, or not at all: PPO
     ext_coef: float = 1.0  # weight of the task's reward (official: 10)
     shape_coef: float = 0.1  # weight of the shaping reward (official: 1)
-    phi_scale: Literal["fixed", "running"] = "fixed"  # deviation of phi over a dataset, or of its running sum
     horizon: int = 4  # steps of the past that a potential reads
     critic_sees_phi: bool = False  # the potential as an input of the critic, which sees the present observation alone
 
@@ -201,11 +200,12 @@ def gain(phi: torch.Tensor, next_phi: torch.Tensor, terminated: torch.Tensor, ga
 
 
 class Shaping:
-    """Rewards as the agent learns them, and the scale of potentials."""
+    """Rewards as the agent learns them, and the scale of potentials: their deviation over a dataset, or as released
+    that of their discounted sums so far."""
 
     def __init__(self, scale: float, num_envs: int):
-        self.scale, self.carry = scale, torch.zeros(num_envs)  # carry: potentials of the last step of the last rollout
-        self.running_sum = torch.zeros(num_envs)
+        self.scale = scale
+        self.carry, self.running_sum = torch.zeros(2, num_envs)  # carry: the last row of potentials of the last rollout
         self.mean, self.var, self.count = 0.0, 1.0, 1e-4
 
     def __call__(self, reward: torch.Tensor, phi: torch.Tensor, next_phi: torch.Tensor, terminated: torch.Tensor,
@@ -213,16 +213,14 @@ class Shaping:
         """Rewards, potentials and ends (T, N) of a rollout -> the rewards to learn, and what is added to them."""
         if args.shaping == "none":
             return reward, torch.zeros_like(reward)
-        rows = torch.cat([self.carry.unsqueeze(0), phi])  # (T + 1, N)
-        if args.shaping == "official" or args.phi_scale == "running":
-            self.count_in(rows, args.gamma)
-        if args.shaping == "official":  # a step late, over the ends of episodes, the carried row divided twice
-            rows = rows / self.scale
-            self.carry = rows[-1]
-            added = args.shape_coef * (args.gamma * rows[1:] - rows[:-1])
-        else:
-            self.carry = phi[-1]
+        if args.shaping == "pbrs":
             added = args.shape_coef * gain(phi, next_phi, terminated, args.gamma) / self.scale
+            return args.ext_coef * reward + added, added
+        rows = torch.cat([self.carry.unsqueeze(0), phi])  # (T + 1, N)
+        self.count_in(rows, args.gamma)
+        rows = rows / self.scale  # the carried one for the second time
+        self.carry = rows[-1]
+        added = args.shape_coef * (args.gamma * rows[1:] - rows[:-1])  # a step late, and over the ends of episodes
         return args.ext_coef * reward + added, added
 
     def count_in(self, rows: torch.Tensor, gamma: float) -> None:

@@ -45,6 +45,8 @@ STREAM = "--hidden 16x1 --no-time-feature"
 LOSSES, SAC = "critic_loss actor_loss q", "critic_loss actor_loss q alpha entropy"
 OF_PPO, OF_STREAM = "policy_loss value_loss entropy approx_kl", "abs_delta value"
 BOTH = "policy.pt2 inner.pt2"
+TEXT = f"--env BabyAI-Text-GoToLocal-RedBall-S20 {PPO}"
+SHAPED = f"{OF_PPO} phi shaping phi_invalid"
 SCRIPTS = [
     Script("camel", f"{DDPG} {RULES} --mask-steps 400", f"{LOSSES} epsilon outside clipped masked_return",
            refuses="CartPole-v1"),
@@ -52,6 +54,9 @@ SCRIPTS = [
     Script("ars", f"{SEARCH} --top 2", "step_norm return return_deviation",
            refuses="MiniGrid-Empty-5x5-v0"),
     Script("cma_es", SEARCH, "sigma step_norm return", refuses="MiniGrid-Empty-5x5-v0"),
+    Script("bk_code", TEXT, SHAPED, refuses="Pendulum-v1"),
+    Script("bk_goal", TEXT, SHAPED, refuses="Pendulum-v1"),
+    Script("bk_pref", TEXT, SHAPED, refuses="Pendulum-v1"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("lesr", f"--env Pendulum-v1 {DDPG.split(' ', 2)[2]} --features tests/features.py", LOSSES,
            refuses="CartPole-v1"),
@@ -64,6 +69,7 @@ SCRIPTS = [
     Script("ppo_bc", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_kian", GRID, f"{OF_PPO} attention/inner key_norm/", refuses="Pendulum-v1", leaves=BOTH),
     Script("ppo_kogun", GRID, OF_PPO, refuses="Pendulum-v1"),
+    Script("ppo_rnd", f"{TEXT} --collect 2", f"{OF_PPO} predictor_loss curiosity", refuses="Pendulum-v1"),
     Script("sac", POINT, SAC, refuses="CartPole-v1"),
     Script("sac_handover", f"{POINT} {RULES}", f"{SAC} attention/inner selected/tasks.go_right return_gap",
            refuses="CartPole-v1", leaves=BOTH),

@@ -165,7 +165,7 @@ def test_goals_of_a_history():
     near, far = image((Ball("red"), 2, 4)), image((Ball("red"), 2, 3))
     approaching = potential.match(history(near, [far] * 5, [2] * 5))
     leaving = potential.match(history(image(), [far] * 5, [0] * 5))
-    assert float(approaching) > 0.5 > float(leaving)
+    assert float(approaching) > float(leaving) + 0.1
     assert goals.phrases("Step by step:\n1. You see a key 2 steps left. You turn left.\nNow: You see nothing.") == [
         "You see a key 2 steps left", "You turn left", "You see nothing"]
 
@@ -284,7 +284,7 @@ def test_text_of_a_segment():
 def test_files_that_cannot_be_used(small, tmp_path):
     def load(spec, env_id=GRID):
         return potentials.load(spec, env_id, envs.clauses, WORDS)
-    with pytest.raises(KnowledgeError, match="known are code, pref, goals, near, none, target"):
+    with pytest.raises(KnowledgeError, match="known are code, pref, goals, near, target, none"):
         load("nearly")
     (tmp_path / "mine.py").write_text("def potential(history):\n    return history.step.float()\n\n"
                                       "def other(history):\n    return 3\n")
