@@ -110,6 +110,20 @@ class GridEncoder(nn.Module):
         return F.relu(self.layers[2](x))
 
 
+class PixelEncoder(nn.Sequential):
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH), nn.ReLU())
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image.permute(0, 3, 1, 2).float() / 255)
+
+
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+
+
 class Seen(NamedTuple):
     """What the agent sees."""
     view: torch.Tensor  # 7x7 cells (B, 7, 7, 3) or features (B, f)
@@ -126,7 +140,7 @@ class Agent(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_actions: int, n: int):
         super().__init__()
-        self.encoder = GridEncoder() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+        self.encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
         self.critic = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, 1))
         self.trunk = nn.Sequential(linear(WIDTH + n * num_actions, WIDTH), nn.Tanh())
         self.actor = linear(WIDTH, num_actions)
@@ -248,7 +262,7 @@ def main(args: Args) -> dict[str, float]:
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
         """What the agent sees of observations, and the advice that goes with them."""
         advice = knowledge.advise(external, obs, num_actions, lowest=0.0).float()
-        return Seen((obs["image"] if isinstance(obs, dict) else obs).to(device), advice.to(device))
+        return Seen(envs.seen(obs).to(device), advice.to(device))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probabilities (B, A): what the run leaves as policy.pt2."""

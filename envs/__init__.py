@@ -7,12 +7,14 @@ Locomotion under changed dynamics, <Body>-dyn-v0, and FrankaSkill-v0 have tasks 
 split="extreme")`, `all_tasks(id, "extreme")`.
 
 Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achieved_goal`, `desired_goal` of goal tasks;
-`image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI.
+`image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI; `view`, `status` and, where
+it has pixels, `image` of Crafter.
 """
+from envs.captions import action_words, captions, clauses
 from envs.dynamics import SPLITS, all_tasks, horizon_of
 from envs.evaluation import Act, Evaluator, evaluate, find_renderer, record
-from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, time_limit_of, to_tensors,
-                           unflatten)
+from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, seen, time_limit_of,
+                           to_tensors, unflatten)
 from envs.ids import EnvError, resolve
 from envs.making import make, make_vec
 from envs.series import Series, SeriesEvaluator
@@ -21,9 +23,10 @@ from envs.stream import StreamEnv, StreamEvaluator
 from envs.vector import Observation, VectorEnv
 
 __all__ = ["SPLITS", "Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "SeriesEvaluator",
-           "SplitEvaluator", "StreamEnv", "StreamEvaluator", "VectorEnv", "all_tasks", "continuous_sizes",
-           "discrete_sizes", "evaluate", "example_of", "find_renderer", "flatten", "horizon_of", "make", "make_vec",
-           "record", "resolve", "restore", "snapshot", "time_limit_of", "to_tensors", "unflatten"]
+           "SplitEvaluator", "StreamEnv", "StreamEvaluator", "VectorEnv", "action_words", "all_tasks", "captions",
+           "clauses", "continuous_sizes", "discrete_sizes", "evaluate", "example_of", "find_renderer", "flatten",
+           "horizon_of", "make", "make_vec", "record", "resolve", "restore", "seen", "snapshot", "time_limit_of",
+           "to_tensors", "unflatten"]
 
 
 def snapshot(vec: VectorEnv) -> dict:

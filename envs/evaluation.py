@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from envs.crafter_text import CrafterVectorEnv, is_crafter
 from envs.ids import EnvError, resolve
 from envs.making import make_vec
 from envs.minigrid import PlainMiniGridVectorEnv, is_grid
@@ -101,15 +102,16 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
     """
     if episodes < 1:
         return
-    grid = is_grid(env_id := resolve(env_id))
+    grid, crafter = is_grid(env_id := resolve(env_id)), is_crafter(env_id)
     entry = str(gym.spec(env_id).entry_point)
-    painted = grid or "classic_control" in entry or "multigoal" in entry  # by numpy or pygame
+    painted = grid or crafter or "classic_control" in entry or "multigoal" in entry  # by numpy or pygame
     if not can_be_filmed(env_id, painted):
         return
     import imageio.v2 as imageio  # slow to import, and only filming needs it
 
     folder.mkdir(parents=True, exist_ok=True)
-    vec = (PlainMiniGridVectorEnv if grid else GymVectorEnv)(env_id, 1, render_mode="rgb_array", **kwargs)
+    kind = PlainMiniGridVectorEnv if grid else CrafterVectorEnv if crafter else GymVectorEnv
+    vec = kind(env_id, 1, render_mode="rgb_array", **kwargs)
     for k in range(episodes):
         obs, ended, frames, first = vec.reset(seed + k), False, [], len(log)
         while not ended:

@@ -4,8 +4,11 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
+from envs.crafter_text import CELLS
 from envs.ids import EnvError
 from envs.vector import Observation, VectorEnv
+
+KINDS_OF_CELLS = len(CELLS)  # in Crafter
 
 
 def continuous_sizes(vec: VectorEnv) -> tuple[int, int, int]:
@@ -21,16 +24,27 @@ def continuous_sizes(vec: VectorEnv) -> tuple[int, int, int]:
 
 
 def discrete_sizes(vec: VectorEnv) -> tuple[tuple[int, ...], int]:
-    """Shape of what is seen, (7, 7, 3) cells of a grid or (f,) features, and the number of actions. Raises EnvError for
-    goals, and for actions that are not discrete."""
+    """Shape of what `seen` gives, (7, 7, 3) cells of a grid, (64, 64, 3) pixels or (f,) features, and the number of
+    actions. Raises EnvError for goals, and for actions that are not discrete."""
     if not isinstance(vec.action_space, gym.spaces.Discrete):
         raise EnvError(f"{vec.env.spec.id} has {vec.action_space} actions; discrete ones are needed, or a script for "
                        "continuous ones, as algos/sac.py")
     if vec.is_goal_env:
         raise EnvError(f"{vec.env.spec.id} has goals; a flat array or a view of a grid is needed")
     space = vec.observation_space
-    seen = space["image"] if isinstance(space, gym.spaces.Dict) else space
-    return seen.shape, int(vec.action_space.n)
+    if isinstance(space, gym.spaces.Dict) and "image" not in space.spaces:
+        return (space["view"].shape[0] * space["view"].shape[1] * KINDS_OF_CELLS + space["status"].shape[0],), int(
+            vec.action_space.n)
+    return (space["image"] if isinstance(space, gym.spaces.Dict) else space).shape, int(vec.action_space.n)
+
+
+def seen(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a learner for discrete actions sees of observations: features (B, f), the cells (B, 7, 7, 3) of a grid, the
+    pixels (B, 64, 64, 3) of Crafter, and of Crafter-Symbols features: what lies in each cell, one-hot, and status."""
+    if not isinstance(obs, dict) or "image" in obs:
+        return obs["image"] if isinstance(obs, dict) else obs
+    cells = obs["view"].flatten(1).unsqueeze(2) == torch.arange(KINDS_OF_CELLS)  # (B, 63, 19)
+    return torch.cat([cells.flatten(1).float(), obs["status"] / 9], 1)
 
 
 def time_limit_of(vec: VectorEnv) -> int:

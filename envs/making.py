@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import gymnasium as gym
 
 import envs.multigoal  # registers MultiGoal-v0
+from envs.babyai_text import BabyAITextVectorEnv
+from envs.crafter_text import CrafterVectorEnv, is_crafter
 from envs.dynamics import IDS as DYNAMICS
 from envs.dynamics import DynamicsVectorEnv, FrankaTasksVectorEnv
 from envs.fetch import FetchVectorEnv
@@ -58,6 +60,10 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
             vec = FrankaTasksVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif fast and resolved in FRANKA:
             vec = FrankaVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
+        elif is_crafter(resolved):
+            vec = CrafterVectorEnv(resolved, num_envs, **kwargs)
+        elif fast and resolved.startswith("BabyAI-Text-"):
+            vec = BabyAITextVectorEnv(resolved, num_envs, **kwargs)
         elif is_grid(resolved):
             probe = gym.make(resolved, disable_env_checker=True, **kwargs) if fast else None
             kind = MiniGridVectorEnv if fast and MiniGridVectorEnv.fits(probe) else PlainMiniGridVectorEnv

@@ -51,6 +51,8 @@ SPLITS = ("--env CrippledHalfCheetah-dyn-v0 --num-envs 6 --horizon 10 --hidden 8
           "--updates-per-step 0.2")
 OF_SPLITS = f"{SAC} eval-moderate/return_mean eval-extreme/return_mean wrong_context probe_r2"
 WINDOWS = dict(refuses="Pendulum-v1", episodes=15, sees=(8, 25))  # a window has 8 rows
+TEXT = f"--env BabyAI-Text-GoToLocal-RedBall-S20 {PPO}"
+SHAPED = f"{OF_PPO} phi shaping phi_invalid"
 SCRIPTS = [
     Script("camel", f"{DDPG} {RULES} --mask-steps 400", f"{LOSSES} epsilon outside clipped masked_return",
            refuses="CartPole-v1"),
@@ -59,6 +61,9 @@ SCRIPTS = [
            refuses="MiniGrid-Empty-5x5-v0"),
     Script("cma_es", SEARCH, "sigma step_norm return", refuses="MiniGrid-Empty-5x5-v0"),
     Script("ccm", SPLITS, f"{OF_SPLITS} nce_loss weight", **WINDOWS),
+    Script("bk_code", TEXT, SHAPED, refuses="Pendulum-v1"),
+    Script("bk_goal", TEXT, SHAPED, refuses="Pendulum-v1"),
+    Script("bk_pref", TEXT, SHAPED, refuses="Pendulum-v1"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("lesr", f"--env Pendulum-v1 {DDPG.split(' ', 2)[2]} --features tests/features.py", LOSSES,
            refuses="CartPole-v1"),
@@ -73,6 +78,7 @@ SCRIPTS = [
     Script("ppo_bc", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_kian", GRID, f"{OF_PPO} attention/inner key_norm/", refuses="Pendulum-v1", leaves=BOTH),
     Script("ppo_kogun", GRID, OF_PPO, refuses="Pendulum-v1"),
+    Script("ppo_rnd", f"{TEXT} --collect 2", f"{OF_PPO} predictor_loss curiosity", refuses="Pendulum-v1"),
     Script("sac", POINT, SAC, refuses="CartPole-v1"),
     Script("sac_handover", f"{POINT} {RULES}", f"{SAC} attention/inner selected/tasks.go_right return_gap",
            refuses="CartPole-v1", leaves=BOTH),

@@ -1,0 +1,87 @@
+"""What the three labelling commands share: their flags, and a client whose answers a person may write."""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import UserError
+from knowledge.dataset import Dataset, shipped_for
+from llm import client
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Args(client.Args):
+    """Flags of the labelling commands."""
+    env: str = "BabyAI-Text-GoToLocal-Pretraining-S20"  # an id of the environment; its shipped dataset is labelled
+    dataset: str = ""  # folder of another dataset: RUN_DIR/dataset of algos/ppo_rnd.py --collect
+    recordings: str = ""  # file that keeps what was said; empty: in llm/recordings
+    out: str = ""  # file to write; empty: runs/labels/...
+    seed: int = 42  # of the segments that are shown
+    temperature: float = 0.5  # of sampling
+    by_hand: str = ""  # file with answers written by a person, divided by lines of ===, for what is not recorded yet
+
+
+class Chat(client.Client):
+    """A client that takes what is not recorded from a list of answers that a person wrote."""
+
+    def __init__(self, args: Args, name: str):
+        super().__init__(args, args.recordings or ROOT / "llm" / "recordings" / f"{name}.jsonl")
+        self.answers = []
+        if args.by_hand:
+            file = Path(args.by_hand)
+            if not file.is_file() or args.model != client.HANDWRITTEN:
+                raise UserError(f"--by-hand {file} needs an existing file, and --model {client.HANDWRITTEN}")
+            self.answers = [answer.strip() for answer in file.read_text().split("\n===\n")]
+
+    def ask(self, messages: list[client.Message], sample: int = 0, extra: dict | None = None) -> client.Reply:
+        if self.answers and self.key(messages, sample, extra) not in self.recorded:
+            self.write_by_hand(messages, self.answers.pop(0), sample, extra)
+        return super().ask(messages, sample, extra)
+
+
+def family_of(env_id: str) -> str:
+    """minigrid or crafter: by which prompts and files are named. Raises UserError for others."""
+    folder = shipped_for(env_id)
+    if folder is None:
+        raise UserError(f"{env_id} has no description; BabyAI-Text, MiniGrid and Crafter tasks have one")
+    return folder.name
+
+
+def dataset_of(args: Args) -> Dataset:
+    """The dataset that is to be labelled."""
+    return Dataset(args.dataset or shipped_for(args.env))
+
+
+def source_of(args: Args) -> str:
+    """Who answers, as results have to say."""
+    return "handwritten" if args.model == client.HANDWRITTEN else "api"
+
+
+def pruned(messages: list[client.Message], budget: int) -> list[client.Message]:
+    """A conversation of at most `budget` tokens, four characters counted as one: the oldest question and answer after
+    the system's messages go first; these and the last question always stay."""
+    system = [message for message in messages if message["role"] == "system"]
+    rest = messages[len(system):]
+    while len(rest) > 2 and sum(len(message["content"]) for message in system + rest) > 4 * budget:
+        rest = rest[2:]
+    return system + rest
+
+
+def out_of(args: Args, name: str) -> Path:
+    """The file to write."""
+    return Path(args.out or Path("runs", "labels", name))
+
+
+def command(main, args_type: type, doc: str) -> None:
+    """Run a labelling command: one line and exit code 2 for what a user can put right."""
+    import tyro
+
+    try:
+        main(tyro.cli(args_type, description=doc.splitlines()[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)

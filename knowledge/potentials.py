@@ -1,0 +1,238 @@
+"""Potentials: how promising a history of observations and actions is. Reward shaping adds what they gain.
+
+A potential is a function `potential(history) -> (B,)` of a batch of histories (knowledge/history.py). It knows nothing
+of the task, unless its name says so. `load` finds one by name or by file, as `--knowledge` has it:
+
+    code, pref, goals, goals-minilm    shipped: knowledge/shipped/ and the page say who wrote or labelled them
+    near, target                       registered below
+    mine.py, mine.py:name              a Python file of yours with `def potential(history)`, trusted as your program
+    llm:FILE.py                        code with `compute_reward(obs, past_obs, past_actions)`, in the sandbox
+    pref:FILE.pt                       a model of knowledge/train_preferences.py
+    goals:FILE.json, goals-minilm:...  a library of knowledge/label_goals.py; texts compared by words, or by a model
+"""
+import importlib.util
+import inspect
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from knowledge import code, goals, preferences
+from knowledge.dataset import Dataset, shipped_for
+from knowledge.history import History, Potential
+from knowledge.registry import KnowledgeError
+
+SHIPPED = Path(__file__).resolve().parent / "shipped"
+SUFFIXES = {"code": "py", "pref": "pt", "goals": "json", "goals-minilm": "json"}  # of the files that hold them
+LARGEST = 1000.0  # potentials are clipped to +- this
+KEY, BALL, BOX, DOOR, GOAL = 5, 6, 7, 4, 8
+COLOURS = {"Red": 0, "Green": 1, "Blue": 2, "Purple": 3, "Yellow": 4, "Grey": 5}
+KINDS = {"Key": KEY, "Ball": BALL, "Box": BOX}
+
+_potentials: dict[str, dict[str, Callable[[str], Potential]]] = {}  # {name: {env prefix: env id -> potential}}
+
+
+def potential(name: str, envs: tuple[str, ...]):
+    """Decorator: register a function `make(env_id) -> potential` for ids that start with one of `envs`."""
+
+    def register(make: Callable[[str], Potential]) -> Callable[[str], Potential]:
+        _potentials.setdefault(name, {}).update(dict.fromkeys(envs, make))
+        return make
+
+    return register
+
+
+GRIDS, CRAFTER = ("BabyAI-", "MiniGrid-"), ("Crafter-",)
+
+
+def nearness(mask: torch.Tensor, agent: tuple[int, int]) -> torch.Tensor:
+    """1 / (steps to the nearest cell of a mask (B, x, y), sideways and ahead), 1 also on the spot, 0 for none: (B,)."""
+    x, y = (torch.arange(size) for size in mask.shape[1:])
+    steps = ((x - agent[0]).abs()[:, None] + (y - agent[1]).abs()).clamp(min=1)
+    return (mask / steps).flatten(1).amax(1)
+
+
+@potential("near", GRIDS)
+def near_things(env_id: str) -> Potential:
+    """Near a key, a ball or a box, whichever: what is left of BK-Code's potential without its memory."""
+    def near(history: History) -> torch.Tensor:
+        kind = history.last("image")[..., 0]  # (B, 7, 7)
+        ahead = kind.clone()
+        ahead[:, 3, 6] = 0  # what is carried is drawn there
+        return nearness((ahead == KEY) | (ahead == BALL) | (ahead == BOX), (3, 6))
+    return near
+
+
+@potential("near", CRAFTER)
+def near_resources(env_id: str) -> Potential:
+    """Near a tree, water, a cow or a table."""
+    def near(history: History) -> torch.Tensor:
+        view = history.last("view")  # (B, 9, 7)
+        return nearness((view == 6) | (view == 1) | (view == 14) | (view == 11), (4, 3))
+    return near
+
+
+@potential("target", ("BabyAI-Text-",))
+def near_target(env_id: str) -> Potential:
+    """Knows the task: near its target, or either of two."""
+    named = re.findall(f"({'|'.join(COLOURS)})({'|'.join(KINDS)})", env_id)  # RedBallBlueBox: two
+    if not named:
+        raise KnowledgeError(f"{env_id} has another target in every episode; the potential 'target' needs a fixed one")
+    targets = [(KINDS[kind], COLOURS[colour]) for colour, kind in named]
+
+    def near(history: History) -> torch.Tensor:
+        image = history.last("image").clone()
+        image[:, 3, 6] = 0
+        mask = torch.zeros(image.shape[:3], dtype=torch.bool)
+        for kind, colour in targets:
+            mask |= (image[..., 0] == kind) & (image[..., 1] == colour)
+        return nearness(mask, (3, 6))
+    return near
+
+
+@potential("target", ("MiniGrid-UnlockPickup", "MiniGrid-BlockedUnlockPickup", "MiniGrid-DoorKey",
+                      "MiniGrid-KeyCorridor"))
+def stages_of_a_locked_door(env_id: str) -> Potential:
+    """Knows the task: take a key, 1 more with it in hand and near the locked door, 2 more with the door open and near
+    what lies behind."""
+    last = {"MiniGrid-DoorKey": GOAL, "MiniGrid-KeyCorridor": BALL}.get(env_id[:env_id.index("-", 9)], BOX)
+
+    def stage(history: History) -> torch.Tensor:
+        image = history.last("image").clone()
+        carried = image[:, 3, 6, 0].clone()
+        image[:, 3, 6] = 0
+        kind, state = image[..., 0], image[..., 2]
+        door_open = ((kind == DOOR) & (state == 0)).flatten(1).any(1)
+        near_last = nearness(kind == last, (3, 6))
+        with_key = 1 + nearness((kind == DOOR) & (state == 2), (3, 6))
+        return torch.where(near_last > 0, 2 + near_last,
+                           torch.where(door_open, 2.0, torch.where(carried == KEY, with_key,
+                                                                   nearness(kind == KEY, (3, 6)))))
+    return stage
+
+
+@potential("target", ("Crafter-",))
+def stages_of_a_crafter_task(env_id: str) -> Potential:
+    """Knows the task: near what it needs next, and 1 more for each thing that it has collected or made for it."""
+    task = env_id.split("-")[2]
+    if task == "Reward":
+        raise KnowledgeError(f"{env_id} has many tasks; the potential 'target' needs one")
+
+    def stage(history: History) -> torch.Tensor:
+        view, status = history.last("view"), history.last("status")
+        if task == "CollectDrink":
+            return nearness(view == 1, (4, 3))
+        if task == "EatCow":
+            return nearness(view == 14, (4, 3))
+        wood, table = status[:, 7], view == 11
+        trees, has_table = nearness(view == 6, (4, 3)), table.flatten(1).any(1)
+        gathering = wood.clamp(max=2) + torch.where(wood < 2, trees, 1)
+        if task == "PlaceCraftingTable":
+            return gathering
+        return torch.where(has_table, 4 + torch.where(wood > 0, 1 + nearness(table, (4, 3)), trees), gathering)
+    return stage
+
+
+class Checked:
+    """A potential whose results are numbers: what is not finite counts as 0 and is counted, and all are clipped."""
+
+    def __init__(self, name: str, function: Potential):
+        self.name, self.function, self.invalid = name, function, 0
+
+    def __call__(self, history: History) -> torch.Tensor:
+        """(B,) float32. Raises KnowledgeError for what is no such batch of numbers."""
+        try:
+            with torch.no_grad():
+                phi = self.function(history)
+        except KnowledgeError:
+            raise
+        except Exception as error:
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise KnowledgeError(f"potential {self.name} fails on histories of {len(history.step)} episodes: {line}; "
+                                 "correct it") from error
+        if not isinstance(phi, torch.Tensor) or tuple(phi.shape) != tuple(history.step.shape):
+            got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
+            raise KnowledgeError(f"potential {self.name} returns {got}; return a tensor {tuple(history.step.shape)}, "
+                                 "one number for each history")
+        phi = phi.float()
+        bad = ~phi.isfinite()
+        self.invalid += int(bad.sum())
+        return torch.where(bad, 0.0, phi).clamp(-LARGEST, LARGEST)
+
+
+def scale_of(potential: Potential, env_id: str, horizon: int, count: int = 4096) -> float:
+    """By what a potential is divided: its standard deviation over moments of the shipped dataset that has the
+    observations of `env_id`; 1 where it hardly varies, or where there is none."""
+    folder = shipped_for(env_id)
+    if folder is None:
+        return 1.0
+    deviation = float(potential(Dataset(folder).histories(count, horizon)).std(correction=0))
+    return deviation if deviation > 1e-6 else 1.0
+
+
+def path_of(spec: str, env_id: str) -> tuple[str, Path | None]:
+    """The kind of a potential and the file that holds it: ("code", ...), ("python", ...), ("name", None), ..."""
+    kind, _, rest = spec.partition(":")
+    if kind.endswith(".py"):
+        return "python", Path(kind)
+    if spec in SUFFIXES:
+        family = "crafter" if env_id.startswith(CRAFTER) else "minigrid"
+        return spec, SHIPPED / f"{family}.{SUFFIXES[spec]}"
+    kind = "code" if kind == "llm" else kind
+    return (kind, Path(rest)) if kind in SUFFIXES and rest else ("name", None)
+
+
+def load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kept_in: str = "") -> Checked:
+    """The potential that `spec` names, for `env_id`. `describe` gives the phrases of observations {name: (B, ...)},
+    `words` what the actions do: for potentials that read text. `kept_in` is the folder of a run that goes on: of files
+    its copies are taken. Raises KnowledgeError for whatever cannot be used."""
+    kind, path = path_of(spec, env_id)
+    if path is not None:
+        kept = Path(kept_in, "knowledge", path.name)
+        path = kept if kept_in and kept.is_file() else path
+        if not path.is_file():
+            raise KnowledgeError(f"potential {spec}: there is no file {path}; check the path")
+    if kind == "python":
+        return Checked(spec, _from_file(path, spec.partition(":")[2] or "potential"))
+    if kind == "code":
+        return Checked(spec, code.Code(path.read_text(errors="replace"), spec))
+    if kind == "pref":
+        return Checked(spec, preferences.load(path))
+    if kind in ("goals", "goals-minilm"):
+        embedder = "minilm" if kind == "goals-minilm" else "hash"
+        return Checked(spec, goals.load(path, embedder, describe, words))
+    if spec == "none":
+        return Checked(spec, lambda history: torch.zeros(history.step.shape))
+    fits = {prefix: make for prefix, make in _potentials.get(spec, {}).items() if env_id.startswith(prefix)}
+    if not fits:
+        known = sorted(name for name, makers in _potentials.items() if any(env_id.startswith(p) for p in makers))
+        raise KnowledgeError(f"potential '{spec}' is unknown for {env_id}; known are code, pref, goals, "
+                             f"{', '.join([*known, 'none'])}; a file of yours is mine.py")
+    return Checked(spec, fits[max(fits, key=len)](env_id))
+
+
+def keep(spec: str, env_id: str, folder: Path) -> None:
+    """Copy the file behind a potential into the run `folder`, for a run that goes on has to go on with it."""
+    path = path_of(spec, env_id)[1]
+    if path is not None and not (folder / "knowledge" / path.name).exists():
+        (folder / "knowledge").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "knowledge" / path.name)
+
+
+def _from_file(path: Path, name: str) -> Potential:
+    """The function `name` of a Python file, which is run."""
+    spec = importlib.util.spec_from_file_location(f"knowledge.potential.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise KnowledgeError(f"potential file {path} fails to import: {line}; correct it") from error
+    function = getattr(module, name, None)
+    if not inspect.isfunction(function):
+        raise KnowledgeError(f"potential file {path} defines no function '{name}'; define potential(history)")
+    return function

@@ -1,0 +1,217 @@
+"""Shaping: invariance and numbers by hand, PPO where it is off, as released where asked, and the three stages."""
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import runtime
+from algos import bk_code, bk_goal, bk_pref, ppo, ppo_rnd
+from errors import UserError
+from knowledge import label_code, label_goals, label_preferences, train_preferences
+
+GRID = "BabyAI-Text-GoToLocal-RedBall-S20"
+SMALL = dict(env=GRID, num_envs=4, num_steps=16, batch_size=32, epochs=1, total_timesteps=512, eval_every=256,
+             eval_episodes=4, checkpoint_every=256)
+
+
+@pytest.fixture(autouse=True)
+def short_episodes(monkeypatch):
+    """Untrained agents play to the time limit; 25 steps are enough here."""
+    make = envs.make_vec
+
+    def make_short(env_id, *args, **kwargs):
+        return make(env_id, *args, **kwargs, **({"max_steps": 25} if env_id.startswith("BabyAI") else {}))
+
+    monkeypatch.setattr(envs, "make_vec", make_short)
+    monkeypatch.setattr("envs.evaluation.make_vec", make_short)
+
+
+def column(*numbers):
+    return torch.tensor(numbers).unsqueeze(1)
+
+
+# shaping
+
+def test_gain_telescopes():
+    phi = torch.tensor([.2, .5, -.1, .7, .4])
+    gained = bk_code.gain(phi[:-1], phi[1:], torch.zeros(4), 0.99)
+    discount = 0.99 ** torch.arange(4)
+    assert gained.tolist() == pytest.approx([.295, -.599, .793, -.304])
+    assert float((discount * gained).sum()) == pytest.approx(.99 ** 4 * .4 - .2) == pytest.approx(.184238404)
+    ended = bk_code.gain(phi[:-1], phi[1:], torch.tensor([0., 0., 0., 1.]), 0.99)
+    assert float((discount * ended).sum()) == pytest.approx(-.2)
+
+
+def q_of_a_chain(phi, absorbing_phi):
+    """Values of left and right in states 1 to 4 of a chain that ends in 0 (reward .3) and 5 (reward 1), shaped."""
+    q = torch.zeros(6, 2)
+    for _ in range(200):
+        for s in range(1, 5):
+            for action, to in enumerate((s - 1, s + 1)):
+                ends = torch.tensor(float(to in (0, 5) and not absorbing_phi))
+                shaped = bk_code.gain(phi[s], phi[to], ends, 0.9)
+                q[s, action] = {0: .3, 5: 1.}.get(to, 0.) + shaped + 0.9 * (0. if to in (0, 5) else q[to].max())
+    return q[1:5]
+
+
+def test_shaping_changes_no_optimal_policy_unless_ends_have_a_potential():
+    phi = torch.tensor([2., 1., -3., 4., .5, -5.])
+    plain = q_of_a_chain(torch.zeros(6), False)
+    assert plain.flatten().tolist() == pytest.approx([.3, .729, .6561, .81, .729, .9, .81, 1])
+    shaped = q_of_a_chain(phi, False)
+    assert shaped.flatten().tolist() == pytest.approx([-.7, -.271, 3.6561, 3.81, -3.271, -3.1, .31, .5], abs=1e-5)
+    assert torch.allclose(shaped, plain - phi[1:5, None], atol=1e-5) and shaped.argmax(1).tolist() == [1] * 4
+    assert q_of_a_chain(phi, True).argmax(1).tolist() == [0] * 4  # the trap
+
+
+def test_corrected_form_by_hand():
+    args = bk_code.Args(shape_coef=1.0)
+    learned, added = bk_code.Shaping(1.0, 1)(column(0., 0., 0.), column(1., 2., .5), column(2., 9., 1.5),
+                                             column(0., 1., 0.), args)
+    assert added.flatten().tolist() == pytest.approx([.98, -2, .985]) and torch.equal(learned, added)
+    learned, _ = bk_code.Shaping(2.0, 1)(column(1.), column(1.), column(2.), column(0.), bk_code.Args(
+        ext_coef=10., shape_coef=.5))
+    assert float(learned) == pytest.approx(10 + .5 * .98 / 2)
+
+
+def test_released_form_by_hand():
+    shaping, args = bk_code.Shaping(1.0, 1), bk_code.Args(shaping="official", shape_coef=1.0, ext_coef=10.0)
+    zeros = column(0., 0.)
+    learned, added = shaping(column(1., 0.), column(1., 2.), zeros, zeros, args)
+    assert shaping.scale == pytest.approx(1.242782, abs=1e-6)
+    assert added.flatten().tolist() == pytest.approx([.7966, .788553], abs=1e-5)
+    assert learned.flatten().tolist() == pytest.approx([10.7966, .788553], abs=1e-5)
+    assert float(shaping.carry) == pytest.approx(1.609293, abs=1e-5)  # already divided
+    added = shaping(zeros, column(.5, 1.5), zeros, zeros, args)[1]
+    assert shaping.scale == pytest.approx(2.270066, abs=1e-5)
+    assert added.flatten().tolist() == pytest.approx([-.490864, .433908], abs=1e-5)
+
+
+def test_released_form_is_a_step_late():
+    shaping, args = bk_code.Shaping(1.0, 1), bk_code.Args(shaping="official", shape_coef=1.0)
+    phi = column(.2, .5, -.1, .7)
+    added = shaping(torch.zeros(4, 1), phi, torch.zeros(4, 1), torch.zeros(4, 1), args)[1].flatten() * shaping.scale
+    assert added.tolist() == pytest.approx([.198, .295, -.599, .793], abs=1e-6)
+    assert float((0.99 ** torch.arange(4) * added).sum()) == pytest.approx(.672417207, abs=1e-6)
+
+
+def test_running_scale_by_hand():
+    shaping = bk_code.Shaping(1.0, 2)
+    shaping.count_in(torch.tensor([[1., 0.], [0., 2.], [3., 1.]]), 0.99)  # sums [1, 0], [.99, 2], [3.9801, 2.98]
+    assert shaping.mean == pytest.approx(1.824986, abs=1e-5) and shaping.var == pytest.approx(1.786306, abs=1e-5)
+
+
+def test_curiosity_and_its_statistics():
+    running = ppo_rnd.Running()
+    running.add(torch.tensor([[1., 0.], [.99, 2.], [3.9801, 2.98]]))
+    assert running.mean == pytest.approx(1.824986, abs=1e-5) and running.var == pytest.approx(1.786306, abs=1e-5)
+    torch.manual_seed(0)
+    agent, curious = ppo_rnd.Agent((7, 7, 3), 7), ppo_rnd.Curiosity((7, 7, 3), 2)
+    view = torch.randint(0, 8, (40, 7, 7, 3), dtype=torch.uint8)
+    curious.seen.add(view.flatten(1))
+    z = curious.normalise(view, clip=5)
+    assert z.abs().max() <= 5 and abs(float(z.mean())) < 0.1 and float(z.std()) == pytest.approx(1, abs=0.1)
+    with torch.no_grad():
+        assert torch.allclose(agent.curiosity(z), (agent.target(z) - agent.predictor(z)).square().sum(1) / 2)
+    loss = agent.curiosity(z).mean()
+    loss.backward()
+    assert all(p.grad is None for p in agent.target.parameters())
+    twice = curious.scaled(torch.ones(2, 2), 0.5)  # sums 1, 1 | 1.5, 1.5: of deviation 0.25
+    assert twice.flatten().tolist() == pytest.approx([4.0] * 4, rel=1e-3)
+
+
+# runs
+
+def rows(folder, name="eval.csv", drop="wall_s"):
+    with (folder / name).open() as file:
+        return [{k: v for k, v in row.items() if k != drop} for row in csv.DictReader(file)]
+
+
+def test_without_shaping_it_is_ppo(tmp_path):
+    ppo.main(ppo.Args(**SMALL, run_dir=str(tmp_path / "ppo")))
+    bk_code.main(bk_code.Args(**SMALL, shaping="none", run_dir=str(tmp_path / "none")))
+    bk_code.main(bk_code.Args(**SMALL, knowledge="none", run_dir=str(tmp_path / "zero")))
+    assert rows(tmp_path / "ppo") == rows(tmp_path / "none") == rows(tmp_path / "zero")
+    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"]
+               for name in ("ppo", "none", "zero")]
+    assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
+
+
+def test_released_form_resumes(tmp_path):
+    """A scale that wanders is kept; the other settings are in test_contract.py."""
+    settings = SMALL | dict(knowledge="near", shaping="official", ext_coef=10.0, shape_coef=1.0, critic_sees_phi=True)
+    bk_code.main(bk_code.Args(**settings, run_dir=str(tmp_path / "whole")))
+    bk_code.main(bk_code.Args(**settings | {"total_timesteps": 256}, run_dir=str(tmp_path / "cut")))
+    bk_code.main(bk_code.Args(**settings | {"run_dir": str(tmp_path / "cut")}, resume=str(tmp_path / "cut")))
+    assert rows(tmp_path / "whole")[-1] == rows(tmp_path / "cut")[-1]
+    saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut")]
+    assert all(torch.equal(saved[0]["agent"][key], saved[1]["agent"][key]) for key in saved[0]["agent"])
+    assert saved[0]["shaping"]["scale"] == saved[1]["shaping"]["scale"] != 1
+
+
+def test_a_run_keeps_its_potential(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def potential(history):\n    return history.step.float() / 25\n")
+    folder = tmp_path / "run"
+    flags = SMALL | {"knowledge": str(mine), "total_timesteps": 256}
+    bk_code.main(bk_code.Args(**flags, run_dir=str(folder)))
+    assert (folder / "knowledge" / "mine.py").read_text() == mine.read_text()
+    mine.write_text("def potential(history):\n    raise ValueError('changed')\n")
+    args = bk_code.Args(**flags | {"run_dir": str(folder), "total_timesteps": 512}, resume=str(folder))
+    bk_code.main(args)
+    with pytest.raises(UserError, match="changed"):
+        bk_code.main(bk_code.Args(**flags, run_dir=str(tmp_path / "other")))
+
+
+def test_what_cannot_be_shaped(tmp_path):
+    for flags, message in ((dict(env="CartPole-v1"), "no words"), (dict(knowledge="nothing"), "is unknown"),
+                           (dict(shape_coef=-1.0), "--shape-coef must be"), (dict(horizon=0), "--horizon must be"),
+                           (dict(env="BabyAI-Text-GoToLocal-Pretraining-S20", knowledge="target"), "another target")):
+        with pytest.raises(UserError, match=message):
+            bk_code.main(bk_code.Args(**SMALL | flags, run_dir=str(tmp_path / "run")))
+        assert not (tmp_path / "run").exists()
+
+
+# the stages, one after the other
+
+def test_the_three_stages(tmp_path):
+    """Collect, label, train: what a user does, in small."""
+    pretraining = SMALL | {"env": "BabyAI-Text-GoToLocal-Pretraining-S20"}
+    ppo_rnd.main(ppo_rnd.Args(**pretraining, collect=3, ext_coef=0.0, run_dir=str(tmp_path / "rnd")))
+    data = str(tmp_path / "rnd" / "dataset")
+    answers = {"code": "```python\ndef compute_reward(obs, past_obs, past_actions):\n"
+                       "    seen = float((obs[0] > 3).sum())\n    return seen, {'seen': seen}\n```",
+               "goals": "- go to a ball\n- turn to look for objects"}
+    made = {}
+    for name, command, count in (("code", label_code, "iterations"), ("goals", label_goals, "situations")):
+        (tmp_path / f"{name}.md").write_text("\n===\n".join([answers[name]] * 2))
+        args = command.Args(dataset=data, by_hand=str(tmp_path / f"{name}.md"), out=str(tmp_path / name),
+                            recordings=str(tmp_path / f"{name}.jsonl"), **{count: 2})
+        made[name] = command.main(args)
+        again = command.main(command.Args(dataset=data, out=str(tmp_path / f"{name}-again"),
+                                          recordings=str(tmp_path / f"{name}.jsonl")))  # replayed, without answers
+        assert again.read_text() == made[name].read_text()
+        sources = {json.loads(line)["source"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()}
+        assert sources == {"handwritten"}
+    labels = label_preferences.main(label_preferences.Args(dataset=data, pairs=64, out=str(tmp_path / "labels.jsonl")))
+    made["pref"] = train_preferences.main(train_preferences.Args(labels=str(labels), dataset=data, epochs=1))
+    for script, knowledge in ((bk_code, f"llm:{made['code']}"), (bk_pref, f"pref:{made['pref']}"),
+                              (bk_goal, f"goals:{made['goals']}")):
+        folder = tmp_path / script.ALGO
+        result = script.main(script.Args(**SMALL, knowledge=knowledge, run_dir=str(folder)))
+        assert result.keys() == set(runtime.EVALUATION) and np.isfinite(result["return_mean"])
+        script.main(script.Args(**SMALL, knowledge=knowledge, run_dir=str(folder), evaluate=str(folder)))
+        names = {row["name"] for row in rows(folder, "scalars.csv")}
+        assert "eval/success_rate" in names
+
+
+def test_command_line_of_a_stage(capsys, monkeypatch, tmp_path):
+    from knowledge import labelling
+    monkeypatch.setattr(sys, "argv", ["label_goals", "--env", "CartPole-v1"])
+    with pytest.raises(SystemExit) as stopped:
+        labelling.command(label_goals.main, label_goals.Args, label_goals.__doc__)
+    assert stopped.value.code == 2 and "no description" in capsys.readouterr().err

@@ -1,0 +1,356 @@
+"""Potentials and labels: numbers by hand, what a potential must not notice, what is refused."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from minigrid.core.world_object import Ball, Box, Key
+
+import envs
+from errors import UserError
+from knowledge import annotator, code, dataset, goals, label_code, label_goals, label_preferences, labelling
+from knowledge import potentials, preferences, train_preferences
+from knowledge.dataset import Dataset, Recorder, Segment, text_of
+from knowledge.history import History, Past
+from knowledge.registry import KnowledgeError
+from tests.test_babyai_text import THINGS, UP, room, seen
+
+GRID = "BabyAI-Text-GoToLocal-RedBall-S20"
+WORDS = envs.action_words(GRID)
+
+
+def image(*things):
+    """The view of an agent at (2, 5) that looks up, in a room with `things`."""
+    return torch.from_numpy(seen(room(*things), 2, 5, UP))
+
+
+def history(now, before, actions):
+    """A history of one episode, in its 9th step."""
+    return History({"image": torch.stack([*before, now])[None]}, torch.tensor([actions]), torch.tensor([9]))
+
+
+# code
+
+def test_shipped_code_by_hand():
+    function = code.Code((potentials.SHIPPED / "minigrid.py").read_text(), "shipped")
+    full, fewer = image(*THINGS), image(*[thing for thing in THINGS if thing[1:] != (3, 5)])
+    assert float(function(history(full, [full] * 5, [2] * 5))) == pytest.approx(1.0)
+    assert float(function(history(full, [full] * 5, [2] * 4 + [6]))) == pytest.approx(0.8)
+    assert float(function(history(fewer, [full] * 5, [2] * 5))) == pytest.approx(0.7)
+    value, parts = function.explain(history(fewer, [full] * 5, [2] * 5))
+    assert value == pytest.approx(0.7) and parts == pytest.approx({"near": 0.5, "moved": 0.2, "wall": 0, "waste": 0})
+    scaled = (full / torch.tensor([10.0, 5.0, 3.0]))  # as the released code hands it over: no object is recognised
+    assert function.box.explain(code.FUNCTION, scaled.permute(2, 0, 1)[None].numpy(),
+                                scaled.permute(2, 0, 1)[None, None].repeat(1, 5, 1, 1, 1).numpy(),
+                                np.full((1, 5), 2))[1]["near"] == 0
+
+
+def test_layout_of_what_code_sees():
+    now = image((Key("yellow"), 3, 5), (Ball("red"), 2, 4))
+    obs, past, actions = code.arguments(history(now, [now] * 5, [0, 1, 2, 3, 4]))
+    assert obs.shape == (1, 3, 7, 7) and past.shape == (1, 5, 3, 7, 7) and actions.tolist() == [[0, 1, 2, 3, 4]]
+    assert obs[0, :, 3, 5].tolist() == [6, 0, 0] and obs[0, :, 4, 6].tolist() == [5, 4, 0]  # in front, on the right
+
+
+def test_code_that_fails_in_some_states():
+    source = "def compute_reward(obs, past_obs, past_actions):\n    return 1 / (past_actions[-1] - 2), {}\n"
+    now = image(*THINGS)
+    checked = potentials.Checked("mine", code.Code(source, "mine"))
+    both = History({"image": torch.stack([now] * 6).repeat(2, 1, 1, 1, 1)}, torch.tensor([[0] * 5, [2] * 5]),
+                   torch.tensor([9, 9]))
+    assert checked(both).tolist() == [-0.5, 0.0] and checked.invalid == 1
+
+
+# nearness, targets
+
+def test_nearness_by_hand():
+    near, target = potentials.near_things(GRID), potentials.near_target(GRID)
+    now = history(image(*THINGS), [image(*THINGS)] * 5, [2] * 5)
+    assert float(near(now)) == 1 and float(target(now)) == pytest.approx(1 / 2)  # red ball two steps ahead
+    two = potentials.near_target("BabyAI-Text-GoTo-RedBallBlueBox-S20")
+    boxed = image((Box("blue"), 4, 2), (Ball("blue"), 2, 4))
+    assert float(two(history(boxed, [boxed] * 5, [2] * 5))) == pytest.approx(1 / 5)
+    nothing = image()
+    assert float(near(history(nothing, [nothing] * 5, [2] * 5))) == 0
+    with pytest.raises(KnowledgeError, match="another target in every episode"):
+        potentials.near_target("BabyAI-Text-GoToLocal-Pretraining-S20")
+
+
+# histories
+
+def test_past_starts_anew_with_every_episode():
+    def obs(*numbers):
+        return {"image": torch.tensor(numbers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 7, 7, 3),
+                "picture": torch.zeros(len(numbers), 4)}
+    past = Past(obs(1, 50), horizon=2, no_op=6)
+    assert past.now.obs.keys() == {"image"} and past.now.action.tolist() == [[6, 6]] * 2
+    first = past.step(torch.tensor([0, 1]), obs(2, 51), obs(2, 51), torch.tensor([False, False]))
+    assert first.obs["image"][:, :, 0, 0, 0].tolist() == [[1, 1, 2], [50, 50, 51]]
+    assert first.action.tolist() == [[6, 0], [6, 1]] and first.step.tolist() == [1, 1]
+    second = past.step(torch.tensor([2, 3]), obs(3, 52), obs(3, 60), torch.tensor([False, True]))
+    assert second.obs["image"][1, :, 0, 0, 0].tolist() == [50, 51, 52] and second.action[1].tolist() == [1, 3]
+    assert past.now.obs["image"][:, :, 0, 0, 0].tolist() == [[1, 2, 3], [60, 60, 60]]
+    assert past.now.action.tolist() == [[0, 2], [6, 6]] and past.now.step.tolist() == [2, 0]
+    other = Past(obs(9, 9), horizon=2, no_op=6)
+    other.load_state_dict(past.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.now[1:], past.now[1:]))
+
+
+# preferences
+
+def test_preference_loss_by_hand():
+    z, y = torch.tensor([[1., 0.], [0., 2.], [.5, .5]]), torch.tensor([0., 1., .5])
+    assert float(preferences.preference_loss(z, y)) == pytest.approx(.483429, abs=1e-6)
+    one = torch.tensor([[1., 0.]])
+    smoothing = 0.3 * .813262
+    for label, loss in ((0., .313262), (1., 1.313262)):
+        told = float(preferences.preference_loss(one, torch.tensor([label])))
+        assert told == pytest.approx(loss + smoothing, abs=1e-6)
+    assert float(preferences.preference_loss(one, torch.tensor([.5]))) == pytest.approx(smoothing, abs=1e-6)  # no NaN
+
+
+def test_score_by_hand():
+    uniform = torch.zeros(1, 5, 5)
+    assert float(preferences.score(uniform, torch.arange(1., 6.)[None])) == pytest.approx(10)
+    assert float(preferences.score(torch.randn(1, 5, 5), torch.full((1, 5), 2.0))) == pytest.approx(10)
+
+
+def test_size_as_released():
+    model = preferences.PreferenceModel(preferences.Shape.paper(7))
+    assert sum(p.numel() for p in model.parameters()) == 2_549_505
+
+
+@pytest.mark.parametrize("shape", [preferences.Shape("minigrid", 7), preferences.Shape.paper(7)])
+def test_potential_does_not_see_the_last_observation(shape):
+    torch.manual_seed(0)
+    potential = preferences.Preferred(preferences.PreferenceModel(shape).eval())
+    now, other = image(*THINGS), image()
+    same = history(now, [now] * 4 + [other], [0, 1, 2, 3, 4])
+    changed = history(other, [now] * 4 + [other], [0, 1, 2, 3, 4])
+    before = history(now, [now] * 4 + [now], [0, 1, 2, 3, 4])
+    with torch.no_grad():
+        assert torch.equal(potential(same), potential(changed)) and not torch.equal(potential(same), potential(before))
+
+
+def test_timesteps_of_each_episode():
+    now = torch.zeros(3, 7, 7, 7, 3, dtype=torch.uint8)
+    steps = preferences.steps_of(History({"image": now}, torch.zeros(3, 6, dtype=torch.long), torch.tensor([3, 8, 0])))
+    assert steps.timestep.tolist() == [[0, 0, 0, 0, 1, 2], [2, 3, 4, 5, 6, 7], [0] * 6]
+    model = preferences.PreferenceModel(preferences.Shape("minigrid", 7)).eval()
+    late = steps._replace(timestep=torch.full((3, 6), 5000))  # beyond the table: as its last entry
+    assert torch.isfinite(model.values(late)).all()
+
+
+# goals
+
+def test_goal_potential_by_hand():
+    vectors = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1], "d": [.6, .8, 0]}
+    library = [{"text": name, "goals": wanted} for name, wanted in zip("abcd", ([0], [1], [2], [0, 1]))]
+    potential = goals.Goals(library, ["a", "b", "c"], lambda text: np.array(vectors[text], np.float32), None, [])
+    potential.threshold = 0.85
+    query = torch.tensor([[.8, .6, 0.]])
+    assert (query @ potential.situations.T).tolist()[0] == pytest.approx([.8, .6, 0, .96])
+    match = potential.match_of(query.repeat(2, 1), torch.tensor([[.9, .4359, 0], [.8, .6, 0]]))
+    assert match.tolist() == pytest.approx([.9, .8])
+    assert torch.where(match > potential.threshold, match, 0.0).tolist() == pytest.approx([.9, 0])
+    ends_in_c = potential.match_of(query, torch.tensor([[0., 0., 1.]]))  # goal c is of none of the nearest three
+    assert ends_in_c.tolist() == [0]
+
+
+def test_goals_of_a_history():
+    library = [{"text": "You see a red ball 2 steps forward. You move forward", "goals": [0]},
+               {"text": "You see a wall 1 step forward. You turn left", "goals": [1]}]
+    potential = goals.Goals(library, ["You see a red ball 1 step forward", "no such thing"], goals.hash_embedding,
+                            envs.clauses, WORDS)
+    near, far = image((Ball("red"), 2, 4)), image((Ball("red"), 2, 3))
+    approaching = potential.match(history(near, [far] * 5, [2] * 5))
+    leaving = potential.match(history(image(), [far] * 5, [0] * 5))
+    assert float(approaching) > float(leaving) + 0.1
+    assert goals.phrases("Step by step:\n1. You see a key 2 steps left. You turn left.\nNow: You see nothing.") == [
+        "You see a key 2 steps left", "You turn left", "You see nothing"]
+
+
+def test_hashed_words():
+    ball, other = goals.hash_embedding("go to the red ball"), goals.hash_embedding("Go to the red ball!")
+    assert np.linalg.norm(ball) == pytest.approx(1) and np.array_equal(ball, other)
+    assert ball @ goals.hash_embedding("a red ball") > ball @ goals.hash_embedding("a blue key") - 0.01
+    assert abs(ball @ goals.hash_embedding("turn left")) < 0.2 and goals.hash_embedding("").max() == 0
+
+
+# labels
+
+@pytest.mark.parametrize("text, label", [
+    ("[Thoughts]\nA is busy.\n[Rank]\nA > B", 0), ("[Rank] B > A", 1), ("[Rank]\nA = B\n", .5), ("[Rank]\nA>B", 0),
+    ("[Thoughts] A > B", -1), ("[Rank]\n", -1), ("[Rank]\nneither", -1), ("[Rank]\nA > B, B > A or A = B", -1),
+    ("[Rank]\nB = A", .5), ("[Rank]\nA > B\nBut B > A could be said too", 0)])
+def test_rank(text, label):
+    assert label_preferences.rank(text) == label
+
+
+def test_labels_that_contradict_themselves():
+    assert [label_preferences.both_ways(*pair) for pair in ((0, 1), (1, 0), (.5, .5), (0, 0), (0, .5), (-1, 1))] == [
+        0, 1, .5, -1, -1, -1]
+
+
+def segment(*captions, actions=None):
+    return Segment(0, 0, {}, np.array(actions or [2] * (len(captions) - 1)), list(captions))
+
+
+def test_rule_annotator_by_hand():
+    coming = segment("You see a red ball 3 steps forward", "You see a red ball 2 steps forward",
+                     "You see a red ball 1 step forward")
+    idle = segment(*["You see nothing in front."] * 3)
+    turning = segment("You see a wall 2 steps left", "You see a blue key 2 steps left and 1 step forward",
+                      "You see a wall 2 steps left")
+    assert annotator.score(coming) == 2 + 2 and annotator.score(idle) == -1 and annotator.score(turning) == 2
+    assert annotator.prefer(coming, idle) == 0 and annotator.prefer(idle, turning) == 1
+    assert annotator.prefer(idle, idle) == 0.5
+    fed = segment("You face cow. Health 9/9, food 3/9, drink 9/9, energy 9/9",
+                  "You face grass. Health 9/9, food 9/9, drink 9/9, energy 9/9. You have 1 sapling, 3 wood pickaxe")
+    assert annotator.possessions(fed.captions[1]) == {"sapling": 1, "wood pickaxe": 3, "health": 9, "food": 9,
+                                                      "drink": 9, "energy": 9}
+    assert annotator.score(fed) == 1 + 6 + 4
+    assert annotator.agreement([0, 1, .5, -1, 1], [0, 0, 0, 0, 1]) == (pytest.approx(2 / 3), 3)
+
+
+def test_goals_in_an_answer():
+    assert label_goals.goals_in("Here:\n- go to a ball\n-turn\n- avoid walls \n  - nested\n- go to a ball") == [
+        "go to a ball", "avoid walls"]
+    with pytest.raises(ValueError, match="no goals"):
+        label_goals.goals_in("Explore!")
+
+
+def test_conversations_are_pruned_from_the_front():
+    system = [{"role": "system", "content": "s" * 40}]
+    talk = [{"role": role, "content": str(k) * 40} for k in range(4) for role in ("user", "assistant")]
+    kept = labelling.pruned(system + talk + [{"role": "user", "content": "last"}], budget=40)
+    assert [message["content"][0] for message in kept] == ["s", "2", "2", "3", "3", "l"][:1] + ["3", "3", "l"]
+    assert labelling.pruned(system + [{"role": "user", "content": "x" * 1000}], budget=10)[-1]["content"] == "x" * 1000
+
+
+# datasets
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Four short episodes of random actions."""
+    folder, rng = tmp_path_factory.mktemp("data") / "small", np.random.default_rng(0)
+    vec, recorder = envs.make_vec(GRID, 3, max_steps=30), Recorder()
+    recorder.play(vec, lambda obs: rng.integers(7, size=3), 4, 1, envs.captions)
+    recorder.save(folder, GRID, WORDS, by="chance")
+    return folder
+
+
+def test_dataset_keeps_what_happened(small):
+    data = Dataset(small)
+    assert len(data) == 4 and data.meta["by"] == "chance" and data.start[-1] == len(data.caption)
+    for episode in range(4):
+        length = data.length(episode)
+        whole = data.segment(episode, 0, length)
+        assert len(whole.action) == length and len(whole.captions) == length + 1
+        assert whole.captions == envs.captions({"image": whole.obs["image"]})
+    again = Recorder()  # through a checkpoint
+    first = Recorder()
+    vec = envs.make_vec(GRID, 3, max_steps=30)
+    rng = np.random.default_rng(0)
+    first.play(vec, lambda obs: rng.integers(7, size=3), 4, 1, envs.captions)
+    again.load_state_dict(first.state_dict())
+    again.save(small.parent / "again", GRID, WORDS, by="chance")
+    assert (small.parent / "again" / "arrays.npz").read_bytes() == (small / "arrays.npz").read_bytes()
+
+
+def test_histories_of_a_dataset(small):
+    data = Dataset(small)
+    count = len(data.caption)
+    all_of_it = data.histories(10_000, 3)
+    assert len(all_of_it.step) == count
+    start, late = 0, data.length(0)  # the first and the last moment of the first episode
+    assert all_of_it.action[start].tolist() == [6, 6, 6] and all_of_it.step[start] == 0
+    assert torch.equal(all_of_it.obs["image"][start][0], all_of_it.obs["image"][start][3])
+    whole = data.segment(0, late - 3, 3)
+    assert all_of_it.action[late].tolist() == whole.action.tolist() and all_of_it.step[late] == late
+    assert np.array_equal(all_of_it.obs["image"][late].numpy(), whole.obs["image"])
+    assert all_of_it.action[late + 1].tolist() == [6, 6, 6] and all_of_it.step[late + 1] == 0  # of the next
+
+
+def test_text_of_a_segment():
+    text = text_of(segment("You see nothing in front.", "You see a wall 1 step left", actions=[1]), WORDS)
+    assert text == "You see nothing in front. You turn right. Now: You see a wall 1 step left."
+    assert text_of(segment("A", "B", "C", actions=[2, 6]), WORDS) == (
+        "Step by step:\n1. A. You move forward.\n2. B. You do nothing.\nNow: C.")
+
+
+# what is refused
+
+def test_files_that_cannot_be_used(small, tmp_path):
+    def load(spec, env_id=GRID):
+        return potentials.load(spec, env_id, envs.clauses, WORDS)
+    with pytest.raises(KnowledgeError, match="known are code, pref, goals, near, target, none"):
+        load("nearly")
+    (tmp_path / "mine.py").write_text("def potential(history):\n    return history.step.float()\n\n"
+                                      "def other(history):\n    return 3\n")
+    assert load(f"{tmp_path}/mine.py")(Dataset(small).histories(5, 2)).shape == (5,)
+    with pytest.raises(KnowledgeError, match="defines no function 'thing'"):
+        load(f"{tmp_path}/mine.py:thing")
+    with pytest.raises(KnowledgeError, match="returns int"):
+        load(f"{tmp_path}/mine.py:other")(Dataset(small).histories(5, 2))
+    with pytest.raises(KnowledgeError, match="there is no file"):
+        load("llm:missing.py")
+    (tmp_path / "evil.py").write_text("import os\n\ndef compute_reward(a, b, c):\n    return 0, {}\n")
+    with pytest.raises(KnowledgeError, match="import of os is not allowed"):
+        load(f"llm:{tmp_path}/evil.py")
+    (tmp_path / "bad.pt").write_bytes(b"no")
+    with pytest.raises(KnowledgeError, match="no preference model"):
+        load(f"pref:{tmp_path}/bad.pt")
+    (tmp_path / "bad.json").write_text('{"goals": [], "library": [], "env": ""}')
+    with pytest.raises(KnowledgeError, match="no library of goals"):
+        load(f"goals:{tmp_path}/bad.json")
+    with pytest.raises(KnowledgeError, match="no dataset"):
+        Dataset(tmp_path)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name in ("arrays.npz", "captions.json", "meta.json"):
+        (damaged / name).write_bytes((small / name).read_bytes())
+    (damaged / "arrays.npz").write_bytes((small / "arrays.npz").read_bytes() + b"x")
+    with pytest.raises(KnowledgeError, match="not the one"):
+        Dataset(damaged)
+
+
+def test_labelling_from_the_recordings(tmp_path):
+    """The shipped potentials are what the commands make of the shipped answers."""
+    for family, env in (("minigrid", GRID), ("crafter", "Crafter-Text-Reward")):
+        made = label_code.main(label_code.Args(env=env, out=str(tmp_path / f"code-{family}")))
+        assert made.read_text() == (potentials.SHIPPED / f"{family}.py").read_text()
+        made = label_goals.main(label_goals.Args(env=env, out=str(tmp_path / f"goals-{family}.json")))
+        saved = json.loads(made.read_text())
+        shipped = json.loads((potentials.SHIPPED / f"{family}.json").read_text())
+        assert saved["library"] == shipped["library"] and saved["source"] == "handwritten"
+
+
+def test_preferences_from_rules_to_a_potential(small, tmp_path):
+    labels = label_preferences.main(label_preferences.Args(dataset=str(small), env=GRID, pairs=60,
+                                                           out=str(tmp_path / "labels.jsonl")))
+    assert json.loads(labels.read_text().splitlines()[0])["source"] == "rules"
+    made = train_preferences.main(train_preferences.Args(labels=str(labels), dataset=str(small), epochs=1))
+    potential = potentials.load(f"pref:{made}", GRID, envs.clauses, WORDS)
+    assert torch.isfinite(potential(Dataset(small).histories(20, 5))).all()
+    with pytest.raises(UserError, match="another dataset"):
+        train_preferences.main(train_preferences.Args(labels=str(labels)))
+    with pytest.raises(UserError, match="does not exist"):
+        train_preferences.main(train_preferences.Args(labels="nothing.jsonl"))
+
+
+@pytest.mark.parametrize("family", ["minigrid", "crafter"])
+def test_shipped_models_tell_which_of_two_pieces_a_rule_prefers(family):
+    data = Dataset(dataset.SHIPPED / family)
+    model = preferences.load(potentials.SHIPPED / f"{family}.pt").model
+    rng = np.random.default_rng(7)  # pairs that it was not trained on
+    right = decided = 0
+    for _ in range(150):
+        a, b = data.draw(rng, 5), data.draw(rng, 5)
+        label = annotator.prefer(a, b)
+        if label != 0.5:
+            places = [[segment.episode, segment.start] for segment in (a, b)]
+            with torch.no_grad():
+                scores = model(train_preferences.tensors_of(data, places, 5))
+            right, decided = right + (scores.argmax().item() == label), decided + 1
+    assert right / decided > 0.7
