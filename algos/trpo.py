@@ -109,6 +109,20 @@ class GridEncoder(nn.Module):
         return F.relu(self.layers[2](x))
 
 
+class PixelEncoder(nn.Sequential):
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH), nn.ReLU())
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image.permute(0, 3, 1, 2).float() / 255)
+
+
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+
+
 Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
 
 
@@ -124,7 +138,7 @@ class Agent(nn.Module):
         super().__init__()
 
         def network(outputs: int) -> nn.Sequential:
-            encoder = GridEncoder() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+            encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
             return nn.Sequential(encoder, linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, outputs))
         self.critic = network(1)
         self.actor = network(num_actions)
@@ -292,7 +306,7 @@ def main(args: Args) -> dict[str, float]:
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
         """What the agent sees of observations."""
-        return (obs["image"] if isinstance(obs, dict) else obs).to(device)
+        return envs.seen(obs).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probabilities (B, A): what the run leaves as policy.pt2."""
