@@ -1,4 +1,4 @@
-"""A2C: synchronous advantage actor-critic for discrete actions, the parent of ACKTR.
+"""A2C: synchronous advantage actor-critic for discrete actions.
 
 Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning" (arXiv 1602.01783), with all environments in step.
 Each iteration plays `num_steps` steps and learns from them once: a policy gradient with advantages that count the

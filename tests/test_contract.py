@@ -54,8 +54,6 @@ WINDOWS = dict(refuses="Pendulum-v1", episodes=15, sees=(8, 25))  # a window has
 TEXT = f"--env BabyAI-Text-GoToLocal-RedBall-S20 {PPO}"
 SHAPED = f"{OF_PPO} phi shaping phi_invalid"
 SCRIPTS = [
-    Script("camel", f"{DDPG} {RULES} --mask-steps 400", f"{LOSSES} epsilon outside clipped masked_return",
-           refuses="CartPole-v1"),
     Script("a2c", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy", refuses="Pendulum-v1"),
     Script("ars", f"{SEARCH} --top 2", "step_norm return return_deviation",
            refuses="MiniGrid-Empty-5x5-v0"),
@@ -69,10 +67,15 @@ SCRIPTS = [
            refuses="CartPole-v1"),
     Script("br_rcrl", f"{POINT} --dataset {dataset()} --bins 8 --negatives 4 --samples 8",
            "nce_loss rtg_loss value_loss accuracy asked_return", refuses="CartPole-v1"),
+    Script("camel", f"{DDPG} {RULES} --mask-steps 400", f"{LOSSES} epsilon outside clipped masked_return",
+           refuses="CartPole-v1"),
+    Script("cma_es", SEARCH, "sigma step_norm return", refuses="MiniGrid-Empty-5x5-v0"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
-    Script("meow", f"{DDPG} --shift-hidden 8x1", "critic_loss q target_q grad_norm", refuses="CartPole-v1"),
     Script("dqn", "--env CartPole-v1 --num-envs 4 --hidden 16x1 --batch-size 16 --learning-starts 64 --train-every 32 "
            "--updates 4", "critic_loss q epsilon", refuses="Pendulum-v1"),
+    Script("lesr", f"--env Pendulum-v1 {DDPG.split(' ', 2)[2]} --features tests/features.py", LOSSES,
+           refuses="CartPole-v1"),
+    Script("meow", f"{DDPG} --shift-hidden 8x1", "critic_loss q target_q grad_norm", refuses="CartPole-v1"),
     Script("ppo", f"--env CartPole-v1 {PPO}", OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_a2t", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_bc", GRID, OF_PPO, refuses="Pendulum-v1"),
