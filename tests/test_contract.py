@@ -57,18 +57,14 @@ SCRIPTS = [
     Script("a2c", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy", refuses="Pendulum-v1"),
     Script("ars", f"{SEARCH} --top 2", "step_norm return return_deviation",
            refuses="MiniGrid-Empty-5x5-v0"),
-    Script("cma_es", SEARCH, "sigma step_norm return", refuses="MiniGrid-Empty-5x5-v0"),
-    Script("ccm", SPLITS, f"{OF_SPLITS} nce_loss weight", **WINDOWS),
     Script("bk_code", TEXT, SHAPED, refuses="Pendulum-v1"),
     Script("bk_goal", TEXT, SHAPED, refuses="Pendulum-v1"),
     Script("bk_pref", TEXT, SHAPED, refuses="Pendulum-v1"),
-    Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
-    Script("lesr", f"--env Pendulum-v1 {DDPG.split(' ', 2)[2]} --features tests/features.py", LOSSES,
-           refuses="CartPole-v1"),
     Script("br_rcrl", f"{POINT} --dataset {dataset()} --bins 8 --negatives 4 --samples 8",
            "nce_loss rtg_loss value_loss accuracy asked_return", refuses="CartPole-v1"),
     Script("camel", f"{DDPG} {RULES} --mask-steps 400", f"{LOSSES} epsilon outside clipped masked_return",
            refuses="CartPole-v1"),
+    Script("ccm", SPLITS, f"{OF_SPLITS} nce_loss weight", **WINDOWS),
     Script("cma_es", SEARCH, "sigma step_norm return", refuses="MiniGrid-Empty-5x5-v0"),
     Script("ddpg", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("dqn", "--env CartPole-v1 --num-envs 4 --hidden 16x1 --batch-size 16 --learning-starts 64 --train-every 32 "
@@ -93,8 +89,8 @@ SCRIPTS = [
     Script("stream_q", f"--env CartPole-v1 {STREAM}", OF_STREAM, refuses="Pendulum-v1"),
     Script("stream_td", "--env series/transformer --hidden 16x1", OF_STREAM, leaves="", played=False),
     Script("td3", DDPG, LOSSES, refuses="CartPole-v1"),
-    Script("trpo", f"--env CartPole-v1 {PPO}", "policy_loss value_loss entropy kl", refuses="Pendulum-v1"),
     Script("tesac", SPLITS, OF_SPLITS, **WINDOWS),
+    Script("trpo", f"--env CartPole-v1 {PPO}", "policy_loss value_loss entropy kl", refuses="Pendulum-v1"),
 ]
 BY_NAME = {script.name: script for script in SCRIPTS}
 STEPS = 512

@@ -34,7 +34,6 @@ WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": F
          "camel": FEW_DDPG, "lesr": FEW_DDPG,
          "ppo": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
          "a2c": FEW_A2C, "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH, "dqn": FEW_DQN,
-         "a2c": FEW_A2C, "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH,
          "ppo_rnd": FEW_PPO, "bk_code": FEW_PPO, "bk_pref": FEW_PPO, "bk_goal": FEW_PPO,
          "stream_ac": FEW_STREAM, "stream_q": FEW_STREAM, "stream_td": FEW_SERIES}
 OPTIONAL = {"MinAtar/": "minatar", "dm_control/": "dm_control", "NoFrameskip": "ale_py",
