@@ -4,8 +4,8 @@ incremental learning), against learning each from scratch.
     python benchmarks/incremental.py --seeds 5
 
 Runs go to runs/incremental/seed<k>/<env>/, what they print to <env>.log beside it; finished ones are skipped, cut ones
-resume. `curves.py gather runs/incremental` adds their curves, as variants `kian --init-from <env>`, beside those of the
-suite.
+resume. `curves.py gather runs/incremental` adds their curves, as variants `ppo_kian --init-from <env>`, beside those
+of the suite.
 """
 import argparse
 import sys

@@ -11,11 +11,11 @@ Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achiev
 it has pixels, `image` of Crafter.
 """
 from envs.captions import action_words, captions, clauses
+from envs.ids import EnvError, resolve  # first: it keeps a notice of gymnasium_robotics from the console
 from envs.dynamics import SPLITS, all_tasks, horizon_of
 from envs.evaluation import Act, Evaluator, evaluate, find_renderer, record
 from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, seen, time_limit_of,
                            to_tensors, unflatten)
-from envs.ids import EnvError, resolve
 from envs.making import make, make_vec
 from envs.series import Series, SeriesEvaluator
 from envs.splits import SplitEvaluator
