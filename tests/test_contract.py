@@ -37,8 +37,7 @@ class Script(NamedTuple):
 
 
 POINT = "--env tests.tasks:PointDense-v0 --num-envs 4 --hidden 8x1 --batch-size 16"
-SEARCH = "--env tests.tasks:Point-v0 --num-envs 4"
-POINT = f"{SEARCH} --hidden 8x1 --batch-size 16"
+SEARCH = "--env tests.tasks:PointDense-v0 --num-envs 4"  # of sparse returns many are equal, and then there is no step
 DDPG = f"{POINT} --learning-starts 64 --updates-per-step 0.2"
 RULES = "--knowledge tests/tasks.py"
 PPO = "--num-envs 4 --num-steps 16 --batch-size 32"
