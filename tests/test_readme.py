@@ -19,6 +19,7 @@ import runtime
 TREE = ROOT / "algos" / "README.md"
 FEW_SAC = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32",
            "--updates-per-step", "0.05", "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
+FEW_SPLITS = [*FEW_SAC, "--horizon", "10", "--encoder-hidden", "8"]
 FEW_DDPG = [*FEW_SAC, "--learning-starts", "100"]
 FEW_PPO = ["--total-timesteps", "256", "--num-envs", "2", "--num-steps", "64", "--batch-size", "64", "--eval-every",
            "0", "--eval-episodes", "2", "--video", "0"]
@@ -27,6 +28,7 @@ FEW_STREAM = [*FEW_SERIES, "--eval-episodes", "1"]
 # flags that make a run of each script short; a new script is a line here
 WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": FEW_DDPG, "td3": FEW_DDPG,
          "ppo": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
+         "tesac": FEW_SPLITS, "ccm": FEW_SPLITS, "satesac": FEW_SPLITS, "saccm": FEW_SPLITS,
          "stream_ac": FEW_STREAM, "stream_q": FEW_STREAM, "stream_td": FEW_SERIES}
 OPTIONAL = {"MinAtar/": "minatar", "dm_control/": "dm_control", "NoFrameskip": "ale_py"}  # requirements-envs.txt
 ROW = re.compile(r"^\| \[`(\w+)\.py`\]\([^)]*\) \| (\d+) \|", re.M)  # of the table of scripts: name, lines
