@@ -187,8 +187,8 @@ def test_the_integral_over_actions_is_the_value():
     args = settings(alpha=2.5, sigma_min=-2.0, sigma_max=1.0, hidden="16x2", shift_hidden="16x1")
     flow, obs = random_flow(args, 2, 2), torch.randn(50, 2)
     exact = state_values(flow, obs, args)[:, 0]
-    errors = [(sampled_value(flow, obs, n, args) - exact).abs().mean() for n in (30, 3000)]
-    assert errors[1] < 0.1 and errors[1] < errors[0] / 3
+    errors = [(sampled_value(flow, obs, n, args) - exact).abs().mean() for n in (30, 30_000)]
+    assert errors[1] < 0.2 and errors[1] < errors[0] / 10
 
 
 def compare(args: Args, learn, updates: int, tolerance: float) -> None:

@@ -15,12 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `python tests/test_readme.py`
 
 import runtime
+from benchmarks import offline
 
 TREE = ROOT / "algos" / "README.md"
 FEW_SAC = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32",
            "--updates-per-step", "0.05", "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
 FEW_SPLITS = [*FEW_SAC, "--horizon", "10", "--encoder-hidden", "8"]
 FEW_DDPG = [*FEW_SAC, "--learning-starts", "100"]
+FEW_MEOW = [*FEW_DDPG, "--shift-hidden", "16x1"]
+FEW_OFFLINE = ["--total-timesteps", "40", "--hidden", "16x1", "--batch-size", "16", "--bins", "8", "--negatives", "4",
+               "--samples", "8", "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
 FEW_DQN = [*(word for word in FEW_DDPG if word not in ("--updates-per-step", "0.05")), "--train-every", "100",
            "--updates", "2"]
 FEW_PPO = ["--total-timesteps", "256", "--num-envs", "2", "--num-steps", "64", "--batch-size", "64", "--eval-every",
@@ -32,7 +36,7 @@ FEW_SERIES = ["--total-timesteps", "300", "--hidden", "16x1", "--no-compile", "-
 FEW_STREAM = [*FEW_SERIES, "--eval-episodes", "1"]
 # flags that make a run of each script short; a new script is a line here
 WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": FEW_DDPG, "td3": FEW_DDPG,
-         "camel": FEW_DDPG, "lesr": FEW_DDPG,
+         "camel": FEW_DDPG, "lesr": FEW_DDPG, "meow": FEW_MEOW, "br_rcrl": FEW_OFFLINE,
          "ppo": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
          "a2c": FEW_A2C, "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH, "dqn": FEW_DQN,
          "ppo_rnd": FEW_PPO, "bk_code": FEW_PPO, "bk_pref": FEW_PPO, "bk_goal": FEW_PPO,
@@ -83,6 +87,10 @@ def test_command(command, tmp_path, monkeypatch):
     for mark, package in OPTIONAL.items():
         if mark in command:
             pytest.importorskip(package)
+    if made := re.search(r"--env (\S+) --dataset (\S+)", command):
+        few = ["--policies", "random", "--steps", "300"]
+        monkeypatch.setattr(sys, "argv", ["", "--env", made[1], "--out", made[2], *few])
+        offline.main()
     _, script, *flags = shlex.split(command)
     stem = Path(script.replace("my_idea", "sac_kian")).stem
     assert stem in WHOLE, f"a page names a new script: put {stem} and flags for a short run into WHOLE"
