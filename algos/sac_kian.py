@@ -75,7 +75,7 @@ class Args:
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>; comma-separated
     cosine_scale: float = 3.0  # attention scores are this times cos(query, key); 0: dot products (paper)
     ext_log_std: float = 0.3  # log-std of the external policies in the entropy term (paper: -1)
-    init_from: str = ""  # run folder whose keys and query are taken over by name
+    init_from: str = ""  # run folder: keys and query are taken over by name, its inner policy becomes an external one
 
 
 # limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
@@ -217,7 +217,8 @@ def main(args: Args) -> dict[str, float]:
     f, d, g = envs.continuous_sizes(vec)  # numbers in the features, an action, a goal (0: no goals)
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
-    external = knowledge.load(args.knowledge, args.env, d, example, kept_in=args.resume or args.evaluate)
+    given = args.knowledge + (f",inner:{args.init_from}" if args.init_from else "")
+    external = knowledge.load(given, args.env, d, example, kept_in=args.resume or args.evaluate)
     n, names = len(external), ["inner", *external]
     agent = make_agent(args, f, d, n, device)
     normalizer = envs.Normalizer(f, args.normalize)
@@ -259,7 +260,7 @@ def main(args: Args) -> dict[str, float]:
     if args.init_from and not saved:
         knowledge.take_over(agent["actor"], normalizer, names, args.init_from)
     run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
-    knowledge.keep(args.knowledge, names, run.folder)
+    knowledge.keep(given, names, run.folder)
     learn = runtime.compiled(update, args.compile, device)
     if not saved:
         run.log_evaluation(evaluator.play(act))  # the untrained agent
