@@ -88,19 +88,22 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
 
 
 def gather(folders: list[str], into: str = "") -> None:
-    """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`. A run that is there
-    already is replaced, unless it is the longer one: a smoke run has the same name."""
+    """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`: that of eval.csv to
+    <env>.csv, that of eval-extreme.csv, where there is one, to <env>-extreme.csv. A run that is there already is
+    replaced, unless it is the longer one: a smoke run has the same name."""
     runs = [(folder, sorted(path.parent for path in Path(folder).rglob("config.json"))) for folder in folders]
     for folder in [folder for folder, found in runs if not found]:
         print(f"skipped, no run: {folder}")
     touched, seen = {}, {}  # {(file, variant): its rows}, {(file, variant, seed): folder}
-    for folder in [run for _, found in runs for run in found]:
-        if not (folder / "eval.csv").is_file():
+    files = [file for _, found in runs for run in found for file in (run / "eval.csv", *sorted(run.glob("eval-*.csv")))]
+    for file in files:
+        folder, part = file.parent, file.stem.removeprefix("eval")  # part of the tasks: "", "-extreme"
+        if not file.is_file():
             print(f"skipped, not evaluated yet: {folder}")
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
-        path = RESULTS / (into or config["algo"]) / f"{args['env'].replace('/', '-')}.csv"
+        path = RESULTS / (into or config["algo"]) / f"{args['env'].replace('/', '-')}{part}.csv"
         name, seed = variant(config), str(args["seed"])
         if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
             print(f"note: {folder} is older than {', '.join(new)}: named as if by default")
@@ -108,7 +111,7 @@ def gather(folders: list[str], into: str = "") -> None:
         rows = [row for row in old if (row["variant"], row["seed"]) != (name, seed)]
         replaced = [row for row in old if (row["variant"], row["seed"]) == (name, seed)]
         facts = {"variant": name, "seed": seed, "total_timesteps": args["total_timesteps"]}
-        curve = list(csv.DictReader((folder / "eval.csv").open()))
+        curve = list(csv.DictReader(file.open()))
         if not curve:
             print(f"skipped, not evaluated yet: {folder}")
             continue
@@ -120,14 +123,15 @@ def gather(folders: list[str], into: str = "") -> None:
             print(f"kept, longer: {name}, seed {seed} of {path.name} has {there} steps, {folder} {last}; to replace "
                   "it, delete its rows")
             continue
-        add_online_returns(curve, folder / "scalars.csv")
+        if not part:
+            add_online_returns(curve, folder / "scalars.csv")
         for row in curve:  # by the code and on the machine of the last start before it
             start = next((r for r in reversed(config.get("resumed", [])) if r["step"] < int(row["step"])), config)
             rows.append(facts | row | {"commit": start.get("commit"), "cpu": start.get("cpu")})
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        with path.open("w", newline="") as table:
+            writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"

@@ -9,6 +9,7 @@ python benchmarks/speed.py td3       # beside stable-baselines3, and what the ma
 python benchmarks/speed.py ppo       # beside stable-baselines3 and torch-ac
 python benchmarks/speed.py stream    # beside the same maths written with autograd
 python benchmarks/speed.py meow      # beside the same maths written with modules and torch.optim
+python benchmarks/speed.py sami      # beside the same maths written with autograd
 """
 import argparse
 import csv
@@ -37,15 +38,15 @@ import envs
 import knowledge
 import runtime
 import streamnet
-from algos import camel, meow, ppo, ppo_kian, sac, sac_kian, stream_ac, td3
-from benchmarks import meow_modules, stream_autograd
-from buffers import ReplayBuffer
+from algos import camel, meow, ppo, ppo_kian, sac, sac_kian, satesac, stream_ac, td3
+from benchmarks import meow_modules, sami_direct, stream_autograd
+from buffers import Batch, ReplayBuffer
 from runtime import Means, compile_for, use_fast_matmul
 
 PEER = "stable-baselines3==2.9.2"
 PEERS = {"sac": {"stable_baselines3": PEER}, "td3": {"stable_baselines3": PEER},
          "ppo": {"stable_baselines3": PEER, "torch_ac": "torch-ac==1.4.0"},
-         "stream": {}, "meow": {}}  # packages that a table needs
+         "stream": {}, "meow": {}, "sami": {}}  # packages that a table needs
 GRID = ppo.Args(env="MiniGrid-DoorKey-8x8-v0")
 FILL = 2000  # transitions of uniform actions in every buffer before timing: 40 Fetch episodes
 CAPACITY = 50_000  # of every buffer; SB3 looks through all of it for each HER batch, and a million would slow it down
@@ -566,6 +567,51 @@ def bfloat16_pays() -> bool:
     return min(half for half, _ in times) < min(full for _, full in times)  # the least disturbed of each
 
 
+def time_sami(full: bool, rounds: int) -> list[dict]:
+    """One update of SaTESAC beside itself by autograd, at our sizes and at the paper's; and what memory that takes."""
+    f, d, rows = 18, 6, []  # HalfCheetah
+    fast = "medium" if use_fast_matmul(torch.device("cpu")) else "highest"
+    ours = satesac.Args()
+    papers = replace(ours, hidden="512x3", encoder_hidden=128, batch_size=16_000, contrast_steps=1000)
+    if not full:
+        papers = replace(papers, batch_size=160, contrast_steps=10)
+    for name, args, share in (("ours", ours, 60 if full else 3), ("paper", papers, 1)):
+        torch.compiler.reset()
+        torch.manual_seed(args.seed)
+
+        def windows(rows: int, count: int) -> torch.Tensor:
+            return torch.cat([torch.randn(rows, count, f + d), torch.ones(rows, count, 1)], 2)
+
+        b, both = args.batch_size, windows(args.window + 1, args.batch_size)
+        batch = Batch(both[:-1], torch.rand(b, d), torch.randn(b, 1), torch.zeros(b, 1), both[1:])
+        contrast = satesac.Contrast(windows(args.window, args.contrast_trajectories * args.contrast_steps),
+                                    torch.tensor(0.1))
+        noise, next_noise = torch.randn(2, b, d)
+        agents = [satesac.make_agent(args, f, d, args.context_dim, torch.device("cpu")) for _ in range(2)]
+        direct = sami_direct.Direct(satesac.make_agent(args, f, d, args.context_dim, torch.device("cpu")), args)
+
+        def autograd(times: int) -> None:
+            for _ in range(times):
+                direct.update(batch, contrast, noise, next_noise)
+
+        @torch.no_grad()
+        def learn(update: Callable, agent: dict, times: int) -> None:
+            for _ in range(times):
+                update(agent, batch, contrast, noise, next_noise, args)
+
+        compiled = torch.compile(satesac.update, fullgraph=True, dynamic=False)
+        pairs = (args.contrast_trajectories * args.contrast_steps // 2) ** 2
+        title = (f"SaTESAC, {args.batch_size} transitions, networks {args.hidden}, LSTM {args.encoder_hidden}, windows of "
+                 f"{args.window}, twice {pairs} pairs")
+        rows += measure(f"sami, sizes of {name}", title, "updates", [
+            Contender("autograd", autograd), Contender('autograd, matmul "medium"', autograd, "medium"),
+            Contender("one encoder call, eager", partial(learn, satesac.update, agents[0]), fast),
+            Contender("one encoder call, one graph", partial(learn, compiled, agents[1]), fast)], share, rounds)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"  peak of resident memory so far, all four: {peak / 2 ** 20:.2f} GiB")
+    return rows
+
+
 def describe_cpu() -> str:
     """Name of the processor, as far as the system tells, and the instructions torch uses on it."""
     info = Path("/proc/cpuinfo")
@@ -610,7 +656,7 @@ def main() -> int:
         if importlib.util.find_spec(module) is None:
             print(f"speed: {module} is not installed; pip install {package}", file=sys.stderr)
             return 2
-    if flags.threads or flags.algo in ("stream", "meow"):
+    if flags.threads or flags.algo in ("stream", "meow", "sami"):
         torch.set_num_threads(flags.threads or 1)
     full, rounds = not flags.quick, flags.rounds or (2 if flags.quick else 7)
 
@@ -620,7 +666,8 @@ def main() -> int:
     rows = {"sac": lambda: time_sac(full, rounds), "td3": lambda: time_td3(full, rounds),
             "ppo": lambda: time_ppo(full, rounds),
             "stream": lambda: time_stream(2000 if full else 100, rounds, compiled=full),
-            "meow": lambda: time_meow(100 if full else 5, rounds, compiled=full)}[flags.algo]()
+            "meow": lambda: time_meow(100 if full else 5, rounds, compiled=full),
+            "sami": lambda: time_sami(full, rounds)}[flags.algo]()
     if flags.csv:
         with flags.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *machine])

@@ -146,7 +146,7 @@ def play(act: Callable, vec: VectorEnv, share: int, seed: int) -> Episodes:
         action, context = act(obs, began)
         obs, reward, terminated, truncated, info = vec.step(action)
         total, length, step = total + reward, length + 1, step + 1
-        if step % EVERY == 1:
+        if step % EVERY == 0:
             contexts.append(context)
         began = terminated | truncated
         for i in np.flatnonzero(began):
@@ -157,7 +157,7 @@ def play(act: Callable, vec: VectorEnv, share: int, seed: int) -> Episodes:
             total[i] = length[i] = 0
     rows.sort(key=lambda row: row[0])
     columns = list(zip(*rows))
-    return Episodes(*map(np.array, columns[:5]), torch.stack(columns[5]), torch.stack(contexts))
+    return Episodes(*map(np.array, columns[:5]), torch.stack(columns[5]), torch.stack(contexts or [context]))
 
 
 def summary(episodes: Episodes) -> dict[str, float]:

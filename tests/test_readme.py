@@ -19,6 +19,7 @@ import runtime
 TREE = ROOT / "algos" / "README.md"
 FEW_SAC = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32",
            "--updates-per-step", "0.05", "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
+FEW_SPLITS = [*FEW_SAC, "--horizon", "10", "--encoder-hidden", "8"]
 FEW_DDPG = [*FEW_SAC, "--learning-starts", "100"]
 FEW_DQN = [*(word for word in FEW_DDPG if word not in ("--updates-per-step", "0.05")), "--train-every", "100",
            "--updates", "2"]
@@ -35,6 +36,7 @@ WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": F
          "ppo": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
          "a2c": FEW_A2C, "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH, "dqn": FEW_DQN,
          "ppo_rnd": FEW_PPO, "bk_code": FEW_PPO, "bk_pref": FEW_PPO, "bk_goal": FEW_PPO,
+         "tesac": FEW_SPLITS, "ccm": FEW_SPLITS, "satesac": FEW_SPLITS, "saccm": FEW_SPLITS,
          "stream_ac": FEW_STREAM, "stream_q": FEW_STREAM, "stream_td": FEW_SERIES}
 OPTIONAL = {"MinAtar/": "minatar", "dm_control/": "dm_control", "NoFrameskip": "ale_py",
             "Crafter-": "crafter"}  # requirements-envs.txt

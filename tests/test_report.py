@@ -82,6 +82,22 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian none"]
 
 
+def test_parts_of_the_tasks_are_gathered_apart(tmp_path, monkeypatch):
+    """eval-extreme.csv as an environment of its own, beside that of eval.csv, under the same variant."""
+    monkeypatch.setattr(curves, "RESULTS", tmp_path / "algos" / "results")
+    shutil.copytree(ROOT / "algos", tmp_path / "algos")
+    args = curves.defaults("satesac") | {"env": "Walker-dyn-v0", "total_timesteps": 9, "fixed_weight": True}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"algo": "satesac", "args": args}))
+    for name, value in (("eval", 5), ("eval-extreme", 2)):
+        (tmp_path / "run" / f"{name}.csv").write_text("step,wall_s,episodes,return_mean,return_std,success_rate,"
+                                                      f"length_mean\n9,1,8,{value},0,nan,50\n")
+    curves.gather([str(tmp_path / "run")])
+    for env, value in (("Walker-dyn-v0", 5), ("Walker-dyn-v0-extreme", 2)):
+        found = curves.load_curves(curves.RESULTS / "satesac" / f"{env}.csv", "return_mean")
+        assert {name: [c.scores for c in seeds] for name, seeds in found.items()} == {"satesac --fixed-weight": [[value]]}
+
+
 def test_online_returns_are_means_of_episodes_and_keep_divergence(tmp_path):
     nan = float("nan")
     logged = [(100, nan), (150, 2.0), (200, 4.0), (250, 6.0), (350, nan), (450, 1.0), (480, nan)]
