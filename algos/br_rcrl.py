@@ -36,7 +36,7 @@ from networks import adam, adam_state, init_mlp, mlp
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 500  # updates
 CURVE = [1.0, 0.5, 0.2, 0.1, 0.05, 0.02]  # c of --curve
-DFO_STEPS, DFO_NOISE, DFO_SHRINK = 5, 0.5, 0.9  # of the search for an action
+DFO_STEPS, DFO_NOISE, DFO_SHRINK = 5, 0.5, 0.5  # of the search for an action; as published it shrinks by 0.9
 TARGET_STEP = 0.005  # Polyak step of the target network, with --discrete td
 
 
@@ -48,9 +48,9 @@ class Args:
     seed: int = 1  # of all that is random: networks, batches, candidates
     total_timesteps: int = 20_000  # updates; with --resume: a new total
     num_envs: int = 10  # environments that evaluations step together, at most
-    eval_every: int = 5000  # updates between evaluations; 0: only at start and end
+    eval_every: int = 10_000  # updates between evaluations; 0: only at start and end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
-    checkpoint_every: int = 5000  # updates between checkpoints; 0: only at the end
+    checkpoint_every: int = 10_000  # updates between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start
@@ -71,13 +71,13 @@ class Args:
     vmax: float | None = None  # return at which they end; not given: the 99.9 % quantile
     hidden: str = "256x3"  # hidden layers of every network, width x depth
     learning_rate: float = 5e-4  # Adam
-    batch_size: int = 256  # samples per update
+    batch_size: int = 128  # samples per update
     drop_tail: int = 0  # last steps of cut episodes to leave out: their returns are too small
     negatives: int = 32  # candidates of (2) beside the data's action, half from beta, half uniform
     nce_correct: bool = False  # subtract the log-density that candidates are drawn with, which (2) lacks
     rtg_weight: float = 1.0  # of -log p(R|s, a) in the loss
     c: float = 0.05  # fraction of outcomes to ask for
-    samples: int = 256  # actions that (3) tries in each of its steps
+    samples: int = 128  # actions that (3) tries in each of its steps
     query: float = 1.0  # rcrl: quantile of the data's returns that the policy is given; 1: the largest
     curve: bool = False  # at the end, or with --evaluate: an evaluation for each c of CURVE
 

@@ -230,25 +230,19 @@ def draw_landscape(flow: dict, folder: Path, args: Args) -> torch.Tensor:
         path=folder / "video" / "landscape.png", seed=10_000 * args.seed + 9_000)
 
 
-def draw_bits(args: Args) -> torch.Tensor:
-    """16 random bits for each hidden unit that an update may drop, (couplings, depth, B, width) int16. Four of these
-    come from one draw of 64: a draw for each would take as long as a third of the update."""
+def draw_kept(args: Args) -> torch.Tensor:
+    """Dropout of one update: which hidden units of the couplings are kept, (couplings, depth, B, width) bool. A draw of
+    64 bits serves four units: one for each would take as long as a fifth of the update."""
     width, *others = runtime.hidden_layers(args.hidden)
     rows = args.batch_size * (2 if args.double_pass else 1)
     shape = (args.couplings, 1 + len(others), rows, width)
-    drawn = torch.empty(math.ceil(math.prod(shape) / 4), dtype=torch.int64).random_(-2 ** 63, None)
-    return drawn.view(torch.int16)[:math.prod(shape)].view(shape)
+    drawn = torch.empty(math.ceil(math.prod(shape) / 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+    return (drawn >= round(args.dropout * 2 ** 16) - 2 ** 15)[:math.prod(shape)].view(shape)
 
 
-def dropout_factors(bits: torch.Tensor, args: Args) -> torch.Tensor:
-    """0 for a share `dropout` of the units, 1 / (1 - dropout) for the others."""
-    kept = bits >= round(args.dropout * 2 ** 16) - 2 ** 15
-    return kept / (1 - args.dropout)
-
-
-def critic_loss(flow: dict, batch: Batch, target_q: torch.Tensor, bits: torch.Tensor, args: Args):
+def critic_loss(flow: dict, batch: Batch, target_q: torch.Tensor, kept: torch.Tensor, args: Args):
     """(4), target_q (B, 1); and Q_i, (B, 2)."""
-    obs, action, keep = batch.obs, batch.action, dropout_factors(bits, args)
+    obs, action, keep = batch.obs, batch.action, kept / (1 - args.dropout)
     if args.double_pass:
         q = action_values(flow, obs.repeat(2, 1), action.repeat(2, 1), keep, args)  # (2B, 2)
         q = torch.stack([q[:len(obs), 0], q[len(obs):, -1]], 1)  # (B, 2): the first pass for Q_1, the second for Q_2
@@ -269,13 +263,13 @@ def make_agent(args: Args, f: int, d: int, device: torch.device) -> dict:
     return tree_map(lambda x: x.to(device), agent)
 
 
-def update(agent: dict, batch: Batch, bits: torch.Tensor, args: Args) -> dict:
+def update(agent: dict, batch: Batch, kept: torch.Tensor, args: Args) -> dict:
     """One step of the flow and of its target. Changes `agent` in place, returns what is logged."""
     flow, target, moments, count = (agent[name] for name in ("flow", "target", "moments", "count"))
     count += 1
     next_value = state_values(target, batch.next_obs, args).amin(1, keepdim=True)  # (B, 1), no dropout
     target_q = batch.reward + args.gamma * (1 - batch.terminated) * next_value  # a time limit bootstraps
-    grads, (loss, q) = torch.func.grad_and_value(critic_loss, has_aux=True)(flow, batch, target_q, bits, args)
+    grads, (loss, q) = torch.func.grad_and_value(critic_loss, has_aux=True)(flow, batch, target_q, kept, args)
     # Actions near +-1 are far out in z: the loss of one of them can be larger than that of all others.
     norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
     scale = (args.grad_clip / (norm + 1e-6)).clamp(max=1)
@@ -343,7 +337,7 @@ def main(args: Args) -> dict[str, float]:
             loop["updates_owed"] += args.num_envs * args.updates_per_step
         while loop["updates_owed"] >= 1:
             loop["updates_owed"] -= 1
-            inputs = (buffer.sample(args.batch_size), draw_bits(args))
+            inputs = (buffer.sample(args.batch_size), draw_kept(args))
             scalars.add(learn(agent, *tree_map(lambda x: x.to(device), inputs), args))
 
         # log, evaluate, save

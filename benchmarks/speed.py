@@ -619,7 +619,7 @@ def time_meow(share: int, rounds: int, compiled: bool) -> list[dict]:
         @torch.no_grad()
         def run(updates: int) -> None:
             for _ in range(updates):
-                learn(agent, buffer.sample(args.batch_size), meow.draw_bits(args), args)
+                learn(agent, buffer.sample(args.batch_size), meow.draw_kept(args), args)
         return run
 
     plain = modules(False)

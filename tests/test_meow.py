@@ -9,7 +9,7 @@ import torch
 import envs
 import runtime
 from algos import meow
-from algos.meow import (Args, Batch, action_values, decide, draw_bits, dropout_factors, generate, init_net, invert,
+from algos.meow import (Args, Batch, action_values, decide, draw_kept, generate, init_net, invert,
                         log_sigma, make_agent, mask, sampled_value, shifts, state_values, update, with_preset)
 from benchmarks import curves, meow_modules
 from envs import multigoal
@@ -141,7 +141,7 @@ def test_target():
     batch = one_batch(args, 3, 1)._replace(reward=torch.ones(2, 1), terminated=torch.tensor([[0.0], [1.0]]))
     with torch.no_grad():
         assert state_values(agent["target"], batch.next_obs, args)[0].tolist() == pytest.approx([2.0, 1.5], abs=1e-5)
-        scalars = update(agent, batch, draw_bits(args), args)
+        scalars = update(agent, batch, draw_kept(args), args)
     assert scalars["target_q"].item() == pytest.approx((2.485 + 1.0) / 2, abs=1e-5)
 
 
@@ -174,13 +174,15 @@ def test_actions_at_the_edge(double):
 def test_dropout():
     args = settings()
     flow, batch = random_flow(args, 5, 3), one_batch(args, 5, 3)
-    factors = [dropout_factors(draw_bits(args), args) for _ in range(2)]
-    assert factors[0].shape == (4, 2, 64, 64)
-    assert factors[0].unique().tolist() == pytest.approx([0.0, 1 / 0.9])
-    assert (factors[0] == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
-    q = [action_values(flow, batch.obs, batch.action, keep, args) for keep in (*factors, None, None)]
+    kept = [draw_kept(args) for _ in range(2)]
+    assert kept[0].shape == (4, 2, 64, 64)
+    assert kept[0].float().mean().item() == pytest.approx(0.9, abs=0.005)
+    keeps = kept[0] / 0.9, kept[1] / 0.9, None, None
+    q = [action_values(flow, batch.obs, batch.action, keep, args) for keep in keeps]
     assert not torch.equal(q[0], q[1]) and torch.equal(q[2], q[3])
-    assert (dropout_factors(draw_bits(settings(dropout=0.0)), settings(dropout=0.0)) == 1).all()
+    assert draw_kept(settings(dropout=0.0)).all()
+    _, dropped = meow.critic_loss(flow, batch, torch.zeros(64, 1), kept[0], args)
+    assert torch.allclose(dropped, q[0], atol=1e-5)  # those that are kept count for more
 
 
 def test_the_integral_over_actions_is_the_value():
@@ -199,13 +201,13 @@ def compare(args: Args, learn, updates: int, tolerance: float) -> None:
     plain.load(agent["flow"])
     before = {name: p.clone() for name, p in agent["flow"].items()}
     for _ in range(updates):
-        batch, bits = one_batch(args, f, d), draw_bits(args)
-        for coupling, factors in zip(plain.flow.couplings, dropout_factors(bits, args)):
+        batch, kept = one_batch(args, f, d), draw_kept(args)
+        for coupling, factors in zip(plain.flow.couplings, kept / (1 - args.dropout)):
             dropouts = [module for module in coupling if isinstance(module, meow_modules.Dropout)]
             for module, factor in zip(dropouts, factors):
                 module.factors = factor
         with torch.no_grad():
-            scalars = learn(agent, batch, bits, args)
+            scalars = learn(agent, batch, kept, args)
         loss = plain.update(batch)
     assert scalars["critic_loss"].item() == pytest.approx(loss.item(), rel=1e-3)
     assert scalars["grad_norm"].item() > args.grad_clip  # clipping was at work
@@ -238,20 +240,20 @@ def test_ablations_and_the_double_pass():
         args = settings(**kwargs)
         agent, batch = make_agent(args, 5, 3, CPU), one_batch(args, 5, 3)
         before = {name: p.clone() for name, p in agent["flow"].items()}
-        bits = draw_bits(args)
+        kept = draw_kept(args)
         assert shifts(agent["flow"], batch.obs).shape == (64, columns)
         with torch.no_grad():
             target_q = torch.zeros(64, 1)
-            _, q = meow.critic_loss(agent["flow"], batch, target_q, bits, args)
-            update(agent, batch, bits, args)
+            _, q = meow.critic_loss(agent["flow"], batch, target_q, kept, args)
+            update(agent, batch, kept, args)
         assert q.shape == (64, columns)
         assert all(not torch.equal(p, before[name]) for name, p in agent["flow"].items() if name.endswith("2.bias"))
         if not args.lrs:  # no shift is left, and the values are those of the bare flow
             assert not any(name.startswith("shift") for name in agent["flow"])
         if args.double_pass:  # each Q has its own mask: both halves of the first pass' factors
-            keep = dropout_factors(bits, args)
+            keep = kept / (1 - args.dropout)
             fresh = make_agent(args, 5, 3, CPU)["flow"]
-            _, q = meow.critic_loss(fresh, batch, target_q, bits, args)
+            _, q = meow.critic_loss(fresh, batch, target_q, kept, args)
             for i, half in enumerate((keep[:, :, :64], keep[:, :, 64:])):
                 alone = action_values(fresh, batch.obs, batch.action, half, args)
                 assert torch.allclose(q[:, i], alone[:, i], atol=1e-5)
@@ -281,7 +283,7 @@ def test_one_step_bandit_is_learned():
             obs = torch.randn(128, 2)
             action = decide(agent["flow"], obs, torch.randn(128, 1), args).action
             batch = Batch(obs, action, -5 * (action - 0.3).square(), torch.ones(128, 1), obs)
-            update(agent, batch, draw_bits(args), args)
+            update(agent, batch, draw_kept(args), args)
         obs = torch.randn(2000, 2)
         value = state_values(agent["flow"], obs, args).mean().item()
         drawn = decide(agent["flow"], obs, torch.randn(2000, 1), args).action
