@@ -193,6 +193,23 @@ def test_labels_that_contradict_themselves():
         0, 1, .5, -1, -1, -1]
 
 
+def test_a_model_is_asked_in_both_orders(small, tmp_path):
+    """Answers of a person stand for those of a model: three pairs, then the same ones the other way round."""
+    said = ["[Rank]\nA > B", "[Rank]\nB > A", "[Rank] A = B", "[Rank]\nB > A", "[Rank]\nB > A", "[Rank] A = B"]
+    (tmp_path / "answers.md").write_text("\n===\n".join(said))
+    args = label_preferences.Args(dataset=str(small), env=GRID, annotator="model", pairs=3, workers=1,
+                                  by_hand=str(tmp_path / "answers.md"), recordings=str(tmp_path / "said.jsonl"),
+                                  out=str(tmp_path / "labels.jsonl"))
+    meta, *rows = map(json.loads, label_preferences.main(args).read_text().splitlines())
+    assert [row["label"] for row in rows] == [0, -1, 0.5]  # the second pair was judged by its order
+    assert meta["source"] == "handwritten" and meta["contradicts_itself"] == pytest.approx(1 / 3)
+    replayed = label_preferences.Args(**{**vars(args), "by_hand": "", "out": str(tmp_path / "again.jsonl")})
+    assert label_preferences.main(replayed).read_text() == (tmp_path / "labels.jsonl").read_text()
+    system, user = label_preferences.question(Dataset(small).segment(0, 0, 2), Dataset(small).segment(1, 0, 2),
+                                              "minigrid", WORDS)
+    assert "A > B" in system["content"] and user["content"].startswith("A:\nStep by step:\n1. You ")
+
+
 def segment(*captions, actions=None):
     return Segment(0, 0, {}, np.array(actions or [2] * (len(captions) - 1)), list(captions))
 
