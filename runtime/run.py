@@ -237,8 +237,9 @@ class Means:
 
     def add(self, scalars: dict[str, torch.Tensor]) -> None:
         for name, x in scalars.items():
-            total = self.totals.get(name, torch.zeros(()))
-            self.totals[name] = total.to(x.device) + x  # what a checkpoint brought is on the CPU
+            if name in self.totals:
+                x = self.totals[name].to(x.device) + x  # what a checkpoint brought is on the CPU
+            self.totals[name] = x
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, torch.Tensor]:
