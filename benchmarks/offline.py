@@ -122,16 +122,19 @@ def main() -> None:
     with torch.no_grad():
         parts = [gather(name, flags.env, share, 1000 * flags.seed + i) for i, name in enumerate(flags.policies)]
         expert = (flags.expert or flags.policies[-1]).partition("@")[0].replace("replay:", "run:")
-        meta = {"env": envs.resolve(flags.env), "policies": flags.policies, "seed": flags.seed,
-                "digests": [digest(name) for name in flags.policies], "expert": expert,
-                "ref_min": reference("random", flags.env, 1000 * flags.seed + 500),
-                "ref_max": reference(expert, flags.env, 1000 * flags.seed + 501),
-                "versions": {name: version(name) for name in ("gymnasium", "mujoco", "numpy", "torch")}}
+        low, high = (reference(name, flags.env, 1000 * flags.seed + 500) for name in ("random", expert))
+    meta = {"env": envs.resolve(flags.env), "policies": flags.policies, "seed": flags.seed, "expert": expert,
+            "digests": [digest(name) for name in flags.policies],
+            "versions": {name: version(name) for name in ("gymnasium", "mujoco", "numpy", "torch")}}
+    if low < high:
+        meta |= {"ref_min": low, "ref_max": high}
+        scores = f"{low:.1f} counts as 0, {high:.1f} as 100"
+    else:
+        scores = f"no normalized scores: {expert} returns {high:.1f}, random {low:.1f}; --expert names a better one"
     data = offline.join(parts, meta)
     offline.save(flags.out, data)
     print(f"{flags.out}: {len(data.rew)} steps, {len(data.starts) - 1} episodes, returns {data.returns.min():.1f} to "
-          f"{data.returns.max():.1f}, mean {data.returns.mean():.1f}; {meta['ref_min']:.1f} counts as 0, "
-          f"{meta['ref_max']:.1f} as 100")
+          f"{data.returns.max():.1f}, mean {data.returns.mean():.1f}; {scores}")
 
 
 if __name__ == "__main__":

@@ -594,7 +594,6 @@ def time_meow(share: int, rounds: int, compiled: bool) -> list[dict]:
     """Updates of MEow at Hopper's size, beside the same maths with modules, autograd and torch.optim."""
     torch.compiler.reset()
     torch.manual_seed(1)
-    fast = "medium" if use_fast_matmul(torch.device("cpu")) else "highest"
     args, f, d, device = meow.with_preset(meow.Args(env="Hopper-v4")), 11, 3, torch.device("cpu")
     buffer = ReplayBuffer(FILL, 1, 1, f, d)
     for _ in range(FILL):
@@ -624,10 +623,10 @@ def time_meow(share: int, rounds: int, compiled: bool) -> list[dict]:
 
     plain = modules(False)
     contenders = [Contender("modules", plain), Contender('modules, matmul "medium"', plain, "medium"),
-                  Contender("ours, eager", ours(False), fast)]
+                  Contender("ours, eager", ours(False))]
     if compiled:  # a graph holds for the precision it was compiled at
-        contenders += [Contender("modules, parts compiled", modules(True), fast),
-                       Contender("ours, one graph", ours(True), fast)]
+        contenders += [Contender("modules, parts compiled", modules(True)), Contender("ours, one graph", ours(True)),
+                       Contender('ours, one graph, "medium"', ours(True), "medium")]
     return measure("meow", "one update of flow and target, sampling and dropout included; 11 features, 3 actions, batch "
                    "256, networks 64x2 and 256x2", "updates", contenders, share, rounds)
 

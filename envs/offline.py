@@ -114,8 +114,11 @@ def from_replay(buffer: dict[str, torch.Tensor], num_envs: int, f: int, d: int, 
     for stream in streams:
         # A time limit is not stored; it shows in a next observation that is not the next row's observation.
         jumps = (next_obs[stream[:-1]] != obs[stream[1:]]).any(1)
-        ends = np.flatnonzero(terminated[stream] | np.append(jumps, False) | ((left[stream] == 0) & bool(left.any())))
-        begin = 0
+        over = terminated[stream] | np.append(jumps, False) | ((left[stream] == 0) & bool(left.any()))
+        begin, ends = 0, np.flatnonzero(over).tolist()
+        last = ends[-1] + 1 if ends else 0  # row after the last end that shows; what follows may be whole
+        if len(stream) - last == vec.max_episode_steps:
+            ends.append(len(stream) - 1)
         for end in ends:
             part = stream[begin:end + 1]
             cut = np.zeros(len(part), bool)

@@ -296,9 +296,10 @@ def filled_buffer(num_envs: int, steps: int, capacity: int, horizon: int = 1) ->
     return buffer, seen
 
 
-@pytest.mark.parametrize("capacity, horizon", [(10_000, 1), (1003, 1), (10_000, 200)])
-def test_a_replay_buffer_gives_its_episodes(capacity, horizon):
-    buffer, seen = filled_buffer(3, 450, capacity, horizon)
+@pytest.mark.parametrize("steps, capacity, horizon", [(450, 10_000, 1), (400, 10_000, 1), (450, 1003, 1),
+                                                      (450, 10_000, 200)])
+def test_a_replay_buffer_gives_its_episodes(steps, capacity, horizon):
+    buffer, seen = filled_buffer(3, steps, capacity, horizon)
     vec = envs.make_vec("Pendulum-v1", 1)
     data = offline.from_replay(buffer.state_dict(), 3, 3, 1, vec)
     whole = 3 if capacity == 1003 else 6  # 450 steps hold two episodes each; a ring of 334 steps each one
