@@ -151,7 +151,7 @@ def test_it_learns_faster_with_a_good_policy_than_without(tmp_path):
 
 
 def test_keys_are_taken_over_by_name(tmp_path, capsys):
-    """Attention of one run goes on in the next: query, statistics and known keys; its inner policy has another name."""
+    """Attention of one run goes on in the next: query, statistics and known keys; its inner policy becomes external."""
     small = dict(env="tests.tasks:Point-v0", num_envs=4, hidden="8x1", batch_size=16, updates_per_step=0.02,
                  compile=False, eval_every=0, eval_episodes=1, checkpoint_every=0, device="cpu", total_timesteps=120)
     file = tasks.__file__
@@ -159,8 +159,7 @@ def test_keys_are_taken_over_by_name(tmp_path, capsys):
     (tmp_path / "new.py").write_text("def rule(obs):\n    return 0 * obs['desired_goal']\n")
     capsys.readouterr()
     sac_kian.main(Args(**(small | {"updates_per_step": 1e-6}), run_dir=str(tmp_path / "new"),
-                       init_from=str(tmp_path / "old"),
-                       knowledge=f"{file}:approach,{tmp_path / 'new.py'},inner:{tmp_path / 'old'}"))
+                       init_from=str(tmp_path / "old"), knowledge=f"{file}:approach,{tmp_path / 'new.py'}"))
     assert "keys taken over: tasks.approach, inner.old; fresh: inner, new.rule\n" in capsys.readouterr().err
     old, new = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("old", "new"))
     theirs, ours = old["agent"]["actor"], new["agent"]["actor"]
