@@ -319,11 +319,11 @@ def main(args: Args) -> dict[str, float]:
         return torch.cat([normalizer(rows[..., :f]), rows[..., f:]], -1)
 
     def choose(rows: torch.Tensor, noise: torch.Tensor, wrong: bool = False) -> tuple[Decision, torch.Tensor]:
-        """Decision and context (B, c) in windows (W, B, width); `wrong`: on the context of the row before."""
+        """Decision and context (B, c) in windows (W, B, width); `wrong`: on the context of half a batch away."""
         inputs, noise = tree_map(lambda x: x.to(device), (look(rows), noise))
         state = with_context(agent["critic"], inputs, d)
         if wrong:
-            state = torch.cat([state[:, :f], state[:, f:].roll(1, 0)], 1)
+            state = torch.cat([state[:, :f], state[:, f:].roll(len(state) // 2, 0)], 1)
         return tree_map(lambda x: x.cpu(), (decide(agent["actor"], state, noise, args), state[:, f:]))
 
     def policy(rows: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 A player is what a script gives: `player(num, tasks)` returns a function of observations and of which copies begin an
 episode with them (num,) bool -> (actions (num, d) in the bounds of the action space, contexts (num, c)). `tasks`
-(num, p) are the true ones, as numbers; with `wrong=True` each copy acts on the context of the copy before it.
+(num, p) are the true ones, as numbers; with `wrong=True` each copy acts on the context of another one, half of the list
+of tasks away: neighbours may differ in their mass alone.
 """
 import json
 import sys

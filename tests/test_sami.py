@@ -158,6 +158,14 @@ def test_without_weight_it_is_tesac():
     assert moved == {k for k in plain["critic"] if k.startswith("encoder")}
 
 
+def test_a_wrong_context_is_that_of_another_joint():
+    """Half of the list away, in all families that cripple in training: no task keeps what is crippled."""
+    for name in ("CrippledHalfCheetah", "CrippledAnt"):
+        crippled = [task["crippled"] for task in envs.all_tasks(f"{name}-dyn-v0", "train")]
+        half = len(crippled) // 2
+        assert all(a != b for a, b in zip(crippled, crippled[-half:] + crippled[:-half]))
+
+
 @torch.no_grad()
 def test_who_trains_the_encoder():
     """The critics do; the actor, whose noise differs here, does not; the momentum encoder only follows."""
@@ -342,7 +350,7 @@ def test_evaluation_plays_every_task():
 
     def player(num, tasks, wrong=False):
         context = torch.from_numpy(tasks)
-        context = context.roll(1, 0) if wrong else context
+        context = context.roll(num // 2, 0) if wrong else context
 
         def act(obs, began):
             return 0.3 * np.sign(context.numpy()[:, 2:] - 0.5), context
