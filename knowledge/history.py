@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from knowledge.registry import KnowledgeError
+
 READ = {"image": (7, 7, 3), "view": (9, 7), "status": (20,)}  # what potentials and captions read of observations
 
 
@@ -22,8 +24,11 @@ class History(NamedTuple):
         return History({name: x[index] for name, x in self.obs.items()}, self.action[index], self.step[index])
 
     def tail(self, horizon: int) -> "History":
-        """The same with the last `horizon` steps alone."""
+        """The same with the last `horizon` steps alone. Raises KnowledgeError where there are fewer."""
         skipped = self.action.shape[1] - horizon
+        if skipped < 0:
+            raise KnowledgeError(f"this potential reads {horizon} steps of the past, not {self.action.shape[1]}; use "
+                                 f"--horizon {horizon}")
         return History({name: x[:, skipped:] for name, x in self.obs.items()}, self.action[:, skipped:], self.step)
 
 
