@@ -146,6 +146,7 @@ def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     return torch.cat([obs, action], 1)
 
 
+# twin: contrast
 class Contrast(NamedTuple):
     windows: torch.Tensor  # (W, B', width): of the positive trajectories, then of the negative ones
     weight: torch.Tensor  # () of their loss
@@ -261,19 +262,6 @@ def make_player(choose: Callable, vec: envs.VectorEnv, width: int, args: Args) -
     return player
 
 
-def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Episodes (n,) of a random task, then of another one, and the weight () of comparing them: kappa, 0 while only one
-    task has been played."""
-    n, tasks = args.contrast_trajectories, buffer.task.bincount().nonzero()[:, 0].tolist()
-    if len(tasks) < 2:
-        return torch.zeros(n, dtype=torch.long), torch.tensor(0.0)
-    drawn = []
-    for i, count in zip(torch.randperm(len(tasks)).tolist(), (n - negatives(args), negatives(args))):
-        recent = buffer.latest(tasks[i], RECENT)
-        drawn.append(recent[torch.randint(len(recent), (count,))])
-    return torch.cat(drawn), torch.tensor(args.kappa)
-
-
 def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args) -> Contrast:
     """Random windows of the episodes that are drawn."""
     drawn, weight = draw_trajectories(buffer, args)
@@ -287,6 +275,20 @@ def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args)
     windows = look(buffer.windows(episode, step))
     other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
     return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
+# twin end
+
+
+def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Episodes (n,) of a random task, then of another one, and the weight () of comparing them: kappa, 0 while only one
+    task has been played."""
+    n, tasks = args.contrast_trajectories, buffer.task.bincount().nonzero()[:, 0].tolist()
+    if len(tasks) < 2:
+        return torch.zeros(n, dtype=torch.long), torch.tensor(0.0)
+    drawn = []
+    for i, count in zip(torch.randperm(len(tasks)).tolist(), (n - negatives(args), negatives(args))):
+        recent = buffer.latest(tasks[i], RECENT)
+        drawn.append(recent[torch.randint(len(recent), (count,))])
+    return torch.cat(drawn), torch.tensor(args.kappa)
 
 
 @torch.no_grad()  # gradients are taken by torch.func, inside `update`

@@ -146,6 +146,7 @@ def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     return torch.cat([obs, action], 1)
 
 
+# twin: contrast
 class Contrast(NamedTuple):
     windows: torch.Tensor  # (W, B', width): of the positive trajectories, then of the negative ones
     weight: torch.Tensor  # () of their loss
@@ -261,6 +262,22 @@ def make_player(choose: Callable, vec: envs.VectorEnv, width: int, args: Args) -
     return player
 
 
+def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args) -> Contrast:
+    """Random windows of the episodes that are drawn."""
+    drawn, weight = draw_trajectories(buffer, args)
+    episode = drawn.repeat_interleave(args.contrast_steps)
+    step = (torch.rand(len(episode)) * buffer.length[episode]).long()
+    if not args.official:
+        return Contrast(look(buffer.windows(episode, step)), weight)
+    # The paper's code also counts steps after the end, with embeddings of zero, and takes the actions of the trajectory
+    # before, of the same environment and one step too late.
+    step = torch.randint(buffer.horizon + 1, (len(episode),))
+    windows = look(buffer.windows(episode, step))
+    other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
+    return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
+# twin end
+
+
 def return_gap_weight(positive: torch.Tensor, negative: torch.Tensor, kappa: float) -> torch.Tensor:
     """clip(kappa * (mean - mean), 0, 1) of the mean rewards of trajectories."""
     return (kappa * (positive.mean() - negative.mean())).clamp(0, 1)
@@ -281,21 +298,6 @@ def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tenso
             gap = return_gap_weight(buffer.mean_reward[good], buffer.mean_reward[poor], args.kappa)
             return torch.cat([good, poor]), torch.tensor(args.kappa) if args.fixed_weight else gap
     return torch.zeros(n, dtype=torch.long), torch.tensor(0.0)
-
-
-def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args) -> Contrast:
-    """Random windows of the episodes that are drawn."""
-    drawn, weight = draw_trajectories(buffer, args)
-    episode = drawn.repeat_interleave(args.contrast_steps)
-    step = (torch.rand(len(episode)) * buffer.length[episode]).long()
-    if not args.official:
-        return Contrast(look(buffer.windows(episode, step)), weight)
-    # The paper's code also counts steps after the end, with embeddings of zero, and takes the actions of the trajectory
-    # before, of the same environment and one step too late.
-    step = torch.randint(buffer.horizon + 1, (len(episode),))
-    windows = look(buffer.windows(episode, step))
-    other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
-    return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
 
 
 @torch.no_grad()  # gradients are taken by torch.func, inside `update`

@@ -148,6 +148,7 @@ def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     return torch.cat([obs, action], 1)
 
 
+# twin: contrast
 class Contrast(NamedTuple):
     windows: torch.Tensor  # (W, B', width): of the positive trajectories, then of the negative ones
     weight: torch.Tensor  # () of their loss
@@ -263,6 +264,22 @@ def make_player(choose: Callable, vec: envs.VectorEnv, width: int, args: Args) -
     return player
 
 
+def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args) -> Contrast:
+    """Random windows of the episodes that are drawn."""
+    drawn, weight = draw_trajectories(buffer, args)
+    episode = drawn.repeat_interleave(args.contrast_steps)
+    step = (torch.rand(len(episode)) * buffer.length[episode]).long()
+    if not args.official:
+        return Contrast(look(buffer.windows(episode, step)), weight)
+    # The paper's code also counts steps after the end, with embeddings of zero, and takes the actions of the trajectory
+    # before, of the same environment and one step too late.
+    step = torch.randint(buffer.horizon + 1, (len(episode),))
+    windows = look(buffer.windows(episode, step))
+    other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
+    return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
+# twin end
+
+
 def return_gap_weight(positive: torch.Tensor, negative: torch.Tensor, kappa: float) -> torch.Tensor:
     """clip(kappa * (mean - mean), 0, 1) of the mean rewards of trajectories."""
     return (kappa * (positive.mean() - negative.mean())).clamp(0, 1)
@@ -278,21 +295,6 @@ def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tenso
         return drawn, torch.tensor(args.kappa)
     good, poor = buffer.mean_reward[drawn].split([len(drawn) - negatives(args), negatives(args)])
     return drawn, return_gap_weight(good, poor, args.kappa)
-
-
-def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args) -> Contrast:
-    """Random windows of the episodes that are drawn."""
-    drawn, weight = draw_trajectories(buffer, args)
-    episode = drawn.repeat_interleave(args.contrast_steps)
-    step = (torch.rand(len(episode)) * buffer.length[episode]).long()
-    if not args.official:
-        return Contrast(look(buffer.windows(episode, step)), weight)
-    # The paper's code also counts steps after the end, with embeddings of zero, and takes the actions of the trajectory
-    # before, of the same environment and one step too late.
-    step = torch.randint(buffer.horizon + 1, (len(episode),))
-    windows = look(buffer.windows(episode, step))
-    other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
-    return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
 
 
 @torch.no_grad()  # gradients are taken by torch.func, inside `update`

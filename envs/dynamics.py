@@ -24,7 +24,8 @@ import numpy as np
 
 from envs.franka import FrankaVectorEnv
 from envs.ids import EnvError
-from envs.vector import Observation, Threads, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
+from envs.vector import Observation, mujoco_restore, mujoco_snapshot, narrow_goals
+from envs.world import WorldEnv, WorldVectorEnv, check_actions
 
 ASSETS = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"  # v5's walker2d_v5.xml has another foot friction
 SPLITS = ("train", "moderate", "extreme")
@@ -255,10 +256,7 @@ class World:
 
     def aim(self, action: np.ndarray) -> None:
         """Actions (num, d) of all copies: what `advance` will do. Raises EnvError for another shape or NaN."""
-        if action.shape != self.mask.shape:
-            raise EnvError(f"actions have shape {action.shape}; this task takes {self.mask.shape}: one row per copy")
-        if not np.isfinite(action).all():
-            raise EnvError(f"actions hold {action[~np.isfinite(action)][0]}; give finite numbers")
+        check_actions(action, self.mask.shape)
         low, high = self.base.actuator_ctrlrange.T
         self.ctrl = np.clip(action, low, high) * self.mask
         self.before = self.qpos[:, 0].copy(), self.qvel[:, 0].copy()
@@ -327,21 +325,18 @@ def rotation(quaternion: np.ndarray) -> np.ndarray:
     return out
 
 
-class DynamicsEnv(gym.Env):
+class DynamicsEnv(WorldEnv):
     """One simulator, for gymnasium: the reference for the fast class, and the way to render.
 
     `mass`, `damping` and `crippled` name the task, as do the options of `reset`, until others do; else it is drawn from
     a bucket of the split (`bucket=None`: from all)."""
-    metadata = {"render_modes": ["human", "rgb_array"]}
 
     def __init__(self, family: str, split: str = "train", bucket: int | None = None, mass: float | None = None,
                  damping: float | None = None, crippled: Crippled | None = None, render_mode: str | None = None,
                  width: int = 480, height: int = 480):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise EnvError(f"unknown render_mode {render_mode!r}; known are human and rgb_array")
-        self.world = World(family, 1, split, mass=mass, damping=damping, crippled=crippled)
-        self.metadata = {**self.metadata, "render_fps": round(1 / self.world.dt)}
-        self.bucket, self.render_mode, self.size, self.renderer = bucket, render_mode, (width, height), None
+        world = World(family, 1, split, mass=mass, damping=damping, crippled=crippled)
+        super().__init__(world, render_mode, width, height)
+        self.metadata, self.bucket = {**self.metadata, "render_fps": round(1 / world.dt)}, bucket
         low, high = self.world.base.actuator_ctrlrange.T.astype(np.float32)
         self.action_space = gym.spaces.Box(low, high)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.world.observe().shape[1:], np.float64)
@@ -362,51 +357,27 @@ class DynamicsEnv(gym.Env):
             self.render()
         return self.world.observe()[0], float(reward), False, False, self._info()
 
-    def render(self) -> np.ndarray | None:
-        """Frame (height, width, 3) uint8, or None in a window. Raises EnvError without a `render_mode`."""
-        if self.render_mode is None:
-            raise EnvError("render_mode is None; make the task with render_mode='rgb_array'")
-        if self.renderer is None:  # here, for it opens a context of OpenGL
-            from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-
-            self.renderer = MujocoRenderer(self.world.models[0], self.world.data[0], width=self.size[0],
-                                           height=self.size[1], camera_name="track")
-        return self.renderer.render(self.render_mode)
-
-    def close(self) -> None:
-        if self.renderer is not None:
-            self.renderer.close()
-            self.renderer = None
-
-    def snapshot(self) -> dict:
-        """State of the simulator as plain numbers and arrays, for `envs.snapshot`."""
-        return self.world.snapshot(0)
-
-    def restore(self, snapshot: dict) -> None:
-        """Continue from a `snapshot`."""
-        self.world.restore(0, snapshot)
+    def _scene(self) -> tuple[mujoco.MjModel, mujoco.MjData, str]:
+        return self.world.models[0], self.world.data[0], "track"
 
     def _info(self) -> dict:
         return {key: value[0] for key, value in self.world.info().items()}
 
 
-class DynamicsVectorEnv(VectorEnv):
-    """`num_envs` copies stepped by `threads` threads, without gymnasium's wrappers.
+class DynamicsVectorEnv(WorldVectorEnv):
+    """`num_envs` copies, for `envs.make_vec`.
 
     With `every_task`, each task of the split is a bucket of its own, in the order of `all_tasks`. Attributes beside
-    VectorEnv's: world; num_tasks, how many buckets there are; rng, one numpy Generator per copy, seeded as gymnasium
-    does. `info` of a step also has `World.info`.
+    WorldVectorEnv's: num_tasks, how many buckets there are.
     """
 
     def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, threads: int = 1, goal_range: float = 0.0,
                  split: str = "train", every_task: bool = False, mass: float | None = None,
                  damping: float | None = None, crippled: Crippled | None = None, **kwargs):
-        super().__init__(narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range), num_envs,
-                         time_feature)
-        self.world = World(IDS[env_id], num_envs, split, every_task, mass, damping, crippled)
-        self.num_tasks = len(self.world.buckets)
-        self.rng = [gym.utils.seeding.np_random()[0] for _ in range(num_envs)]
-        self.threads = Threads(threads, num_envs)
+        env = narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range)
+        world = World(IDS[env_id], num_envs, split, every_task, mass, damping, crippled)
+        super().__init__(env, num_envs, time_feature, world, threads)
+        self.num_tasks = len(world.buckets)
 
     @property
     def bucket(self) -> np.ndarray:
@@ -422,17 +393,7 @@ class DynamicsVectorEnv(VectorEnv):
         self.world.name_task(options)
         return super().reset(seed)
 
-    def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
-        obs, reward, terminated, truncated, info = super().step(action)
-        return obs, reward, terminated, truncated, info | self.labels
-
-    def close(self) -> None:
-        self.threads.close()
-        self.env.close()
-
-    def _reset(self, i: int, seed: int | None) -> None:
-        if seed is not None:
-            self.rng[i] = gym.utils.seeding.np_random(seed)[0]
+    def _begin(self, i: int) -> None:
         self.world.reset(i, i, self.rng[i])
 
     def _step(self, action: np.ndarray):
@@ -441,16 +402,6 @@ class DynamicsVectorEnv(VectorEnv):
         reward, no = self.world.reward(), np.zeros(self.num_envs, bool)
         self.labels = self.world.info()  # before a reset draws the next task
         return reward, no, no.copy(), np.full(self.num_envs, math.nan)
-
-    def _observe(self) -> Observation:
-        return self.world.observe()
-
-    def _snapshot(self, i: int) -> dict:
-        return {"rng": self.rng[i].bit_generator.state, **self.world.snapshot(i)}
-
-    def _restore(self, i: int, snapshot: dict) -> None:
-        self.rng[i].bit_generator.state = snapshot["rng"]
-        self.world.restore(i, snapshot)
 
 
 class FrankaTasksVectorEnv(FrankaVectorEnv):

@@ -25,7 +25,8 @@ import numpy as np
 from gymnasium_robotics.utils import rotations
 
 from envs.ids import EnvError
-from envs.vector import Observation, Threads, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
+from envs.vector import Observation, mujoco_restore, mujoco_snapshot, narrow_goals
+from envs.world import WorldEnv, WorldVectorEnv, check_actions
 
 THRESHOLD = 0.05  # m between object and goal, below which the goal is reached
 DT = 0.05  # s per env step; observed velocities are times this, except in FrankaSkill
@@ -288,10 +289,7 @@ class World:
 
     def aim(self, action: np.ndarray) -> None:
         """Actions (num, 3 or 4) of all simulators: what `advance` will do. Raises EnvError for another shape or NaN."""
-        if action.shape != (shape := (len(self.data), 4 if self.task.gripper else 3)):
-            raise EnvError(f"actions have shape {action.shape}; this task takes {shape}: one row per copy")
-        if not np.isfinite(action).all():  # they would end in every later observation
-            raise EnvError(f"actions hold {action[~np.isfinite(action)][0]}; give finite numbers")
+        check_actions(action, (len(self.data), 4 if self.task.gripper else 3))
         action = np.clip(action, -1.0, 1.0).astype(np.float64)
         start = np.stack([mocap[0] for mocap in self.mocap])
         way = np.clip(self.ee_pos + REACH * action[:, :3], LOW, HIGH) - start
@@ -366,25 +364,23 @@ class World:
         self._refresh(i)
 
 
-class FrankaEnv(gym.Env):
+class FrankaEnv(WorldEnv):
     """One simulator, for gymnasium: the reference for the fast class, and the way to render.
 
     `terminate_on_success` ends an episode once the object is at its goal, be it in passing, as the originals do;
     `frame_skip` counts simulated steps of 2 ms per env step, while observed velocities stay times 0.05 s. `mass` and
     `friction` are those until `reset` is told others, which then stay.
     """
-    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / DT)}
+    metadata = {**WorldEnv.metadata, "render_fps": round(1 / DT)}
 
     def __init__(self, task: str, reward_type: str, terminate_on_success: bool = True, frame_skip: int = 25,
                  mass: Values = None, friction: Values = None, render_mode: str | None = None, width: int = 480,
                  height: int = 480):
         if reward_type not in ("sparse", "dense"):
             raise EnvError(f"unknown reward_type {reward_type!r}; known are sparse and dense")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise EnvError(f"unknown render_mode {render_mode!r}; known are human and rgb_array")
+        super().__init__(World(task, 1, frame_skip, mass, friction), render_mode, width, height)
         self.name, self.dense, self.terminate_on_success = task, reward_type == "dense", terminate_on_success
-        self.world = World(task, 1, frame_skip, mass, friction)
-        self.target_range, self.render_mode, self.size, self.renderer = RANGE, render_mode, (width, height), None
+        self.target_range, self.shown = RANGE, None
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4 if TASKS[task].gripper else 3,), np.float32)
         self.observation_space = gym.spaces.Dict({
             key: gym.spaces.Box(-np.inf, np.inf, value.shape[1:], np.float64)
@@ -411,34 +407,13 @@ class FrankaEnv(gym.Env):
         """Goals (..., 3) -> rewards (...)."""
         return compute_reward(achieved_goal, desired_goal, self.dense)
 
-    def render(self) -> np.ndarray | None:
-        """Frame (height, width, 3) uint8, or None in a window. Raises EnvError without a `render_mode`."""
-        if self.render_mode is None:
-            raise EnvError("render_mode is None; make the task with render_mode='rgb_array'")
-        if self.renderer is None:  # here, for it opens a context of OpenGL
-            from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-
+    def _scene(self) -> tuple[mujoco.MjModel, mujoco.MjData, str | None]:
+        if self.shown is None:
             self.shown = mujoco.MjData(build(self.name, visible=True))
-            camera = "front" if self.render_mode == "rgb_array" else None
-            self.renderer = MujocoRenderer(self.shown.model, self.shown, width=self.size[0], height=self.size[1],
-                                           camera_name=camera)
         data = self.world.data[0]
         self.shown.qpos[:], self.shown.mocap_pos[:] = data.qpos, data.mocap_pos
         mujoco.mj_forward(self.shown.model, self.shown)
-        return self.renderer.render(self.render_mode)
-
-    def close(self) -> None:
-        if self.renderer is not None:
-            self.renderer.close()
-            self.renderer = None
-
-    def snapshot(self) -> dict:
-        """State of the simulator as plain numbers and arrays, for `envs.snapshot`."""
-        return self.world.snapshot(0)
-
-    def restore(self, snapshot: dict) -> None:
-        """Continue from a `snapshot`."""
-        self.world.restore(0, snapshot)
+        return self.shown.model, self.shown, "front" if self.render_mode == "rgb_array" else None
 
     def _observe(self) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in self.world.observe().items()}
@@ -448,38 +423,22 @@ class FrankaEnv(gym.Env):
                 **{key: value[0].item() for key, value in self.world.info().items()}}
 
 
-class FrankaVectorEnv(VectorEnv):
-    """`num_envs` Franka tasks stepped by `threads` threads, without gymnasium's wrappers.
-
-    Attributes beside VectorEnv's: world; rng, one numpy Generator per copy, seeded as gymnasium does. `info` of a step
-    also has `World.info`.
-    """
+class FrankaVectorEnv(WorldVectorEnv):
+    """`num_envs` Franka tasks, for `envs.make_vec`."""
 
     def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, threads: int = 1,
                  goal_range: float = 0.0, frame_skip: int = 25, mass: Values = None, friction: Values = None,
                  **kwargs):
         env = narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range)
-        super().__init__(env, num_envs, time_feature)
-        self.world = World(env.spec.kwargs["task"], num_envs, frame_skip, mass, friction)
-        self.rng = [gym.utils.seeding.np_random()[0] for _ in range(num_envs)]
-        self.threads = Threads(threads, num_envs)
+        world = World(env.spec.kwargs["task"], num_envs, frame_skip, mass, friction)
+        super().__init__(env, num_envs, time_feature, world, threads)
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> Observation:
         """Reset all copies; `options`: mass and friction of all, each a number or one per copy (num_envs,)."""
         self.world.set_physics(options)
         return super().reset(seed)
 
-    def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
-        obs, reward, terminated, truncated, info = super().step(action)
-        return obs, reward, terminated, truncated, info | self.labels
-
-    def close(self) -> None:
-        self.threads.close()
-        self.env.close()
-
-    def _reset(self, i: int, seed: int | None) -> None:
-        if seed is not None:
-            self.rng[i] = gym.utils.seeding.np_random(seed)[0]
+    def _begin(self, i: int) -> None:
         self.world.reset(i, self.rng[i], self.env.unwrapped.target_range)
 
     def _step(self, action: np.ndarray):
@@ -490,13 +449,3 @@ class FrankaVectorEnv(VectorEnv):
         terminated = success if self.env.unwrapped.terminate_on_success else np.zeros(self.num_envs, bool)
         self.labels = self.world.info()  # before a reset clears them
         return reward, terminated, np.zeros(self.num_envs, bool), success.astype(np.float64)
-
-    def _observe(self) -> Observation:
-        return self.world.observe()
-
-    def _snapshot(self, i: int) -> dict:
-        return {"rng": self.rng[i].bit_generator.state, **self.world.snapshot(i)}
-
-    def _restore(self, i: int, snapshot: dict) -> None:
-        self.rng[i].bit_generator.state = snapshot["rng"]
-        self.world.restore(i, snapshot)

@@ -10,6 +10,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from envs import dynamics
 from runtime import to_plain
+from tests.tasks import need_renderer
 
 CHEETAH, ANT, WALKER = "CrippledHalfCheetah-dyn-v0", "Ant-dyn-v0", "CrippledWalker-dyn-v0"
 SIZES = {"HalfCheetah": 18, "CrippledHalfCheetah": 18, "Ant": 28, "CrippledAnt": 41, "Hopper": 11, "CrippledHopper": 11,
@@ -237,8 +238,7 @@ def test_errors_are_one_line(call, words):
 
 
 def test_a_film_shows_the_crippled_joint(tmp_path):
-    if not envs.find_renderer():
-        pytest.skip("no renderer")
+    need_renderer()
     import imageio.v2 as imageio
     red = []
     for crippled in ((), (3,), (0, 3)):
