@@ -16,6 +16,7 @@ import torch
 from envs.dynamics import SPLITS, all_tasks
 from envs.evaluation import record
 from envs.franka import SKILLS
+from envs.ids import announce
 from envs.making import make_vec
 from envs.vector import VectorEnv
 
@@ -188,42 +189,31 @@ def principal_components(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(components, (0, 2 - components.shape[1]))
 
 
-def tsne(x: torch.Tensor, perplexity: float = 15.0, steps: int = 500) -> torch.Tensor:
-    """(n, c) -> (n, 2): t-SNE (van der Maaten & Hinton 2008) over all pairs, for a few hundred points; begins at the
-    principal components, so that it needs no seed."""
-    n = len(x)
-    square = torch.cdist(x.double(), x.double()).square()  # (n, n)
-    square = square / square.mean().clamp(min=1e-12)
-    low, high = torch.full((n, 1), 1e-3).double(), torch.full((n, 1), 1e6).double()  # of 1 / (2 sigma^2), by bisection
-    for _ in range(60):
-        beta = (low * high).sqrt()
-        p = torch.softmax((-beta * square).masked_fill(torch.eye(n, dtype=torch.bool), -torch.inf), 1)
-        entropy = -(p * p.clamp(min=1e-12).log()).sum(1, keepdim=True)
-        wide = entropy > np.log(min(perplexity, (n - 1) / 3))
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
-    p = ((p + p.T) / (2 * n)).clamp(min=1e-12)
-    y = principal_components(x)
-    y = 1e-2 * y / y.std().clamp(min=1e-12)
-    velocity = torch.zeros_like(y)
-    for step in range(steps):
-        near = 1 / (1 + torch.cdist(y, y).square())
-        near.fill_diagonal_(0)
-        pull = ((4 if step < 100 else 1) * p - near / near.sum()) * near  # early exaggeration
-        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        velocity = (0.5 if step < 100 else 0.8) * velocity - n / 4 * gradient
-        y = y + velocity
-    return y
+def tsne(x: torch.Tensor) -> torch.Tensor:
+    """(n, c) -> (n, 2): t-SNE (van der Maaten & Hinton 2008) of four or more points. It begins at the principal
+    components, so that it needs no seed. Raises ImportError without scikit-learn."""
+    from sklearn.manifold import TSNE
+
+    start = principal_components(x)
+    start = 1e-4 * start / start[:, 0].std().clamp(min=1e-12)
+    model = TSNE(perplexity=min(15.0, (len(x) - 1) / 3), init=start.float().numpy())
+    return torch.from_numpy(model.fit_transform(x.float().numpy()))
 
 
 def draw_contexts(context: torch.Tensor, split: np.ndarray, task: np.ndarray, total: np.ndarray, path: Path) -> None:
-    """Contexts (n, c) in the plane, by PCA and by t-SNE, coloured by task and by return; markers tell the split."""
+    """Contexts (n, c) in the plane, by PCA and by t-SNE, coloured by task and by return; markers tell the split.
+    Without scikit-learn, by PCA alone."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, rows = plt.subplots(2, 2, figsize=(10, 8), constrained_layout=True)
-    planes = {"PCA": principal_components(context), "t-SNE": tsne(context)}
+    planes = {"PCA": principal_components(context)}
+    try:
+        planes["t-SNE"] = tsne(context)
+    except ImportError:
+        announce("contexts are drawn without t-SNE; it needs pip install -r requirements-sami.txt")
+    figure, rows = plt.subplots(len(planes), 2, figsize=(10, 4 * len(planes)), squeeze=False, constrained_layout=True)
     for row, (name, plane) in zip(rows, planes.items()):
         columns = (("task of its split", task, "tab20"), ("return", total, "viridis"))
         for axes, (what, color, colors) in zip(row, columns):

@@ -10,7 +10,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from envs import dynamics
 from runtime import to_plain
-from tests.tasks import need_renderer
+from tests import need_renderer
 
 CHEETAH, ANT, WALKER = "CrippledHalfCheetah-dyn-v0", "Ant-dyn-v0", "CrippledWalker-dyn-v0"
 SIZES = {"HalfCheetah": 18, "CrippledHalfCheetah": 18, "Ant": 28, "CrippledAnt": 41, "Hopper": 11, "CrippledHopper": 11,

@@ -16,7 +16,7 @@ import envs
 import knowledge
 from algos import sac_kian
 from envs import franka
-from tests.tasks import need_renderer
+from tests import need_renderer
 
 PUSH, SLIDE = "FrankaPushSparse-v0", "FrankaSlideSparse-v0"
 PICK, SKILL = "FrankaPickAndPlaceSparse-v0", "FrankaSkill-v0"

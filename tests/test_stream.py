@@ -29,7 +29,7 @@ from algos.stream_ac import Args, obgd
 from benchmarks import stream_autograd
 from streamnet import (Net, add_sample, backward, deviation, forward, forward_batch, make_net, observe, reward_stats,
                        running_stats, scale_reward, sparse_init, views)
-from tests.tasks import need_renderer
+from tests import need_renderer
 
 ROOT = Path(__file__).resolve().parent.parent
 AUTOGRAD = {stream_ac: stream_autograd.update_ac, stream_q: stream_autograd.update_q,
