@@ -9,7 +9,7 @@ from torch import nn
 
 import envs
 import runtime
-from algos import a2c, ars, cma_es, dqn, trpo
+from algos import a2c, acktr, ars, cma_es, dqn, trpo
 from tests.test_ppo import Bandit
 
 # Two states and a policy with three actions that is linear in them.
@@ -117,6 +117,151 @@ def test_a2c_learns():
     agent = a2c.Agent((1,), 4)
     optimizer = a2c.RMSprop(agent.parameters(), args)
     bandit_is_learned(a2c, args, 300, lambda rollout: a2c.update(agent, optimizer, a2c.a2c_loss, rollout, args), agent)
+
+
+# ACKTR
+
+class Layer(nn.Module):
+    """An actor of one layer, and values from a parameter that no layer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor = linear([[0.3, -0.2], [0.1, 0.4]], [0.05, -0.1])
+        self.value = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, obs):
+        return acktr.Output(torch.log_softmax(self.actor(obs), -1), self.value)
+
+
+def kfac_batch(advantage=(2.0, -1.0)):
+    obs, zeros = torch.tensor([[1.0, 2.0], [-1.0, 0.5]], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    return acktr.Batch(obs, torch.tensor([0, 1]), zeros, zeros, torch.tensor(advantage, dtype=torch.float64), zeros)
+
+
+PLAIN = acktr.Args(cold_updates=0, normalize_advantage=False, entropy_coef=0.0, value_coef=0.0)
+U = [-.2003018, -.7240916, -.4590922, .2003018, .7240916, .4590922]
+
+
+def test_kronecker_factors():
+    found = acktr.batch_factors(Layer(), kfac_batch(), torch.zeros(2))["actor"]
+    assert numbers(found["gradients"]) == pytest.approx([.3308397, -.3308397, -.3308397, .3308397], abs=1e-7)
+    assert numbers(found["inputs"]) == pytest.approx([1, .75, 0, .75, 2.125, 1.25, 0, 1.25, 1])
+    values = {name: acktr.decomposed(factor)["values"] for name, factor in found.items()}
+    assert numbers(values["gradients"]) == pytest.approx([0, .6616793], abs=1e-7)
+    assert numbers(values["inputs"]) == pytest.approx([0, 1, 3.125]) and values["inputs"][0] == 0  # not 1e-17
+
+
+def test_natural_gradient():
+    agent, batch = Layer(), kfac_batch()
+    loss, _ = acktr.a2c_loss(agent, batch, PLAIN)
+    loss.backward()
+    gradient = torch.cat([agent.actor.weight.grad, agent.actor.bias.grad.unsqueeze(1)], 1)
+    assert numbers(gradient) == pytest.approx([-.4938759, -1.5044799, -.9072584, .4938759, 1.5044799, .9072584],
+                                              abs=1e-7)
+    found = acktr.batch_factors(agent, batch, torch.zeros(2))["actor"]
+    inputs, gradients = (acktr.decomposed(found[kind]) for kind in ("inputs", "gradients"))
+    u = acktr.natural_gradient(gradient, inputs, gradients, 0.01)
+    assert numbers(u) == pytest.approx(U, abs=1e-7)
+    fisher = torch.kron(found["gradients"], found["inputs"]) + 0.01 * torch.eye(6, dtype=torch.float64)
+    assert torch.allclose(torch.linalg.solve(fisher, gradient.flatten()), u.flatten())
+    assert 0.25 ** 2 * (u * gradient).sum().item() == pytest.approx(.2006026, abs=1e-7)
+    assert acktr.step_share([u], [gradient], 0.25, 1e-3).item() == pytest.approx(.0706044, abs=1e-7)
+    assert acktr.step_share([u, u], [gradient, gradient], 0.25, 1e-3).item() == pytest.approx(.0706044 / 2 ** .5)
+    assert acktr.step_share([u], [gradient], 1e-4, 1e-3) == 1 and acktr.step_share([0 * u], [gradient], 1, 1e-3) == 1
+
+
+def test_the_first_step_of_acktr():
+    agent = Layer()
+    kfac = acktr.make_kfac(agent)
+    scalars = acktr.update(agent, kfac, acktr.a2c_loss, kfac_batch(), 0.25, PLAIN)
+    assert scalars["nu"].item() == pytest.approx(.0706044, abs=1e-7) and kfac["updates"] == 1
+    assert numbers(agent.actor.weight, agent.actor.bias) == pytest.approx(
+        [.3003536, -.1987219, .0996464, .3987219, .0508103, -.1008103], abs=1e-7)
+    assert numbers(kfac["actor"]["momentum"]) == pytest.approx([.0706044 * x for x in U], abs=1e-7)
+
+
+def rollout_of(f, rows, advantage=None):
+    obs, value = torch.randn(rows, f), torch.randn(rows)
+    advantage = torch.randn(rows) if advantage is None else advantage
+    return acktr.Batch(obs, torch.randint(3, (rows,)), value, value, advantage, value)
+
+
+def test_factors_are_those_of_the_likelihood():
+    """They are symmetric and positive. Advantages and targets do not enter; the critic's gradient is twice the noise."""
+    torch.manual_seed(0)
+    agent, batch, noise = acktr.Agent(4, 3), rollout_of(4, 50), torch.randn(50)
+    found = acktr.batch_factors(agent, batch, noise)
+    assert found.keys() == {f"{network}.{i}" for network in ("actor", "critic") for i in (0, 2, 4)}
+    other = batch._replace(advantage=100 * batch.advantage, target_value=batch.value + 9)
+    again = acktr.batch_factors(agent, other, noise)
+    for name, pair in found.items():
+        for kind, factor in pair.items():
+            assert torch.equal(factor, again[name][kind])
+            assert torch.allclose(factor, factor.T) and torch.linalg.eigvalsh(factor.double()).min() > -1e-6
+        assert pair["inputs"][-1, -1].item() == pytest.approx(1)
+    assert found["critic.4"]["gradients"].item() == pytest.approx(4 * noise.square().mean().item(), rel=1e-5)
+    torch.testing.assert_close(found["actor.4"]["gradients"].sum(), torch.zeros(()), atol=1e-6, rtol=0)  # softmax
+    assert not any(layer._forward_hooks for layer in agent.modules())
+
+
+def test_running_factors():
+    """A mean of all while updates are cold, then a decaying one. Eigenvectors are renewed when that is due."""
+    torch.manual_seed(0)
+    args, agent = acktr.Args(cold_updates=3, decompose_every=2), acktr.Agent(2, 3)
+    kfac, expected, renewed = acktr.make_kfac(agent), 0.0, []
+    means = []
+    for k in range(7):
+        batch = rollout_of(2, 8)
+        ones = torch.cat([batch.obs, torch.ones(8, 1)], 1)
+        means.append(ones.T @ ones / 8)
+        expected = sum(means) / len(means) if k < 3 else 0.99 * expected + 0.01 * means[-1]
+        before = kfac["actor.0"]["inputs"]["vectors"].clone()
+        acktr.update_factors(agent, kfac, batch, args)
+        kfac["updates"] += 1
+        assert torch.allclose(kfac["actor.0"]["inputs"]["mean"], expected, atol=1e-5)
+        renewed.append(not torch.equal(before, kfac["actor.0"]["inputs"]["vectors"]))
+    assert renewed == [False, False, False, True, False, True, False]
+
+
+def test_the_step_stays_within_the_trust_region():
+    """Whatever the advantages are, nu is at most 1 and the squared length of the step at most kl_clip."""
+    torch.manual_seed(0)
+    args = acktr.Args(cold_updates=1, momentum=0.0, normalize_advantage=False)
+    agent = acktr.Agent(4, 3)
+    kfac = acktr.make_kfac(agent)
+    for scale in (1.0, 1.0, 1e-4, 1e3):  # the first update is a cold one
+        batch = rollout_of(4, 50, scale * torch.randn(50))
+        batch = batch._replace(value=0 * batch.value, target_value=agent(batch.obs).value.detach())
+        before = [p.detach().clone() for p in agent.parameters()]
+        nu = acktr.update(agent, kfac, acktr.a2c_loss, batch, 0.25, args)["nu"]
+        length = -0.25 * sum((p.grad * (p.detach() - q)).sum() for p, q in zip(agent.parameters(), before))
+        assert 0 < nu <= 1 and (nu == 1) == (kfac["updates"] == 1 or scale == 1e-4)
+        if kfac["updates"] > 1:  # lr^2 <nu U, nu gradient>
+            assert 0 < nu * length <= args.kl_clip * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_whose_trust_region(separate):
+    """An error of the critic shortens the actor's step, unless each has a trust region of its own."""
+    moved = []
+    for error in (0.0, 30.0):
+        torch.manual_seed(0)
+        args, agent = acktr.Args(cold_updates=0, separate=separate), acktr.Agent(4, 3)
+        batch = rollout_of(4, 50)
+        batch = batch._replace(target_value=agent(batch.obs).value.detach() + error)
+        before = trpo.flat(agent.actor.parameters()).detach().clone()
+        scalars = acktr.update(agent, acktr.make_kfac(agent), acktr.a2c_loss, batch, 0.25, args)
+        assert {name for name in scalars if "nu" in name} == ({"nu_actor", "nu_critic"} if separate else {"nu"})
+        moved.append((trpo.flat(agent.actor.parameters()) - before).norm().item())
+    assert moved[1] == pytest.approx(moved[0]) if separate else moved[1] < 0.1 * moved[0]
+
+
+def test_acktr_learns():
+    torch.manual_seed(0)
+    args, agent = acktr.Args(), acktr.Agent(1, 4)
+    kfac = acktr.make_kfac(agent)
+    bandit_is_learned(acktr, args, 60, lambda rollout: acktr.update(agent, kfac, acktr.a2c_loss, rollout, 0.25, args),
+                      agent)
 
 
 # TRPO

@@ -1,0 +1,357 @@
+"""ACKTR: actor-critic with a natural gradient from Kronecker factors, for discrete actions.
+
+Wu et al., "Scalable trust-region method for deep reinforcement learning using Kronecker-factored approximation"
+(arXiv 1708.05144). The loss is A2C's. For each layer the Fisher matrix is approximated by the Kronecker product of two
+small matrices: A, of the layer's inputs, and S, of the gradients of the log-likelihood at its outputs. Their inverses
+turn the gradient into the natural gradient U. The step is nu U, where nu keeps the predicted change of the policy below
+kl_clip. The critic counts as a Gaussian around its values, so its layers have factors as well.
+
+Departures: advantages are GAE's with lambda 0.95, and normalised. Actor and critic share no layer, but one nu; with
+--separate each has its own. Observations are flat arrays. Everything else is A2C's: `diff algos/a2c.py algos/acktr.py`.
+
+python algos/acktr.py --env CartPole-v1
+"""
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+import envs
+import runtime
+
+ALGO = Path(__file__).stem  # names run folders and result tables
+LOG_EVERY = 10_000  # environment steps
+WIDTH = 64  # of the encoder's output and of all hidden layers
+
+
+@dataclass
+class Args:
+    """ACKTR for discrete actions."""
+    # twin: run arguments
+    env: str = "CartPole-v1"  # environment id
+    seed: int = 1  # of all that is random: networks, environments, exploration
+    total_timesteps: int = 100_000  # environment steps, summed over environments; the learning rate is planned over them
+    num_envs: int = 8  # environments stepped together
+    eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
+    eval_episodes: int = 20  # episodes per evaluation
+    checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
+    video: int = 0  # episodes to film after training, or with --evaluate
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    compile: bool = False  # compile the loss: about 30 s at the first start
+    run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
+    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    evaluate: str = ""  # run folder to evaluate; no training
+    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    # twin end
+
+    # algorithm
+    num_steps: int = 20  # steps of every environment per iteration, which is one update
+    learning_rate: float = 0.25  # at the start, then linearly to 0 at the end; nu shortens most steps
+    kl_clip: float = 1e-3  # the step keeps the predicted change of the policy below this
+    damping: float = 0.01  # added to the eigenvalues of the Fisher matrix
+    factor_decay: float = 0.99  # rho, of the running means of the factors
+    momentum: float = 0.9  # of the steps
+    decompose_every: int = 10  # updates between eigendecompositions of the factors
+    cold_updates: int = 10  # first updates, by the plain gradient, in which factors are averaged only
+    separate: bool = False  # a trust region for the actor and one for the critic, not one for both
+    gamma: float = 0.99  # discount per step
+    gae_lambda: float = 0.95  # of the advantage estimate; 1: rewards of the rollout and the value after it
+    normalize_advantage: bool = True  # advantages of a rollout to mean 0 and deviation 1
+    entropy_coef: float = 0.0  # weight of the entropy bonus; on CartPole it keeps from a return of 500
+    value_coef: float = 0.25  # weight of the value loss, which has no factor 1/2 of its own
+    max_grad_norm: float = 0.5  # in cold updates, gradients of all parameters together are cut to this length
+    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
+    eval_select: Literal["sample", "argmax"] = "argmax"  # evaluation draws actions, or takes the likeliest
+
+
+# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf),
+          "factor_decay": (0, 1), "momentum": (0, 1), "cold_updates": (0, math.inf)}
+TUNE = {"learning_rate": (0.03, 0.5), "kl_clip": (1e-4, 1e-2), "damping": (1e-3, 0.1), "num_steps": [5, 10, 20]}
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A layer whose units have weights of length 1 at the start, and no bias."""
+    layer = nn.Linear(fan_in, fan_out)
+    with torch.no_grad():
+        layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
+        layer.bias.zero_()
+    return layer
+
+
+Seen = torch.Tensor  # what the agent sees: features (B, f)
+
+
+class Output(NamedTuple):
+    log_probs: torch.Tensor  # (B, A), of the actions
+    value: torch.Tensor  # (B,), of the state
+
+
+class Agent(nn.Module):
+    """Actor and critic without a common layer."""
+
+    def __init__(self, f: int, num_actions: int):
+        super().__init__()
+
+        def network(outputs: int) -> nn.Sequential:
+            return nn.Sequential(linear(f, WIDTH), nn.Tanh(), linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, outputs))
+        self.critic = network(1)
+        self.actor = network(num_actions)
+        with torch.no_grad():
+            self.actor[-1].weight.mul_(0.01)  # actions are about equally likely at first
+
+    def forward(self, obs: Seen) -> Output:
+        return Output(torch.log_softmax(self.actor(obs), -1), self.critic(obs).squeeze(1))
+
+
+class Batch(NamedTuple):
+    """Transitions of a rollout."""
+    obs: Seen
+    action: torch.Tensor  # (B,)
+    log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
+    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    advantage: torch.Tensor  # (B,)
+    target_value: torch.Tensor  # (B,), what the critic is to learn
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Noise that makes the argmax of log-probabilities a draw from them."""
+    return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
+
+
+def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, ended: torch.Tensor, gamma: float,
+        gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimates (T, N) from reward, value and ended (T, N) and the value (N,) of the state after
+    the last step. Nothing flows back over the end of an episode."""
+    next_value, advantage, running = last_value, torch.zeros_like(reward), torch.zeros_like(last_value)
+    for t in reversed(range(len(reward))):
+        goes_on = 1.0 - ended[t]
+        delta = reward[t] + gamma * next_value * goes_on - value[t]
+        advantage[t] = running = delta + gamma * gae_lambda * goes_on * running
+        next_value = value[t]
+    return advantage
+
+
+@torch.no_grad()
+def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
+    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    device = next(agent.parameters()).device
+    noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
+    seen, steps = look(loop["obs"]), []
+    for t in range(args.num_steps):
+        output = agent(seen)
+        action = (output.log_probs + noise[t]).argmax(1)  # a draw from the policy
+        log_prob = output.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
+        obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
+        reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
+        loop["open_return"] += reward
+        for finished in loop["open_return"][ended]:
+            scalars.add({"return": finished})
+        loop["open_return"][ended] = 0.0
+        cut = torch.from_numpy(truncated & ~terminated)
+        if args.bootstrap and cut.any():  # obs already belongs to the next episode, final_obs to this one
+            final_value = agent(look(envs.to_tensors(info["final_obs"]))).value.cpu()
+            reward[cut] += args.gamma * final_value[cut]
+        steps.append((seen, action, log_prob, output.value, reward.to(device), ended.float().to(device)))
+        loop["obs"] = envs.to_tensors(obs)
+        seen = look(loop["obs"])
+    obs, action, log_prob, value, reward, ended = tree_map(lambda *columns: torch.stack(columns), *steps)  # (T, N, ...)
+    advantage = gae(reward, value, agent(seen).value, ended, args.gamma, args.gae_lambda)
+    return tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
+
+
+def a2c_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of a rollout, and what is logged of it. Means over steps: with sums, the step would grow with num_envs."""
+    output = agent(batch.obs)
+    log_probs, value = output.log_probs, output.value
+    log_prob = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    advantage = batch.advantage
+    if args.normalize_advantage:
+        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+    policy_loss = -(advantage * log_prob).mean()
+    value_loss = (value - batch.target_value).square().mean()
+    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+    loss = policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss
+    scalars = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "value": value.mean()}
+    return loss, scalars
+
+
+def layers_of(agent: Agent) -> dict[str, nn.Linear]:
+    """All layers, by name."""
+    return {name: layer for name, layer in agent.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def factors(inputs: torch.Tensor, gradients: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A (k+1, k+1) and S (o, o) of a layer, from its inputs (B, k) and the gradients (B, o) of each sample's
+    log-likelihood at its outputs. An input more is always 1: what it is multiplied with is the bias."""
+    inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)  # (B, k+1)
+    return {"inputs": inputs.T @ inputs / len(inputs), "gradients": gradients.T @ gradients / len(inputs)}
+
+
+def decomposed(factor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Eigenvalues (n,) and eigenvectors (n, n) of a factor. In float64: float32 makes small eigenvalues negative."""
+    values, vectors = torch.linalg.eigh(factor.double())
+    return {"values": torch.where(values > 1e-6, values, 0).to(factor.dtype), "vectors": vectors.to(factor.dtype)}
+
+
+def natural_gradient(gradient: torch.Tensor, inputs: dict, gradients: dict, damping: float) -> torch.Tensor:
+    """U (o, k+1): the gradient (o, k+1) of a layer times the inverse of its Fisher matrix and damping. In the basis of
+    the eigenvectors of A and S that matrix is diagonal, with the products of their eigenvalues."""
+    rotated = gradients["vectors"].T @ gradient @ inputs["vectors"]
+    rotated = rotated / (gradients["values"].outer(inputs["values"]) + damping)
+    return gradients["vectors"] @ rotated @ inputs["vectors"].T
+
+
+def step_share(steps: list[torch.Tensor], gradients: list[torch.Tensor], learning_rate: float, kl_clip: float
+               ) -> torch.Tensor:
+    """nu, the share of the steps U that keeps lr^2 <U, F U> = lr^2 <U, gradient>, summed over layers, below kl_clip; at
+    most 1. To second order it is twice the divergence."""
+    length = learning_rate ** 2 * sum((u * gradient).sum() for u, gradient in zip(steps, gradients))
+    return (kl_clip / length.clamp(min=1e-20)).sqrt().clamp(max=1)
+
+
+def batch_factors(agent: Agent, batch: Batch, noise: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """A and S of all layers for the states and actions of `batch`, and values drawn by Gaussian `noise` (B,). What is
+    differentiated is the likelihood, not the loss: no advantage is in S."""
+    layers, passed = layers_of(agent), {}
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output: passed.update({layer: (inputs[0], output)}))
+             for layer in layers.values()]
+    output = agent(batch.obs)
+    for hook in hooks:
+        hook.remove()
+    log_prob = output.log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    log_likelihood = log_prob - (output.value - (output.value + noise).detach()).square()  # (B,)
+    # of the sum, because a mean would divide a sample's gradient by B
+    gradients = torch.autograd.grad(log_likelihood.sum(), [passed[layer][1] for layer in layers.values()])
+    return {name: factors(passed[layer][0], gradient) for (name, layer), gradient in zip(layers.items(), gradients)}
+
+
+def make_kfac(agent: Agent) -> dict:
+    """Of each layer: running means of A ("inputs") and S ("gradients") with their eigenvalues and eigenvectors, and
+    "momentum" (o, k+1)."""
+    kfac = {"updates": 0}
+    for name, layer in layers_of(agent).items():
+        zeros, k, o = layer.weight.new_zeros, layer.in_features + 1, layer.out_features
+        a, s = ({"mean": zeros(n, n), "values": zeros(n), "vectors": zeros(n, n)} for n in (k, o))
+        kfac[name] = {"inputs": a, "gradients": s, "momentum": zeros(o, k)}
+    return kfac
+
+
+def update_factors(agent: Agent, kfac: dict, batch: Batch, args: Args) -> None:
+    """Take a rollout into the running factors: into a mean of all while updates are cold, then into a decaying one."""
+    count, warm = kfac["updates"], kfac["updates"] - args.cold_updates
+    share = 1 / (count + 1) if warm < 0 or count == 0 else 1 - args.factor_decay
+    noise = torch.randn(len(batch.value)).to(batch.value)
+    for name, found in batch_factors(agent, batch, noise).items():
+        for kind, mean in found.items():
+            factor = kfac[name][kind]
+            factor["mean"].lerp_(mean, share)
+            if warm >= 0 and warm % args.decompose_every == 0:
+                factor.update(decomposed(factor["mean"]))
+
+
+def update(agent: Agent, kfac: dict, loss_of: Callable, batch: Batch, learning_rate: float, args: Args) -> dict:
+    """One step on a rollout. Changes `agent` and `kfac` in place, returns what is logged."""
+    update_factors(agent, kfac, batch, args)
+    layers, cold = layers_of(agent), kfac["updates"] < args.cold_updates
+    loss, scalars = loss_of(agent, batch, args)
+    agent.zero_grad()
+    loss.backward()
+    if cold:
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+    for prefix in ("actor", "critic") if args.separate else ("",):
+        region = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
+        gradients = [torch.cat([x.weight.grad, x.bias.grad.unsqueeze(1)], 1) for x in region.values()]  # (o, k+1)
+        steps, nu = gradients, torch.ones(())
+        if not cold:
+            steps = [natural_gradient(gradient, kfac[name]["inputs"], kfac[name]["gradients"], args.damping)
+                     for name, gradient in zip(region, gradients)]
+            nu = step_share(steps, gradients, learning_rate, args.kl_clip)
+        scalars["nu_" + prefix if prefix else "nu"] = nu
+        for (name, layer), u in zip(region.items(), steps):
+            momentum = kfac[name]["momentum"].mul_(args.momentum).add_(nu * u)
+            step = learning_rate * (1 - args.momentum) * momentum  # the factor keeps the size of the steps
+            layer.weight.data -= step[:, :-1]
+            layer.bias.data -= step[:, -1]
+    kfac["updates"] += 1
+    return {name: x.detach() for name, x in scalars.items()}
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
+    args, saved = runtime.checked(args, ALGO, RANGES, anew=["env", "eval_select"])
+    device = runtime.pick_device(args.device)
+
+    vec = envs.make_vec(args.env, args.num_envs)
+    shape, num_actions = envs.discrete_sizes(vec)
+    if len(shape) > 1:
+        raise envs.EnvError(f"{args.env} observes views of shape {shape}; flat arrays are needed, or algos/ppo.py")
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    example = envs.example_of(vec, obs)
+    agent = Agent(shape[0], num_actions).to(device)
+    kfac = make_kfac(agent)
+    loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
+    scalars = runtime.Means()  # of updates and finished episodes since the last log
+    parts = {"agent": agent, "kfac": kfac, "vec": vec, "loop": loop, "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
+    evaluator = envs.Evaluator(args, copies=100)
+
+    def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
+        """What the agent sees of observations."""
+        return envs.seen(obs).to(device)
+
+    def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
+        return agent(look(obs)).log_probs.cpu()
+
+    @torch.no_grad()
+    def act(obs: envs.Observation) -> np.ndarray:
+        """What evaluations play."""
+        output = agent(look(envs.to_tensors(obs)))
+        log_probs = output.log_probs.cpu()
+        if args.eval_select == "sample":
+            log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
+        action = log_probs.argmax(1)
+        return action.numpy()
+
+    if args.evaluate:
+        return evaluator.report(act, saved["step"])
+
+    # train
+    run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
+    loss_of = runtime.compiled(a2c_loss, args.compile, device)
+    if not saved:
+        run.log_evaluation(evaluator.play(act))  # the untrained agent
+    while run.advance(args.num_steps * args.num_envs):
+        rollout = collect(agent, vec, look, loop, scalars, args)
+        learning_rate = args.learning_rate * (1 - run.before / args.total_timesteps)
+        scalars.add(update(agent, kfac, loss_of, rollout, learning_rate, args))
+
+        # log, evaluate, save
+        if run.due(LOG_EVERY):
+            run.log(scalars.take())
+        if run.due(args.eval_every) or run.over:
+            run.log_evaluation(result := evaluator.play(act))
+        run.save_if_due()
+    run.finish()
+    runtime.save_policy(run.folder / "policy.pt2", policy, example)
+    evaluator.film(act, run.folder)
+    return result
+
+
+if __name__ == "__main__":
+    with runtime.exit_codes(ALGO):
+        main(runtime.cli(Args, ALGO))
