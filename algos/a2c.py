@@ -1,4 +1,4 @@
-"""A2C: synchronous advantage actor-critic for discrete actions.
+"""A2C: synchronous advantage actor-critic, for discrete and continuous actions.
 
 Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning" (arXiv 1602.01783), with all environments in step.
 Each iteration plays `num_steps` steps and learns from them once: a policy gradient with advantages that count the
@@ -7,7 +7,8 @@ rewards of these steps and the value after them (gae_lambda 1), a value error, a
 The released code runs RMSprop as TensorFlow has it: epsilon under the root, and squared gradients that start at 1. As
 PyTorch has it, the first steps are ten learning rates long in every weight. --rmsprop torch does that.
 
-Everything else is PPO's: `diff algos/ppo.py algos/a2c.py`. So the first layer is shared by actor and critic.
+Everything else is PPO's: `diff algos/ppo.py algos/a2c.py`. So the first layer is shared by actor and critic. A
+Gaussian policy has the same deviation in all states.
 
 python algos/a2c.py --env MiniGrid-DoorKey-5x5-v0
 python algos/a2c.py --env CartPole-v1 --num-envs 8 --entropy-coef 0 --eval-select argmax --total-timesteps 150000
@@ -39,7 +40,7 @@ WIDTH = 64  # of the encoder's output and of all hidden layers
 
 @dataclass
 class Args:
-    """A2C for discrete actions."""
+    """A2C."""
     # twin: run arguments of PPO
     env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
     seed: int = 1  # of all that is random: networks, environments, exploration
@@ -69,6 +70,7 @@ class Args:
     value_coef: float = 0.5  # weight of the value loss, which has no factor 1/2 of its own
     max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
     bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
+    normalize: bool = False  # flat observations shifted and scaled by running statistics, clipped to +-5
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
 
 
@@ -126,31 +128,72 @@ ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
 Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
 
 
+# twin: categorical policy
+class Categorical(NamedTuple):
+    """A policy's distributions over discrete actions (B,)."""
+    log_probs: torch.Tensor  # (B, A)
+
+    def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        return (self.log_probs + gumbel(self.log_probs.shape, generator).to(self.log_probs.device)).argmax(1)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        return self.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
+
+    def entropy(self) -> torch.Tensor:
+        return -(self.log_probs.exp() * self.log_probs).sum(1)
+# twin end
+
+
+# twin: Gaussian policy
+class Gaussian(NamedTuple):
+    """A policy's distributions over continuous actions (B, d), which only the environment gets clipped to [-1, 1]."""
+    mean: torch.Tensor  # (B, d)
+    log_std: torch.Tensor  # (B, d)
+
+    def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        return self.mean + self.log_std.exp() * torch.randn(self.mean.shape, generator=generator).to(self.mean.device)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        squares = ((action - self.mean) / self.log_std.exp()).square()
+        return -(0.5 * squares + self.log_std + 0.5 * math.log(2 * math.pi)).sum(1)
+
+    def entropy(self) -> torch.Tensor:
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(1)
+# twin end
+
+
 class Output(NamedTuple):
-    log_probs: torch.Tensor  # (B, A), of the actions
+    policy: Categorical | Gaussian
     value: torch.Tensor  # (B,), of the state
 
 
 class Agent(nn.Module):
     """Actor and critic on one encoder."""
 
-    def __init__(self, shape: tuple[int, ...], num_actions: int):
+    def __init__(self, shape: tuple[int, ...], outputs: int, discrete: bool = True):
         super().__init__()
         self.encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
         self.critic = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, 1))
         self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
-        self.actor = linear(WIDTH, num_actions)
+        self.actor = linear(WIDTH, outputs)  # logits of actions, or the mean of one
+        self.log_std = None if discrete else nn.Parameter(torch.zeros(outputs))  # the same in all states
+        if not discrete:
+            self.actor.weight.data.mul_(0.01)  # means near 0 at first
 
     def forward(self, obs: Seen) -> Output:
         x = self.encoder(obs)  # (B, 64)
-        logits = self.actor(self.trunk(x))  # (B, A)
-        return Output(torch.log_softmax(logits, -1), self.critic(x).squeeze(1))
+        y = self.actor(self.trunk(x))  # (B, A) or (B, d)
+        if self.log_std is None:
+            policy = Categorical(torch.log_softmax(y, -1))
+        else:
+            policy = Gaussian(y, self.log_std.expand_as(y))
+        return Output(policy, self.critic(x).squeeze(1))
 
 
 class Batch(NamedTuple):
     """Transitions of a rollout."""
     obs: Seen
-    action: torch.Tensor  # (B,)
+    action: torch.Tensor  # (B,) or (B, d)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
     value: torch.Tensor  # (B,), of the observation, by the critic of that time
     advantage: torch.Tensor  # (B,)
@@ -180,13 +223,12 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
     """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
     observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
-    noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
-    for t in range(args.num_steps):
+    for _ in range(args.num_steps):
         output = agent(seen)
-        action = (output.log_probs + noise[t]).argmax(1)  # a draw from the policy
-        log_prob = output.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
-        obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
+        action = output.policy.draw()
+        log_prob = output.policy.log_prob(action)
+        obs, reward, terminated, truncated, info = vec.step(envs.to_env(vec, action))
         reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
         loop["open_return"] += reward
         for finished in loop["open_return"][ended]:
@@ -198,7 +240,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
             reward[cut] += args.gamma * final_value[cut]
         steps.append((seen, action, log_prob, output.value, reward.to(device), ended.float().to(device)))
         loop["obs"] = envs.to_tensors(obs)
-        seen = look(loop["obs"])
+        seen = look(loop["obs"], count=True)
     obs, action, log_prob, value, reward, ended = tree_map(lambda *columns: torch.stack(columns), *steps)  # (T, N, ...)
     advantage = gae(reward, value, agent(seen).value, ended, args.gamma, args.gae_lambda)
     return tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
@@ -208,11 +250,10 @@ def a2c_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
     """Loss of a rollout, and what is logged of it. Means over steps: with sums, the step would grow with num_envs.
     Advantages are not normalised, for the deviation of a few steps is noise."""
     output = agent(batch.obs)
-    log_probs, value = output.log_probs, output.value
-    log_prob = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1)
-    policy_loss = -(batch.advantage * log_prob).mean()
+    policy, value = output.policy, output.value
+    policy_loss = -(batch.advantage * policy.log_prob(batch.action)).mean()
     value_loss = (value - batch.target_value).square().mean()
-    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+    entropy = policy.entropy().mean()
     loss = policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss
     scalars = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "value": value.mean()}
     return loss, scalars
@@ -257,34 +298,39 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device)
 
     vec = envs.make_vec(args.env, args.num_envs)
-    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
+    shape, outputs, discrete = envs.policy_sizes(vec)
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
-    agent = Agent(shape, num_actions).to(device)
+    agent = Agent(shape, outputs, discrete).to(device)
     optimizer = RMSprop(agent.parameters(), args)
     loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
+    normalizer = envs.Normalizer(shape[0], args.normalize and len(shape) == 1)
     scalars = runtime.Means()  # of updates and finished episodes since the last log
-    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars}
-    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
+    parts = {"agent": agent, "optimizer": optimizer, "normalizer": normalizer, "vec": vec, "loop": loop,
+             "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent", "normalizer"] if args.evaluate else None)
     evaluator = envs.Evaluator(args, copies=100)
 
-    def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
-        """What the agent sees of observations."""
-        return envs.seen(obs).to(device)
+    def look(obs: torch.Tensor | dict[str, torch.Tensor], count: bool = False) -> Seen:
+        """What the agent sees of observations. With `count` the running statistics take them in first."""
+        features = envs.seen(obs) if discrete else envs.flatten(obs)
+        if count and normalizer.on:
+            normalizer.add(features)
+        return normalizer(features).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
-        return agent(look(obs)).log_probs.cpu()
+        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        found = agent(look(obs)).policy
+        return (found.log_probs if discrete else found.mean.clamp(-1, 1)).cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        output = agent(look(envs.to_tensors(obs)))
-        log_probs = output.log_probs.cpu()
+        obs = envs.to_tensors(obs)
         if args.eval_select == "sample":
-            log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
-        action = log_probs.argmax(1)
-        return action.numpy()
+            return envs.to_env(vec, agent(look(obs)).policy.draw(evaluator.generator))
+        best = policy(obs)
+        return envs.to_env(vec, best.argmax(1) if discrete else best)
 
     if args.evaluate:
         return evaluator.report(act, saved["step"])

@@ -1,4 +1,4 @@
-"""ACKTR: actor-critic with a natural gradient from Kronecker factors, for discrete actions.
+"""ACKTR: actor-critic with a natural gradient from Kronecker factors.
 
 Wu et al., "Scalable trust-region method for deep reinforcement learning using Kronecker-factored approximation"
 (arXiv 1708.05144). The loss is A2C's. For each layer the Fisher matrix is approximated by the Kronecker product of two
@@ -7,7 +7,7 @@ turn the gradient into the natural gradient U. The step is nu U, where nu keeps 
 kl_clip. The critic counts as a Gaussian around its values, so its layers have factors as well.
 
 Departures: advantages are GAE's with lambda 0.95, and normalised. Actor and critic share no layer, but one nu; with
---separate each has its own. Observations are flat arrays. Everything else is A2C's: `diff algos/a2c.py algos/acktr.py`.
+--separate each has its own. Observations are flat arrays. The rest is A2C's: `diff algos/a2c.py algos/acktr.py`.
 
 python algos/acktr.py --env CartPole-v1
 """
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -38,11 +37,11 @@ WIDTH = 64  # of the encoder's output and of all hidden layers
 
 @dataclass
 class Args:
-    """ACKTR for discrete actions."""
+    """ACKTR."""
     # twin: run arguments
     env: str = "CartPole-v1"  # environment id
     seed: int = 1  # of all that is random: networks, environments, exploration
-    total_timesteps: int = 100_000  # environment steps, summed over environments; the learning rate is planned over them
+    total_timesteps: int = 100_000  # environment steps, summed over environments; plans the learning rate
     num_envs: int = 8  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 20  # episodes per evaluation
@@ -64,7 +63,7 @@ class Args:
     factor_decay: float = 0.99  # rho, of the running means of the factors
     momentum: float = 0.9  # of the steps
     decompose_every: int = 10  # updates between eigendecompositions of the factors
-    cold_updates: int = 10  # first updates, by the plain gradient, in which factors are averaged only
+    cold_updates: int = 10  # first updates, by the plain gradient, while factors are only averaged
     separate: bool = False  # a trust region for the actor and one for the critic, not one for both
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.95  # of the advantage estimate; 1: rewards of the rollout and the value after it
@@ -73,6 +72,7 @@ class Args:
     value_coef: float = 0.25  # weight of the value loss, which has no factor 1/2 of its own
     max_grad_norm: float = 0.5  # in cold updates, gradients of all parameters together are cut to this length
     bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
+    normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
     eval_select: Literal["sample", "argmax"] = "argmax"  # evaluation draws actions, or takes the likeliest
 
 
@@ -94,32 +94,72 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 Seen = torch.Tensor  # what the agent sees: features (B, f)
 
 
+# twin: categorical policy
+class Categorical(NamedTuple):
+    """A policy's distributions over discrete actions (B,)."""
+    log_probs: torch.Tensor  # (B, A)
+
+    def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        return (self.log_probs + gumbel(self.log_probs.shape, generator).to(self.log_probs.device)).argmax(1)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        return self.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
+
+    def entropy(self) -> torch.Tensor:
+        return -(self.log_probs.exp() * self.log_probs).sum(1)
+# twin end
+
+
+# twin: Gaussian policy
+class Gaussian(NamedTuple):
+    """A policy's distributions over continuous actions (B, d), which only the environment gets clipped to [-1, 1]."""
+    mean: torch.Tensor  # (B, d)
+    log_std: torch.Tensor  # (B, d)
+
+    def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        return self.mean + self.log_std.exp() * torch.randn(self.mean.shape, generator=generator).to(self.mean.device)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        squares = ((action - self.mean) / self.log_std.exp()).square()
+        return -(0.5 * squares + self.log_std + 0.5 * math.log(2 * math.pi)).sum(1)
+
+    def entropy(self) -> torch.Tensor:
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(1)
+# twin end
+
+
 class Output(NamedTuple):
-    log_probs: torch.Tensor  # (B, A), of the actions
+    policy: Categorical | Gaussian
     value: torch.Tensor  # (B,), of the state
 
 
 class Agent(nn.Module):
     """Actor and critic without a common layer."""
 
-    def __init__(self, f: int, num_actions: int):
+    def __init__(self, f: int, outputs: int, discrete: bool = True):
         super().__init__()
 
-        def network(outputs: int) -> nn.Sequential:
-            return nn.Sequential(linear(f, WIDTH), nn.Tanh(), linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, outputs))
+        def network(width: int) -> nn.Sequential:
+            return nn.Sequential(linear(f, WIDTH), nn.Tanh(), linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, width))
         self.critic = network(1)
-        self.actor = network(num_actions)
-        with torch.no_grad():
-            self.actor[-1].weight.mul_(0.01)  # actions are about equally likely at first
+        self.actor = network(outputs)  # logits of actions, or the mean of one
+        self.actor[-1].weight.data.mul_(0.01)  # actions are about equally likely at first
+        # a layer whose input is 0, so only its bias acts, the same in all states; but a layer has factors
+        self.actor_log_std = None if discrete else linear(1, outputs)
 
     def forward(self, obs: Seen) -> Output:
-        return Output(torch.log_softmax(self.actor(obs), -1), self.critic(obs).squeeze(1))
+        y = self.actor(obs)  # (B, A) or (B, d)
+        if self.actor_log_std is None:
+            policy = Categorical(torch.log_softmax(y, -1))
+        else:
+            policy = Gaussian(y, self.actor_log_std(torch.zeros_like(obs[:, :1])))
+        return Output(policy, self.critic(obs).squeeze(1))
 
 
 class Batch(NamedTuple):
     """Transitions of a rollout."""
     obs: Seen
-    action: torch.Tensor  # (B,)
+    action: torch.Tensor  # (B,) or (B, d)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
     value: torch.Tensor  # (B,), of the observation, by the critic of that time
     advantage: torch.Tensor  # (B,)
@@ -149,13 +189,12 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
     """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
     observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
-    noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
-    for t in range(args.num_steps):
+    for _ in range(args.num_steps):
         output = agent(seen)
-        action = (output.log_probs + noise[t]).argmax(1)  # a draw from the policy
-        log_prob = output.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
-        obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
+        action = output.policy.draw()
+        log_prob = output.policy.log_prob(action)
+        obs, reward, terminated, truncated, info = vec.step(envs.to_env(vec, action))
         reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
         loop["open_return"] += reward
         for finished in loop["open_return"][ended]:
@@ -167,7 +206,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
             reward[cut] += args.gamma * final_value[cut]
         steps.append((seen, action, log_prob, output.value, reward.to(device), ended.float().to(device)))
         loop["obs"] = envs.to_tensors(obs)
-        seen = look(loop["obs"])
+        seen = look(loop["obs"], count=True)
     obs, action, log_prob, value, reward, ended = tree_map(lambda *columns: torch.stack(columns), *steps)  # (T, N, ...)
     advantage = gae(reward, value, agent(seen).value, ended, args.gamma, args.gae_lambda)
     return tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
@@ -176,14 +215,12 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
 def a2c_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of a rollout, and what is logged of it. Means over steps: with sums, the step would grow with num_envs."""
     output = agent(batch.obs)
-    log_probs, value = output.log_probs, output.value
-    log_prob = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1)
-    advantage = batch.advantage
+    policy, value, advantage = output.policy, output.value, batch.advantage
     if args.normalize_advantage:
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
-    policy_loss = -(advantage * log_prob).mean()
+    policy_loss = -(advantage * policy.log_prob(batch.action)).mean()
     value_loss = (value - batch.target_value).square().mean()
-    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+    entropy = policy.entropy().mean()
     loss = policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss
     scalars = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "value": value.mean()}
     return loss, scalars
@@ -217,8 +254,8 @@ def natural_gradient(gradient: torch.Tensor, inputs: dict, gradients: dict, damp
 
 def step_share(steps: list[torch.Tensor], gradients: list[torch.Tensor], learning_rate: float, kl_clip: float
                ) -> torch.Tensor:
-    """nu, the share of the steps U that keeps lr^2 <U, F U> = lr^2 <U, gradient>, summed over layers, below kl_clip; at
-    most 1. To second order it is twice the divergence."""
+    """nu, the share of the steps U that keeps the squared length lr^2 <U, F U> = lr^2 <U, gradient>, summed over
+    layers, below kl_clip; at most 1. That length is twice the divergence, to second order."""
     length = learning_rate ** 2 * sum((u * gradient).sum() for u, gradient in zip(steps, gradients))
     return (kl_clip / length.clamp(min=1e-20)).sqrt().clamp(max=1)
 
@@ -232,16 +269,15 @@ def batch_factors(agent: Agent, batch: Batch, noise: torch.Tensor) -> dict[str, 
     output = agent(batch.obs)
     for hook in hooks:
         hook.remove()
-    log_prob = output.log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1)
-    log_likelihood = log_prob - (output.value - (output.value + noise).detach()).square()  # (B,)
+    drawn_value = (output.value + noise).detach()
+    log_likelihood = output.policy.log_prob(batch.action) - (output.value - drawn_value).square()  # (B,)
     # of the sum, because a mean would divide a sample's gradient by B
     gradients = torch.autograd.grad(log_likelihood.sum(), [passed[layer][1] for layer in layers.values()])
     return {name: factors(passed[layer][0], gradient) for (name, layer), gradient in zip(layers.items(), gradients)}
 
 
 def make_kfac(agent: Agent) -> dict:
-    """Of each layer: running means of A ("inputs") and S ("gradients") with their eigenvalues and eigenvectors, and
-    "momentum" (o, k+1)."""
+    """Of each layer: A ("inputs"), S ("gradients"), as running means with eigenvalues and eigenvectors; "momentum"."""
     kfac = {"updates": 0}
     for name, layer in layers_of(agent).items():
         zeros, k, o = layer.weight.new_zeros, layer.in_features + 1, layer.out_features
@@ -296,36 +332,40 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device)
 
     vec = envs.make_vec(args.env, args.num_envs)
-    shape, num_actions = envs.discrete_sizes(vec)
+    shape, outputs, discrete = envs.policy_sizes(vec)
     if len(shape) > 1:
         raise envs.EnvError(f"{args.env} observes views of shape {shape}; flat arrays are needed, or algos/ppo.py")
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
-    agent = Agent(shape[0], num_actions).to(device)
+    agent = Agent(shape[0], outputs, discrete).to(device)
     kfac = make_kfac(agent)
     loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
+    normalizer = envs.Normalizer(shape[0], args.normalize)
     scalars = runtime.Means()  # of updates and finished episodes since the last log
-    parts = {"agent": agent, "kfac": kfac, "vec": vec, "loop": loop, "scalars": scalars}
-    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
+    parts = {"agent": agent, "kfac": kfac, "normalizer": normalizer, "vec": vec, "loop": loop, "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent", "normalizer"] if args.evaluate else None)
     evaluator = envs.Evaluator(args, copies=100)
 
-    def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
-        """What the agent sees of observations."""
-        return envs.seen(obs).to(device)
+    def look(obs: torch.Tensor | dict[str, torch.Tensor], count: bool = False) -> Seen:
+        """What the agent sees of observations. With `count` the running statistics take them in first."""
+        features = envs.seen(obs) if discrete else envs.flatten(obs)
+        if count:
+            normalizer.add(features)
+        return normalizer(features).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
-        return agent(look(obs)).log_probs.cpu()
+        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        found = agent(look(obs)).policy
+        return (found.log_probs if discrete else found.mean.clamp(-1, 1)).cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        output = agent(look(envs.to_tensors(obs)))
-        log_probs = output.log_probs.cpu()
+        obs = envs.to_tensors(obs)
         if args.eval_select == "sample":
-            log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
-        action = log_probs.argmax(1)
-        return action.numpy()
+            return envs.to_env(vec, agent(look(obs)).policy.draw(evaluator.generator))
+        best = policy(obs)
+        return envs.to_env(vec, best.argmax(1) if discrete else best)
 
     if args.evaluate:
         return evaluator.report(act, saved["step"])

@@ -1,15 +1,14 @@
-"""TRPO: trust region policy optimisation for discrete actions.
+"""TRPO: trust region policy optimisation, for discrete and continuous actions.
 
 Schulman et al., "Trust Region Policy Optimization" (arXiv 1502.05477), with advantages by GAE. Each iteration maximises
 J = mean(ratio * advantage) within a mean KL divergence of `target_kl` (Eq. 14). J is taken as linear and the divergence
 as quadratic, with the Fisher matrix F. Conjugate gradients solve F x = gradient, and a line search along x takes the
 first step that keeps the constraint and improves J (appendix C). Then Adam fits the critic in `epochs` passes.
-
 Actor and critic share no layer, because the critic's steps would move a shared one without regard to the constraint.
 For the same reason there is no entropy bonus. Everything else is PPO's: `diff algos/ppo.py algos/trpo.py`.
 
-python algos/trpo.py --env MiniGrid-DoorKey-5x5-v0
 python algos/trpo.py --env CartPole-v1 --num-envs 8 --eval-select argmax --total-timesteps 100000
+python algos/trpo.py --env Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9 --normalize --eval-select argmax
 """
 import math
 import os
@@ -38,7 +37,7 @@ WIDTH = 64  # of the encoder's output and of all hidden layers
 
 @dataclass
 class Args:
-    """TRPO for discrete actions."""
+    """TRPO."""
     # twin: run arguments of PPO
     env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
     seed: int = 1  # of all that is random: networks, environments, exploration
@@ -70,6 +69,7 @@ class Args:
     tries: int = 10  # of the line search; then the policy stays as it is
     normalize_advantage: bool = True  # advantages of a rollout to mean 0 and deviation 1
     bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
+    normalize: bool = False  # flat observations shifted and scaled by running statistics, clipped to +-5
     eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
 
 
@@ -126,31 +126,74 @@ ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
 Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
 
 
+# twin: categorical policy
+class Categorical(NamedTuple):
+    """A policy's distributions over discrete actions (B,)."""
+    log_probs: torch.Tensor  # (B, A)
+
+    def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        return (self.log_probs + gumbel(self.log_probs.shape, generator).to(self.log_probs.device)).argmax(1)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        return self.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
+
+    def entropy(self) -> torch.Tensor:
+        return -(self.log_probs.exp() * self.log_probs).sum(1)
+# twin end
+
+
+# twin: Gaussian policy
+class Gaussian(NamedTuple):
+    """A policy's distributions over continuous actions (B, d), which only the environment gets clipped to [-1, 1]."""
+    mean: torch.Tensor  # (B, d)
+    log_std: torch.Tensor  # (B, d)
+
+    def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        return self.mean + self.log_std.exp() * torch.randn(self.mean.shape, generator=generator).to(self.mean.device)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        squares = ((action - self.mean) / self.log_std.exp()).square()
+        return -(0.5 * squares + self.log_std + 0.5 * math.log(2 * math.pi)).sum(1)
+
+    def entropy(self) -> torch.Tensor:
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(1)
+# twin end
+
+
 class Output(NamedTuple):
-    log_probs: torch.Tensor  # (B, A), of the actions
+    policy: Categorical | Gaussian
     value: torch.Tensor  # (B,), of the state
 
 
 class Agent(nn.Module):
     """Actor and critic without a common layer."""
 
-    def __init__(self, shape: tuple[int, ...], num_actions: int):
+    def __init__(self, shape: tuple[int, ...], outputs: int, discrete: bool = True):
         super().__init__()
 
-        def network(outputs: int) -> nn.Sequential:
+        def network(width: int) -> nn.Sequential:
             encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
-            return nn.Sequential(encoder, linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, outputs))
+            return nn.Sequential(encoder, linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, width))
         self.critic = network(1)
-        self.actor = network(num_actions)
+        self.actor = network(outputs)  # logits of actions, or the mean of one
+        self.log_std = None if discrete else nn.Parameter(torch.zeros(outputs))  # the same in all states
+        if not discrete:
+            self.actor[-1].weight.data.mul_(0.01)  # means near 0 at first
+
+    def policy(self, obs: Seen) -> Categorical | Gaussian:
+        y = self.actor(obs)  # (B, A) or (B, d)
+        if self.log_std is None:
+            return Categorical(torch.log_softmax(y, -1))
+        return Gaussian(y, self.log_std.expand_as(y))
 
     def forward(self, obs: Seen) -> Output:
-        return Output(torch.log_softmax(self.actor(obs), -1), self.critic(obs).squeeze(1))
+        return Output(self.policy(obs), self.critic(obs).squeeze(1))
 
 
 class Batch(NamedTuple):
     """Transitions of a rollout."""
     obs: Seen
-    action: torch.Tensor  # (B,)
+    action: torch.Tensor  # (B,) or (B, d)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
     value: torch.Tensor  # (B,), of the observation, by the critic of that time
     advantage: torch.Tensor  # (B,)
@@ -180,13 +223,12 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
     """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
     observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
-    noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
-    for t in range(args.num_steps):
+    for _ in range(args.num_steps):
         output = agent(seen)
-        action = (output.log_probs + noise[t]).argmax(1)  # a draw from the policy
-        log_prob = output.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
-        obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
+        action = output.policy.draw()
+        log_prob = output.policy.log_prob(action)
+        obs, reward, terminated, truncated, info = vec.step(envs.to_env(vec, action))
         reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
         loop["open_return"] += reward
         for finished in loop["open_return"][ended]:
@@ -198,35 +240,35 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
             reward[cut] += args.gamma * final_value[cut]
         steps.append((seen, action, log_prob, output.value, reward.to(device), ended.float().to(device)))
         loop["obs"] = envs.to_tensors(obs)
-        seen = look(loop["obs"])
+        seen = look(loop["obs"], count=True)
     obs, action, log_prob, value, reward, ended = tree_map(lambda *columns: torch.stack(columns), *steps)  # (T, N, ...)
     advantage = gae(reward, value, agent(seen).value, ended, args.gamma, args.gae_lambda)
     return tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
 
 
-def objective(log_probs: torch.Tensor, batch: Batch, advantage: torch.Tensor) -> torch.Tensor:
-    """J (Eq. 14): what the policy with these log-probabilities (B, A) gains, by the actions of the old one."""
-    log_prob = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1)
-    return ((log_prob - batch.log_prob).exp() * advantage).mean()
+def objective(policy: Categorical | Gaussian, batch: Batch, advantage: torch.Tensor) -> torch.Tensor:
+    """J (Eq. 14): what a policy gains, by the actions of the old one."""
+    return ((policy.log_prob(batch.action) - batch.log_prob).exp() * advantage).mean()
 
 
-def mean_kl(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Mean over states of KL(old || new), of log-probabilities (B, A)."""
-    return (old.exp() * (old - new)).sum(1).mean()
+def mean_kl(old: Categorical | Gaussian, new: Categorical | Gaussian) -> torch.Tensor:
+    """Mean over states of KL(old || new)."""
+    if isinstance(old, Categorical):
+        return (old.log_probs.exp() * (old.log_probs - new.log_probs)).sum(1).mean()
+    squares = (2 * old.log_std).exp() + (old.mean - new.mean).square()
+    return (new.log_std - old.log_std + 0.5 * squares / (2 * new.log_std).exp() - 0.5).sum(1).mean()
 
 
 def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([x.flatten() for x in tensors])
 
 
-def fisher_product(kl_gradient: torch.Tensor, params: list[nn.Parameter], v: torch.Tensor, damping: float
-                   ) -> torch.Tensor:
+def fisher_product(kl_gradient: torch.Tensor, params: list, v: torch.Tensor, damping: float) -> torch.Tensor:
     """(F + damping) v (P,): F is the Hessian of the divergence, so F v is the gradient of kl_gradient . v."""
     return flat(torch.autograd.grad(kl_gradient @ v, params, retain_graph=True)) + damping * v
 
 
-def conjugate_gradient(product: Callable[[torch.Tensor], torch.Tensor], g: torch.Tensor, iterations: int
-                       ) -> torch.Tensor:
+def conjugate_gradient(product: Callable, g: torch.Tensor, iterations: int) -> torch.Tensor:
     """x (P,) with product(x) near g, from x = 0 on; 0 where there is no gradient to follow."""
     x, residual, direction = torch.zeros_like(g), g, g
     square = g @ g
@@ -242,17 +284,16 @@ def conjugate_gradient(product: Callable[[torch.Tensor], torch.Tensor], g: torch
 
 
 def improve_actor(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
-    """A step of the actor within the trust region; returns what is logged. Gradients, F and the line search all see the
-    states of this rollout."""
-    advantage, params = batch.advantage, list(agent.actor.parameters())
+    """A step of the actor within the trust region, all of it on the states of this rollout; returns what is logged."""
+    advantage, params = batch.advantage, [p for name, p in agent.named_parameters() if not name.startswith("critic.")]
     if args.normalize_advantage:
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
-    log_probs = torch.log_softmax(agent.actor(batch.obs), -1)
-    old_log_probs, old_theta = log_probs.detach(), flat(params).detach()
-    old_objective = objective(log_probs, batch, advantage)
+    policy = agent.policy(batch.obs)
+    old, old_theta = tree_map(torch.Tensor.detach, policy), flat(params).detach()
+    old_objective = objective(policy, batch, advantage)
     gradient = flat(torch.autograd.grad(old_objective, params, retain_graph=True))
     # the divergence from itself is 0, and so is its gradient, but not the gradient of that
-    kl_gradient = flat(torch.autograd.grad(mean_kl(old_log_probs, log_probs), params, create_graph=True))
+    kl_gradient = flat(torch.autograd.grad(mean_kl(old, policy), params, create_graph=True))
 
     def product(v: torch.Tensor) -> torch.Tensor:
         return fisher_product(kl_gradient, params, v, args.cg_damping)
@@ -262,16 +303,15 @@ def improve_actor(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Ten
     with torch.no_grad():
         for _ in range(args.tries):
             nn.utils.vector_to_parameters(old_theta + share * length * x, params)
-            new_log_probs = torch.log_softmax(agent.actor(batch.obs), -1)
-            gain, kl = objective(new_log_probs, batch, advantage) - old_objective, mean_kl(old_log_probs, new_log_probs)
+            new = agent.policy(batch.obs)
+            gain, kl = objective(new, batch, advantage) - old_objective, mean_kl(old, new)
             if kl < args.target_kl and gain > 0:
                 break
             share *= args.shrink
         else:
             nn.utils.vector_to_parameters(old_theta, params)
             gain, kl, share = torch.zeros_like(gain), torch.zeros_like(kl), 0.0
-    entropy = -(old_log_probs.exp() * old_log_probs).sum(1).mean()
-    return {"policy_loss": -gain, "kl": kl, "entropy": entropy, "step_share": torch.tensor(share)}
+    return {"policy_loss": -gain, "kl": kl, "entropy": old.entropy().mean(), "step_share": torch.tensor(share)}
 
 
 def value_loss(agent: Agent, batch: Batch) -> torch.Tensor:
@@ -293,34 +333,39 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device)
 
     vec = envs.make_vec(args.env, args.num_envs)
-    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
+    shape, outputs, discrete = envs.policy_sizes(vec)
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
-    agent = Agent(shape, num_actions).to(device)
+    agent = Agent(shape, outputs, discrete).to(device)
     optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}
+    normalizer = envs.Normalizer(shape[0], args.normalize and len(shape) == 1)
     scalars = runtime.Means()  # of updates and finished episodes since the last log
-    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars}
-    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
+    parts = {"agent": agent, "optimizer": optimizer, "normalizer": normalizer, "vec": vec, "loop": loop,
+             "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent", "normalizer"] if args.evaluate else None)
     evaluator = envs.Evaluator(args, copies=100)
 
-    def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
-        """What the agent sees of observations."""
-        return envs.seen(obs).to(device)
+    def look(obs: torch.Tensor | dict[str, torch.Tensor], count: bool = False) -> Seen:
+        """What the agent sees of observations. With `count` the running statistics take them in first."""
+        features = envs.seen(obs) if discrete else envs.flatten(obs)
+        if count and normalizer.on:
+            normalizer.add(features)
+        return normalizer(features).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
-        return agent(look(obs)).log_probs.cpu()
+        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        found = agent(look(obs)).policy
+        return (found.log_probs if discrete else found.mean.clamp(-1, 1)).cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        output = agent(look(envs.to_tensors(obs)))
-        log_probs = output.log_probs.cpu()
+        obs = envs.to_tensors(obs)
         if args.eval_select == "sample":
-            log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
-        action = log_probs.argmax(1)
-        return action.numpy()
+            return envs.to_env(vec, agent(look(obs)).policy.draw(evaluator.generator))
+        best = policy(obs)
+        return envs.to_env(vec, best.argmax(1) if discrete else best)
 
     if args.evaluate:
         return evaluator.report(act, saved["step"])

@@ -14,8 +14,8 @@ from envs.captions import action_words, captions, clauses
 from envs.ids import EnvError, resolve  # first: it keeps a notice of gymnasium_robotics from the console
 from envs.dynamics import SPLITS, all_tasks, horizon_of
 from envs.evaluation import Act, Evaluator, evaluate, find_renderer, record
-from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, seen, time_limit_of,
-                           to_tensors, unflatten)
+from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, policy_sizes, seen,
+                           time_limit_of, to_env, to_tensors, unflatten)
 from envs.making import make, make_vec
 from envs.series import Series, SeriesEvaluator
 from envs.splits import SplitEvaluator
@@ -25,8 +25,8 @@ from envs.vector import Observation, VectorEnv
 __all__ = ["SPLITS", "Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "SeriesEvaluator",
            "SplitEvaluator", "StreamEnv", "StreamEvaluator", "VectorEnv", "action_words", "all_tasks", "captions",
            "clauses", "continuous_sizes", "discrete_sizes", "evaluate", "example_of", "find_renderer", "flatten",
-           "horizon_of", "make", "make_vec", "record", "resolve", "restore", "seen", "snapshot", "time_limit_of",
-           "to_tensors", "unflatten"]
+           "horizon_of", "make", "make_vec", "policy_sizes", "record", "resolve", "restore", "seen", "snapshot",
+           "time_limit_of", "to_env", "to_tensors", "unflatten"]
 
 
 def snapshot(vec: VectorEnv) -> dict:

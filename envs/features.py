@@ -38,6 +38,23 @@ def discrete_sizes(vec: VectorEnv) -> tuple[tuple[int, ...], int]:
     return (space["image"] if isinstance(space, gym.spaces.Dict) else space).shape, int(vec.action_space.n)
 
 
+def policy_sizes(vec: VectorEnv) -> tuple[tuple[int, ...], int, bool]:
+    """For both kinds of actions: shape of what a learner sees, how many actions or numbers in an action there are, and
+    whether actions are discrete. Raises EnvError as `discrete_sizes` and `continuous_sizes` do."""
+    if isinstance(vec.action_space, gym.spaces.Discrete):
+        return *discrete_sizes(vec), True
+    f, d, _ = continuous_sizes(vec)
+    return (f,), d, False
+
+
+def to_env(vec: VectorEnv, action: torch.Tensor) -> np.ndarray:
+    """Actions (B,) or (B, d) of a policy as `vec` takes them: discrete ones as they are, continuous ones clipped to
+    [-1, 1] and put in the bounds of the action space."""
+    if isinstance(vec.action_space, gym.spaces.Discrete):
+        return action.cpu().numpy()
+    return vec.to_box(action.clamp(-1, 1).cpu().numpy())
+
+
 def seen(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
     """What a learner for discrete actions sees of observations: features (B, f), the cells (B, 7, 7, 3) of a grid, the
     pixels (B, 64, 64, 3) of Crafter, and of Crafter-Symbols features: what lies in each cell, one-hot, and status."""

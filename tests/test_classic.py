@@ -9,7 +9,7 @@ from torch import nn
 
 import envs
 import runtime
-from algos import a2c, acktr, ars, cma_es, dqn, trpo
+from algos import a2c, acktr, ars, cma_es, dqn, ppo_continuous, trpo
 from tests.test_ppo import Bandit
 
 # Two states and a policy with three actions that is linear in them.
@@ -32,20 +32,22 @@ def numbers(*tensors: torch.Tensor) -> list[float]:
 class Linear(nn.Module):
     """Actor and critic of one layer each, in place of a script's Agent."""
 
-    def __init__(self, output: type):
+    def __init__(self, script):
         super().__init__()
-        self.output = output
+        self.script = script
         self.actor, self.critic = linear(WEIGHT, BIAS), linear([[0.2, -0.3]], [0.05])
 
+    def policy(self, obs):
+        return self.script.Categorical(torch.log_softmax(self.actor(obs), -1))
+
     def forward(self, obs):
-        return self.output(torch.log_softmax(self.actor(obs), -1), self.critic(obs).squeeze(1))
+        return self.script.Output(self.policy(obs), self.critic(obs).squeeze(1))
 
 
 def batch_of(script, agent, target_value):
     with torch.no_grad():
         output = agent(OBS)
-    log_prob = output.log_probs.gather(1, ACTION.unsqueeze(1)).squeeze(1)
-    return script.Batch(OBS, ACTION, log_prob, output.value, ADVANTAGE, target_value)
+    return script.Batch(OBS, ACTION, output.policy.log_prob(ACTION), output.value, ADVANTAGE, target_value)
 
 
 def bandit_is_learned(script, args, iterations, learn, agent):
@@ -53,9 +55,9 @@ def bandit_is_learned(script, args, iterations, learn, agent):
     task = Bandit()
     loop = {"obs": torch.from_numpy(task.state), "open_return": torch.zeros(4, dtype=torch.float64)}
     for _ in range(iterations):
-        learn(script.collect(agent, task, lambda obs: obs, loop, runtime.Means(), args))
+        learn(script.collect(agent, task, lambda obs, count=False: obs, loop, runtime.Means(), args))
     with torch.no_grad():
-        p = agent(torch.tensor([[0.0], [1.0]])).log_probs.exp()
+        p = agent(torch.tensor([[0.0], [1.0]])).policy.log_probs.exp()
     assert p[0, 0] > 0.9 and p[1, 1] > 0.9
 
 
@@ -74,7 +76,7 @@ def test_returns_of_a_few_steps():
 
 
 def test_a2c_loss():
-    agent, args = Linear(a2c.Output), a2c.Args()
+    agent, args = Linear(a2c), a2c.Args()
     batch = batch_of(a2c, agent, torch.tensor([1.0, 0.2], dtype=torch.float64))
     assert numbers(batch.log_prob) == pytest.approx([-1.618925, -1.712067], abs=1e-6)
     loss, scalars = a2c.a2c_loss(agent, batch, args)
@@ -93,7 +95,7 @@ def test_a2c_loss():
      [.2000959, -.2998963, .0501296])])
 def test_the_first_step_of_both_rmsprops(form, actor, critic):
     """The gradient is cut to length 0.5. torch's form then moves every weight by ten learning rates."""
-    agent, args = Linear(a2c.Output), a2c.Args(rmsprop=form)
+    agent, args = Linear(a2c), a2c.Args(rmsprop=form)
     batch = batch_of(a2c, agent, torch.tensor([1.0, 0.2], dtype=torch.float64))
     a2c.update(agent, a2c.RMSprop(agent.parameters(), args), a2c.a2c_loss, batch, args)
     assert numbers(*agent.actor.parameters()) == pytest.approx(actor, abs=2e-7)
@@ -130,7 +132,7 @@ class Layer(nn.Module):
         self.value = nn.Parameter(torch.zeros(2, dtype=torch.float64))
 
     def forward(self, obs):
-        return acktr.Output(torch.log_softmax(self.actor(obs), -1), self.value)
+        return acktr.Output(acktr.Categorical(torch.log_softmax(self.actor(obs), -1)), self.value)
 
 
 def kfac_batch(advantage=(2.0, -1.0)):
@@ -272,12 +274,12 @@ GRADIENT = [-.4141510, -.4382868, -.2731254, .3955545, .6872764, .0427322, -.557
 
 def trpo_parts():
     """Agent, batch, damped Fisher product and gradient at the old policy."""
-    agent = Linear(trpo.Output)
+    agent = Linear(trpo)
     batch, params = batch_of(trpo, agent, torch.zeros(2, dtype=torch.float64)), list(agent.actor.parameters())
-    log_probs = agent(OBS).log_probs
-    old_objective = trpo.objective(log_probs, batch, ADVANTAGE)
+    policy = agent.policy(OBS)
+    old_objective = trpo.objective(policy, batch, ADVANTAGE)
     gradient = trpo.flat(torch.autograd.grad(old_objective, params, retain_graph=True))
-    kl = trpo.mean_kl(log_probs.detach(), log_probs)
+    kl = trpo.mean_kl(trpo.Categorical(policy.log_probs.detach()), policy)
     kl_gradient = trpo.flat(torch.autograd.grad(kl, params, create_graph=True))
     assert old_objective.item() == pytest.approx(0.4) and kl.item() == 0
     return agent, batch, lambda v, damping=0.1: trpo.fisher_product(kl_gradient, params, v, damping), gradient
@@ -292,7 +294,7 @@ def test_fisher_product_is_that_of_the_explicit_matrix():
     assert numbers(product(v)) == pytest.approx([x + 0.01 * (i + 1) for i, x in enumerate(expected)], abs=1e-6)
     inputs = torch.cat([OBS, torch.ones(2, 1, dtype=torch.float64)], 1)
     fisher = torch.zeros(9, 9, dtype=torch.float64)
-    for x, p in zip(inputs, agent(OBS).log_probs.exp()):  # mean of J^T (diag p - p p^T) J
+    for x, p in zip(inputs, agent.policy(OBS).log_probs.exp()):  # mean of J^T (diag p - p p^T) J
         jacobian = torch.cat([torch.block_diag(*[x[:2].unsqueeze(0)] * 3), torch.eye(3, dtype=torch.float64)], 1)
         fisher += jacobian.T @ (p.diag() - p.outer(p)) @ jacobian / 2
     assert torch.allclose(product(v, 0.0), fisher @ v)
@@ -331,11 +333,11 @@ def test_line_search():
     assert far["step_share"].item() == pytest.approx(0.8) and 0 < far["kl"] < 0.1
     step = trpo.flat(agent.actor.parameters()).detach() - torch.tensor(THETA, dtype=torch.float64)
     longer = torch.tensor(THETA, dtype=torch.float64) + step / 0.8  # the try before
-    before = agent(OBS).log_probs.detach()
+    before = agent.policy(OBS)
     nn.utils.vector_to_parameters(longer, agent.actor.parameters())
-    after = agent(OBS).log_probs.detach()
-    old = batch_of(trpo, Linear(trpo.Output), None)
-    start = Linear(trpo.Output)(OBS).log_probs.detach()
+    after = agent.policy(OBS)
+    old = batch_of(trpo, Linear(trpo), None)
+    start = Linear(trpo).policy(OBS)
     assert trpo.mean_kl(start, before).item() == pytest.approx(far["kl"].item())
     assert trpo.mean_kl(start, after) >= 0.1 and trpo.objective(after, old, ADVANTAGE) > 0.4
 
@@ -351,6 +353,158 @@ def test_trpo_learns():
         for _ in range(5):
             trpo.update(agent, optimizer, trpo.value_loss, rollout)
     bandit_is_learned(trpo, args, 30, learn, agent)
+
+
+# Continuous actions
+
+GAUSSIAN = torch.tensor([[.1, -.2], [0, .5]], dtype=torch.float64), torch.tensor([-.5, .3], dtype=torch.float64)
+DRAWN = torch.tensor([[.3, .4], [-1, .2]], dtype=torch.float64)
+
+
+def gaussian(script=ppo_continuous):
+    mean, log_std = GAUSSIAN
+    return script.Gaussian(mean, log_std.expand_as(mean))
+
+
+def test_gaussian_policies():
+    """Their text is the same in all scripts, as test_form.py holds."""
+    assert numbers(gaussian().log_prob(DRAWN)) == pytest.approx([-1.791029, -3.021715], abs=1e-6)
+    assert numbers(gaussian().entropy()) == pytest.approx([2.637877] * 2, abs=1e-6)
+    torch.manual_seed(0)
+    draws = torch.stack([gaussian().draw() for _ in range(4000)])
+    assert torch.allclose(draws.mean(0), GAUSSIAN[0], atol=0.1)
+    assert torch.allclose(draws.std(0), GAUSSIAN[1].exp().expand(2, 2), rtol=0.05)
+    policy = trpo.Gaussian(*(torch.tensor([x], dtype=torch.float64) for x in ([.1, -.2], [-.5, .3])))
+    other = trpo.Gaussian(*(torch.tensor([x], dtype=torch.float64) for x in ([.2, -.1], [-.4, .2])))
+    assert trpo.mean_kl(policy, other).item() == pytest.approx(0.034546, abs=1e-6)
+    assert trpo.mean_kl(policy, policy).item() == pytest.approx(0)
+
+
+@pytest.mark.parametrize("clip_values, value_loss", [(True, 1.845), (False, 1.625)])
+def test_ppo_loss_of_a_gaussian_policy(clip_values, value_loss):
+    def column(*values):
+        return torch.tensor(values, dtype=torch.float64)
+    batch = ppo_continuous.Batch(GAUSSIAN[0], DRAWN, column(-2.3, -3.9), column(.6, .4), column(1.2, -.8), column(2, -1))
+    args = ppo_continuous.Args(normalize_advantage=False, clip_values=clip_values)
+    loss, scalars = ppo_continuous.ppo_loss(lambda obs: ppo_continuous.Output(gaussian(), column(1, .5)), batch, args)
+    assert scalars["policy_loss"].item() == pytest.approx(0.242708, abs=1e-6)
+    assert scalars["approx_kl"].item() == pytest.approx(0.341546, abs=1e-6)
+    assert scalars["value_loss"].item() == pytest.approx(value_loss)
+    assert loss.item() == pytest.approx(0.242708 + 0.5 * value_loss, abs=1e-6)
+
+
+def test_scaled_rewards():
+    """u is 1, then 0.5 * 1 + 3; the second copy's episode ends at once, so its u is 2, then 4."""
+    returns, running = envs.Normalizer(1), torch.zeros(2)
+    first = ppo_continuous.scaled(torch.tensor([1., 2.]), torch.tensor([False, True]), running, returns, 0.5)
+    assert first.tolist() == pytest.approx([1 / 0.5, 2 / 0.5]) and running.tolist() == [1, 0]
+    second = ppo_continuous.scaled(torch.tensor([3., 4.]), torch.tensor([False, False]), running, returns, 0.5)
+    deviation = np.std([1, 2, 3.5, 4])
+    assert second.tolist() == pytest.approx([3 / deviation, 4 / deviation]) and running.tolist() == [3.5, 4]
+    far = ppo_continuous.scaled(torch.tensor([-99., 0.]), torch.tensor([False, False]), running, returns, 0.5)
+    assert far.tolist() == pytest.approx([-99 / np.std([1, 2, 3.5, 4, -97.25, 2]), 0])
+    assert ppo_continuous.scaled(torch.ones(1), torch.tensor([False]), torch.zeros(1), envs.Normalizer(1), 0.9) == 10
+
+
+class Steer:
+    """Four copies of a task of two steps: of a box of [-2, 2], -2 is best in state 0 and 2 in state 1."""
+    num_envs, action_space = 4, gym.spaces.Box(-2, 2, (1,))
+    to_box = envs.VectorEnv.to_box
+
+    def __init__(self):
+        self.rng, self.t, self.actions = np.random.default_rng(0), 0, []
+        self.state = self.rng.integers(0, 2, (4, 1)).astype(np.float32)
+
+    def step(self, action):
+        self.actions.append(action)
+        reward, self.t = (action * (self.state - 0.5))[:, 0], self.t + 1
+        self.state = self.rng.integers(0, 2, (4, 1)).astype(np.float32)
+        return self.state, reward, np.full(4, self.t % 2 == 0), np.zeros(4, bool), {"final_obs": self.state}
+
+
+def play_steer(script, agent, task, loop, args):
+    more = [envs.Normalizer(1)] if script is ppo_continuous else []
+    return script.collect(agent, task, lambda obs, count=False: obs, *more, loop, runtime.Means(), args)
+
+
+def new_loop(task):
+    return {"obs": torch.from_numpy(task.state), "open_return": torch.zeros(4, dtype=torch.float64),
+            "discounted_return": torch.zeros(4)}
+
+
+def continuous_agent(script):
+    torch.manual_seed(0)
+    if script is ppo_continuous:
+        return script.Agent(1, 1)
+    return script.Agent(1 if script is acktr else (1,), 1, False)
+
+
+@pytest.mark.parametrize("script", [a2c, acktr, ppo_continuous, trpo])
+def test_only_the_environment_gets_clipped_actions(script):
+    agent, task = continuous_agent(script), Steer()
+    rollout = play_steer(script, agent, task, new_loop(task), script.Args(num_steps=50))
+    with torch.no_grad():
+        policy = agent(rollout.obs).policy
+    assert rollout.action.shape == (200, 1) and (rollout.action.abs() > 1).any()
+    assert torch.allclose(rollout.log_prob, policy.log_prob(rollout.action), atol=1e-6)
+    assert np.allclose(np.concatenate(task.actions), 2 * rollout.action.clamp(-1, 1).numpy())
+    assert policy.mean.abs().max() < 0.1 and not policy.log_std.any()
+
+
+@pytest.mark.parametrize("script, flags, iterations", [
+    (a2c, dict(learning_rate=5e-2, num_steps=16, entropy_coef=0.0), 60), (acktr, dict(separate=True), 30),
+    (ppo_continuous, dict(num_steps=32), 30), (trpo, dict(num_steps=32, target_kl=0.05), 30)])
+def test_continuous_actions_are_learned(script, flags, iterations):
+    agent, task, args = continuous_agent(script), Steer(), script.Args(**flags)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)  # of PPO, and of TRPO's critic
+    if script is a2c:
+        optimizer = a2c.RMSprop(agent.parameters(), args)
+    elif script is acktr:
+        optimizer = acktr.make_kfac(agent)
+    loop = new_loop(task)
+    for _ in range(iterations):
+        rollout = play_steer(script, agent, task, loop, args)
+        if script is a2c:
+            a2c.update(agent, optimizer, a2c.a2c_loss, rollout, args)
+        elif script is acktr:
+            acktr.update(agent, optimizer, acktr.a2c_loss, rollout, args.learning_rate, args)
+        elif script is trpo:
+            trpo.improve_actor(agent, rollout, args)
+            trpo.update(agent, optimizer, trpo.value_loss, rollout)
+        else:
+            for _ in range(5):
+                script.update(agent, optimizer, script.ppo_loss, rollout, args)
+    with torch.no_grad():
+        mean = agent(torch.tensor([[0.0], [1.0]])).policy.mean
+    assert mean[0, 0] < -0.7 and mean[1, 0] > 0.7
+
+
+def test_fisher_matrix_of_a_gaussian_policy():
+    """log_std is one of the actor's parameters. F has J^T J / std^2 of the mean, and 2 for each log_std."""
+    agent = continuous_agent(trpo).double()
+    obs = torch.randn(6, 1, dtype=torch.float64)
+    params = [p for name, p in agent.named_parameters() if not name.startswith("critic.")]
+    agent.log_std.data.fill_(-0.7)
+    policy = agent.policy(obs)
+    kl = trpo.mean_kl(ppo_continuous.tree_map(torch.Tensor.detach, policy), policy)
+    kl_gradient = trpo.flat(torch.autograd.grad(kl, params, create_graph=True))
+    rows = [trpo.flat(torch.autograd.grad(m, params, retain_graph=True, allow_unused=True, materialize_grads=True))
+            for m in policy.mean[:, 0]]
+    jacobian = torch.stack(rows)
+    where = trpo.flat([torch.full_like(p, p is agent.log_std) for p in params])
+    fisher = jacobian.T @ jacobian / 6 / np.exp(-1.4) + 2 * where.diag()
+    v = torch.randn(len(where), dtype=torch.float64)
+    assert torch.allclose(trpo.fisher_product(kl_gradient, params, v, 0.0), fisher @ v)
+
+
+def test_factors_of_log_std():
+    """A layer of its own, whose only input is the 1 of the bias; S is the mean square of the score z^2 - 1."""
+    agent = continuous_agent(acktr)
+    obs, action, zeros = torch.randn(40, 1), torch.randn(40, 1), torch.zeros(40)
+    found = acktr.batch_factors(agent, acktr.Batch(obs, action, zeros, zeros, zeros, zeros), torch.randn(40))
+    z = action - agent(obs).policy.mean.detach()  # log_std is 0
+    assert found["actor_log_std"]["inputs"].tolist() == [[0, 0], [0, 1]]
+    assert found["actor_log_std"]["gradients"].item() == pytest.approx((z.square() - 1).square().mean().item(), rel=1e-5)
 
 
 # ARS and CMA-ES

@@ -53,8 +53,9 @@ WINDOWS = dict(refuses="Pendulum-v1", episodes=15, sees=(8, 25))  # a window has
 TEXT = f"--env BabyAI-Text-GoToLocal-RedBall-S20 {PPO}"
 SHAPED = f"{OF_PPO} phi shaping phi_invalid"
 SCRIPTS = [
-    Script("a2c", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy", refuses="Pendulum-v1"),
-    Script("acktr", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy nu", refuses="Pendulum-v1"),
+    Script("a2c", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy"),
+    Script("acktr", "--env Pendulum-v1 --num-envs 4 --normalize", "policy_loss value_loss entropy nu",
+           refuses="MiniGrid-Empty-5x5-v0"),
     Script("ars", f"{SEARCH} --top 2", "step_norm return return_deviation",
            refuses="MiniGrid-Empty-5x5-v0"),
     Script("bk_code", TEXT, SHAPED, refuses="Pendulum-v1"),
@@ -75,6 +76,7 @@ SCRIPTS = [
     Script("ppo", f"--env CartPole-v1 {PPO}", OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_a2t", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_bc", GRID, OF_PPO, refuses="Pendulum-v1"),
+    Script("ppo_continuous", f"--env Pendulum-v1 {PPO}", OF_PPO, refuses="CartPole-v1"),
     Script("ppo_kian", GRID, f"{OF_PPO} attention/inner key_norm/", refuses="Pendulum-v1", leaves=BOTH),
     Script("ppo_kogun", GRID, OF_PPO, refuses="Pendulum-v1"),
     Script("ppo_rnd", f"{TEXT} --collect 2", f"{OF_PPO} predictor_loss curiosity", refuses="Pendulum-v1"),
@@ -90,7 +92,7 @@ SCRIPTS = [
     Script("stream_td", "--env series/transformer --hidden 16x1", OF_STREAM, leaves="", played=False),
     Script("td3", DDPG, LOSSES, refuses="CartPole-v1"),
     Script("tesac", SPLITS, OF_SPLITS, **WINDOWS),
-    Script("trpo", f"--env CartPole-v1 {PPO}", "policy_loss value_loss entropy kl", refuses="Pendulum-v1"),
+    Script("trpo", f"--env Pendulum-v1 --normalize {PPO}", "policy_loss value_loss entropy kl"),
 ]
 BY_NAME = {script.name: script for script in SCRIPTS}
 STEPS = 512

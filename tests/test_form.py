@@ -18,7 +18,7 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # what a child changes of its parent's functions and classes, Args and main aside; it may add others. Who is whose child
 # says algos/README.md, by its diff commands
 CHANGED = {
-    "a2c": set(),
+    "a2c": {"Agent", "Batch", "Output", "collect"},
     "acktr": {"Agent", "a2c_loss", "update"},
     "bk_code": {"Agent", "collect"},
     "bk_goal": set(),
@@ -30,6 +30,7 @@ CHANGED = {
     "lesr": set(),
     "ppo_a2t": {"Agent", "Output", "ppo_loss"},
     "ppo_bc": {"Agent", "ppo_loss"},
+    "ppo_continuous": {"Agent", "Batch", "Output", "collect", "linear", "ppo_loss"},
     "ppo_kian": {"Agent", "Output", "ppo_loss"},
     "ppo_kogun": {"Agent"},
     "ppo_rnd": {"Agent", "Batch", "Output", "collect", "ppo_loss"},
@@ -41,7 +42,7 @@ CHANGED = {
     "stream_td": {"make_agent", "step", "update"},
     "td3": {"actor_loss", "critic_loss", "make_agent", "update"},
     "tesac": {"critic_loss", "make_agent", "update"},
-    "trpo": {"Agent", "update"},
+    "trpo": {"Agent", "Batch", "Output", "collect", "update"},
 }
 PARENT = {child: parent for parent, child in re.findall(r"`diff -u algos/(\w+)\.py algos/(\w+)\.py`",
                                                         (ROOT / "algos" / "README.md").read_text())}

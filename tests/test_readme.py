@@ -37,7 +37,7 @@ FEW_STREAM = [*FEW_SERIES, "--eval-episodes", "1"]
 # flags that make a run of each script short; a new script is a line here
 WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": FEW_DDPG, "td3": FEW_DDPG,
          "camel": FEW_DDPG, "lesr": FEW_DDPG, "meow": FEW_MEOW, "br_rcrl": FEW_OFFLINE,
-         "ppo": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
+         "ppo": FEW_PPO, "ppo_continuous": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
          "a2c": FEW_A2C, "acktr": FEW_A2C, "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH, "dqn": FEW_DQN,
          "ppo_rnd": FEW_PPO, "bk_code": FEW_PPO, "bk_pref": FEW_PPO, "bk_goal": FEW_PPO,
          "tesac": FEW_SPLITS, "ccm": FEW_SPLITS, "satesac": FEW_SPLITS, "saccm": FEW_SPLITS,
