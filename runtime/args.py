@@ -7,7 +7,7 @@ import sys
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Sequence, get_args, get_type_hints
+from typing import Any, Literal, Sequence, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -116,11 +116,20 @@ def _stored_args(folder: str, algo: str, args_type: type) -> Any:
         print(f"note: {folder} is older than {', '.join(new)}: as by default", file=sys.stderr)
     for name, hint in get_type_hints(args_type).items():
         value = saved["args"].get(name, getattr(args_type, name))
-        allowed = get_args(hint)  # of a Literal
-        kinds = (int, float) if hint is float else hint
-        if not (value in allowed if allowed else isinstance(value, kinds) and isinstance(value, bool) == (hint is bool)):
+        if not _is_of(value, hint):
             raise UserError(f"{folder}/config.json is damaged: {name} cannot be {value!r}; start the run anew")
     return args_type(**saved["args"])
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a flag with this type hint can have this value."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(value, bool):  # to Python a bool is an int, too
+        return hint is bool
+    if isinstance(value, int) and float in (hint, *get_args(hint)):
+        return True
+    return isinstance(value, hint)
 
 
 def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
