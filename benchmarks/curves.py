@@ -10,6 +10,7 @@ stands beside.
 """
 import csv
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,10 +91,18 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
 def gather(folders: list[str], into: str = "") -> None:
     """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`: that of eval.csv to
     <env>.csv, that of eval-extreme.csv, where there is one, to <env>-extreme.csv. A run that is there already is
-    replaced, unless it is the longer one: a smoke run has the same name."""
+    replaced, unless it is the longer one.
+
+    Raises ValueError, before anything is written, for a folder without runs, for one of smoke runs, and for a name
+    that leads elsewhere."""
+    if not re.fullmatch(r"[\w-]*", into):
+        raise ValueError(f"--into takes a name in benchmarks/results, as stream_barrier, not {into!r}")
     runs = [(folder, sorted(path.parent for path in Path(folder).rglob("config.json"))) for folder in folders]
-    for folder in [folder for folder, found in runs if not found]:
-        print(f"skipped, no run: {folder}")
+    for folder, found in runs:
+        if not found:
+            raise ValueError(f"{folder} holds no run; name a run folder, or one above it")
+        if any("smoke" in run.resolve().parts for run in found):
+            raise ValueError(f"{folder} holds smoke runs, which are too short for a table")
     touched, seen = {}, {}  # {(file, variant): its rows}, {(file, variant, seed): folder}
     files = [file for _, found in runs for run in found for file in (run / "eval.csv", *sorted(run.glob("eval-*.csv")))]
     for file in files:

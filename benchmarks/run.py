@@ -122,7 +122,7 @@ class Args:
     algo: str = ""  # only the cells of this algorithm
     env: str = ""  # only the cells of this environment
     seeds: int = 0  # only seeds up to this one; 0: all
-    root: str = "runs/bench"  # above all cells' folders
+    root: str = ""  # above all cells' folders; empty: runs/bench, or runs/smoke for the suite of that name
     backend: Literal["local", "ray"] = "local"  # where cells run: here, or as tasks of a Ray cluster (pip install ray)
     ray_address: str = "auto"  # of the cluster; auto: the one that this machine belongs to
     gpus: float = 0.0  # share of a GPU per cell, with --backend ray
@@ -214,7 +214,7 @@ def main(args: Args) -> int:
         raise ValueError("--gpus needs --backend ray; here, a cell takes the GPU that it finds")
     if args.gpus < 0 or args.gpus > 1 and args.gpus % 1:
         raise ValueError(f"--gpus is a share of one GPU or a whole number, not {args.gpus}")
-    args.root = str(Path(args.root).resolve())
+    args.root = str(Path(args.root or ("runs/smoke" if args.suite == "smoke" else "runs/bench")).resolve())
     cells = load_suite(args)
     todo = [cell for cell in cells if not cell.finished()]
     if changed := [cell.name for cell in cells if cell not in todo and cell.script_has_changed()]:
