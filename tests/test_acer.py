@@ -223,10 +223,10 @@ def test_the_average_policy_follows():
 
 def test_it_learns_from_what_another_policy_did():
     """A nearly uniform one has filled the buffer, and nothing more is played. Observations name the right action."""
-    args, task = acer.Args(learning_rate=1e-2), Bandit()
+    args, task = acer.Args(num_steps=8, learning_rate=1e-2), Bandit()
     agent, average, optimizer = parts(args)
-    buffer, obs = acer.SegmentBuffer(20), torch.from_numpy(task.state)
-    for _ in range(20):
+    buffer, obs = acer.SegmentBuffer(40), torch.from_numpy(task.state)
+    for _ in range(40):
         rollout, obs = play(agent, task, obs, args)
         buffer.add(rollout)
     for _ in range(600):
@@ -239,4 +239,4 @@ def test_it_learns_from_what_another_policy_did():
 def test_it_balances_a_pole(tmp_path):
     args = acer.Args(seed=2, total_timesteps=30_000, learning_rate=4e-3, replay_starts=200, eval_every=0,
                      device="cpu", run_dir=str(tmp_path / "run"))
-    assert acer.main(args)["return_mean"] >= 150  # 10 before
+    assert acer.main(args)["return_mean"] >= 150  # 57 before, and 77 without replay
