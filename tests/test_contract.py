@@ -54,6 +54,8 @@ TEXT = f"--env BabyAI-Text-GoToLocal-RedBall-S20 {PPO}"
 SHAPED = f"{OF_PPO} phi shaping phi_invalid"
 SCRIPTS = [
     Script("a2c", "--env CartPole-v1 --num-envs 4", "policy_loss value_loss entropy", refuses="Pendulum-v1"),
+    Script("acer", "--env CartPole-v1 --num-envs 4 --num-steps 8 --buffer-size 64 --replay-starts 16",
+           "policy_loss value_loss entropy bound_fraction actor_ratio retrace_ratio", refuses="Pendulum-v1"),
     Script("ars", f"{SEARCH} --top 2", "step_norm return return_deviation",
            refuses="MiniGrid-Empty-5x5-v0"),
     Script("bk_code", TEXT, SHAPED, refuses="Pendulum-v1"),

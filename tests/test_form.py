@@ -19,6 +19,7 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # says algos/README.md, by its diff commands
 CHANGED = {
     "a2c": set(),
+    "acer": {"Agent", "Batch", "Output", "collect", "update"},
     "bk_code": {"Agent", "collect"},
     "bk_goal": set(),
     "bk_pref": set(),
