@@ -48,9 +48,10 @@ HUNKS = 25  # a diff between parent and child has fewer
 
 # who may import what of ours; benchmarks time functions of all others, tests may import anything
 ARROWS = {"algos": {"runtime", "envs", "knowledge", "llm", "buffers", "networks", "streamnet", "errors"},
-          "envs": {"envs", "errors"}, "knowledge": {"knowledge", "llm", "errors"}, "llm": {"llm", "errors"},
+          "envs": {"envs", "pt2", "errors"}, "knowledge": {"knowledge", "llm", "pt2", "errors"},
+          "llm": {"llm", "errors"},
           "runtime": {"runtime", "errors"}, "streamnet": {"errors"}, "buffers": set(), "networks": set(),
-          "errors": set()}
+          "pt2": set(), "errors": set()}
 OURS = {*ARROWS, "benchmarks", "tests"}
 RUN = ["env", "seed", "total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "video",
        "device", "compile", "run_dir", "resume", "evaluate", "track"]  # arguments of every script, in this order
