@@ -28,7 +28,7 @@ from envs.ids import EnvError, announce
 from envs.vector import VectorEnv
 
 CODE = 32  # numbers of `random` and `pca`
-FRAMES, EPISODE_STEPS, COPIES = 2000, 20, 10  # what those two see
+FRAMES, EPISODE_STEPS, COPIES = 2000, 50, 10  # what those two see
 LIMIT = 10.0  # codes are clipped to +-this
 _made: dict[tuple, "Encoder"] = {}
 

@@ -223,6 +223,10 @@ class MobileVectorEnv(WorldVectorEnv):
         world = World(one.task, num_envs, one.random_target, one.continuous, one.shaped, one.pixels, one.size)
         super().__init__(env, num_envs, time_feature, world, threads=1)
 
+    def ground_truth(self) -> dict[str, np.ndarray]:
+        """Numbers (num_envs,) that pictures of now show."""
+        return self.world.ground_truth()
+
     def _begin(self, i: int) -> None:
         self.world.reset(i, self.rng[i])
 
