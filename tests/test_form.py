@@ -31,6 +31,7 @@ CHANGED = {
     "ppo_bc": {"Agent", "ppo_loss"},
     "ppo_kian": {"Agent", "Output", "ppo_loss"},
     "ppo_kogun": {"Agent"},
+    "ppo_pixels": {"Agent", "PixelEncoder"},
     "ppo_rnd": {"Agent", "Batch", "Output", "collect", "ppo_loss"},
     "sac_handover": {"Decision", "actor_loss", "decide", "make_agent", "update"},
     "sac_kian": {"Decision", "actor_loss", "critic_inputs", "decide", "draw_noise", "make_agent", "update"},
