@@ -5,8 +5,8 @@
     python benchmarks/curves.py gather --into stream_barrier RUN...   # several scripts side by side, under this name
 
 A variant is named by its script, and by what its settings in `config.json` differ in from the script's defaults
-of today: first the knowledge, then other flags. A peer's `config.json` names its variant, and the algorithm that it
-stands beside.
+of today: first the encoder behind the id, then the knowledge, then other flags. A peer's `config.json` names its
+variant, and the algorithm that it stands beside.
 """
 import csv
 import json
@@ -21,6 +21,12 @@ COLUMNS = ["variant", "seed", "step", "wall_s", "episodes", "return_mean", "retu
 # arguments that name a run, not a variant
 RUN = {"env", "seed", "total_timesteps", "device", "compile", "run_dir", "resume", "evaluate", "eval_every",
        "eval_episodes", "checkpoint_every", "video", "track"}
+
+
+def split_view(env: str) -> tuple[str, str]:
+    """An id, and what stands behind it, an encoder: `MobileRobot-v0:pca` -> `MobileRobot-v0`, `pca`."""
+    match = re.fullmatch(r"(.+?-v\d+):(.+)", env)
+    return (match[1], match[2]) if match else (env, "")
 
 
 def defaults(algo: str, env: str = "") -> dict:
@@ -52,7 +58,7 @@ def variant(config: dict) -> str:
     if "variant" in config:  # a peer names itself
         return config["variant"]
     args, usual = config["args"], defaults(config["algo"], config["args"].get("env", ""))
-    words = [config["algo"]]
+    words = [word for word in (config["algo"], split_view(args.get("env", ""))[1]) if word]
     if args.get("dataset"):
         words.append(Path(args["dataset"]).stem)
     if args.get("knowledge") != usual.get("knowledge"):
@@ -112,7 +118,7 @@ def gather(folders: list[str], into: str = "") -> None:
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
-        path = RESULTS / (into or config["algo"]) / f"{args['env'].replace('/', '-')}{part}.csv"
+        path = RESULTS / (into or config["algo"]) / f"{split_view(args['env'])[0].replace('/', '-')}{part}.csv"
         name, seed = variant(config), str(args["seed"])
         if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
             print(f"note: {folder} is older than {', '.join(new)}: named as if by default")

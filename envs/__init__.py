@@ -13,6 +13,7 @@ it has pixels, `image` of Crafter.
 from envs.captions import action_words, captions, clauses
 from envs.ids import EnvError, resolve  # first: it keeps a notice of gymnasium_robotics from the console
 from envs.dynamics import SPLITS, all_tasks, horizon_of
+from envs.encoders import collect_frames
 from envs.evaluation import Act, Evaluator, evaluate, find_renderer, record
 from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, seen, time_limit_of,
                            to_tensors, unflatten)
@@ -24,9 +25,9 @@ from envs.vector import Observation, VectorEnv
 
 __all__ = ["SPLITS", "Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "SeriesEvaluator",
            "SplitEvaluator", "StreamEnv", "StreamEvaluator", "VectorEnv", "action_words", "all_tasks", "captions",
-           "clauses", "continuous_sizes", "discrete_sizes", "evaluate", "example_of", "find_renderer", "flatten",
-           "horizon_of", "make", "make_vec", "record", "resolve", "restore", "seen", "snapshot", "time_limit_of",
-           "to_tensors", "unflatten"]
+           "clauses", "collect_frames", "continuous_sizes", "discrete_sizes", "evaluate", "example_of", "find_renderer",
+           "flatten", "horizon_of", "make", "make_vec", "record", "resolve", "restore", "seen", "snapshot",
+           "time_limit_of", "to_tensors", "unflatten"]
 
 
 def snapshot(vec: VectorEnv) -> dict:

@@ -26,7 +26,8 @@ from errors import UserError
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
 PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
-CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "streamnet.py", "errors.py"]
+CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py", "streamnet.py",
+        "errors.py"]
 
 
 @contextmanager

@@ -100,11 +100,29 @@ def test_shipped_suites_are_valid(name):
             tyro.cli(importlib.import_module(f"algos.{cell.algo}").Args, args=cell.fresh)
 
 
+def test_a_cross_is_every_combination(tmp_path):
+    (tmp_path / "cross.toml").write_text("""[[cell]]
+        algo = "ppo"
+        envs = ["CartPole-v1"]
+        seeds = [1]
+        cross = {clip = [0.1, "0.2"], bootstrap = [true, false]}
+        flags = "--epochs 2"
+        """)
+    cells = load_suite(Args(suite=str(tmp_path / "cross.toml")))
+    assert [cell.flags for cell in cells] == [
+        ("--epochs", "2", "--clip", "0.1", "--bootstrap"), ("--epochs", "2", "--clip", "0.1", "--no-bootstrap"),
+        ("--epochs", "2", "--clip", "0.2", "--bootstrap"), ("--epochs", "2", "--clip", "0.2", "--no-bootstrap")]
+    assert len({cell.folder for cell in cells}) == 4
+
+
 def test_errors_are_one_line(tmp_path):
     cell, suites = "[[cell]]\nalgo = 'sac_kian'\n", []
     for i, rest in enumerate(["", "envs = 'FetchPush-v2'\nseeds = [1]\n",
                               "envs = ['x']\nseeds = [1]\nflag = '--seed 2'\n",
                               "envs = ['x']\nseeds = [1]\nflags = ['--seed', '2']\n",
+                              "envs = ['x']\nseeds = [1]\ncross = {clip = 1}\n",
+                              "envs = ['x']\nseeds = [1]\ncross = {clip = []}\n",
+                              "envs = ['x']\nseeds = [1]\nflags = '--clip=1'\ncross = {clip = [1]}\n",
                               "envs = ['x']\nseeds = [1.0]\n", "envs = ['x']\nseeds = [1]\nflags = '\"'\n"]):
         (tmp_path / f"bad{i}.toml").write_text(cell + rest)
         suites.append((["--suite", str(tmp_path / f"bad{i}.toml")], "is no suite"))

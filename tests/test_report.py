@@ -75,6 +75,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert field in script
     (tmp_path / "algos" / "sac_kian.py").write_text(script.replace(field, f"    norm: bool = True  # new\n{field}"))
     for changed, name in (({"knowledge": "none", "norm": False}, "sac_kian none --no-norm"),
+                          ({"env": "MobileRobot-v0:pca", "knowledge": "none"}, "sac_kian pca none"),
                           ({"init_from": "a/RUN", "tau": 0.1}, "sac_kian --init-from RUN --tau 0.1")):
         assert curves.variant({"algo": "sac_kian", "args": usual | changed}) == name
     capsys.readouterr()
