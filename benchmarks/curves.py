@@ -5,8 +5,8 @@
     python benchmarks/curves.py gather --into stream_barrier RUN...   # several scripts side by side, under this name
 
 A variant is named by its script, and by what its settings in `config.json` differ in from the script's defaults
-of today: first the encoder behind the id, then the knowledge, then other flags. A peer's `config.json` names its variant, and the algorithm that it
-stands beside.
+of today: first the encoder behind the id, then the knowledge, then other flags. A peer's `config.json` names its
+variant, and the algorithm that it stands beside.
 """
 import csv
 import json
