@@ -1,11 +1,11 @@
 """PPO on pictures: ppo.py with convolutions, for discrete actions.
 
 Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), with the layers of Mnih et al. 2015 made
-smaller, for pictures of about 64 x 64 of any number of channels, as those of the mobile robot of the S-RL Toolbox (arXiv
-1809.09369). ppo.py has larger layers, for 64 x 64 x 3 alone. `diff algos/ppo.py algos/ppo_pixels.py` shows the network,
-and settings for returns larger than 1.
+smaller, for pictures of about 64 x 64 of any number of channels, as those of the mobile robot of the S-RL Toolbox
+(arXiv 1809.09369). ppo.py has larger layers, for 64 x 64 x 3 alone. `diff algos/ppo.py algos/ppo_pixels.py` shows the
+network, and settings for returns larger than 1.
 
-Pictures are divided by 255 once, inside the network. Several of them in a row: --env MobileRobot-v0:pixels:frame_stack=4.
+Pictures are divided by 255 once, inside the network. The last four together: --env MobileRobot-v0:pixels:frame_stack=4
 
 python algos/ppo_pixels.py --env MobileRobot-v0:pixels
 """

@@ -1,8 +1,8 @@
 """SRL: state representation learning. Trains the encoder of pictures that other scripts then learn on.
 
 Raffin et al., "S-RL Toolbox: Environments, Datasets and Evaluation Metrics for State Representation Learning" (arXiv
-1809.09369). Random actions give transitions (s, a, r, s'); a network makes codes z of pictures s, and is trained by a sum
-of losses, named in --losses:
+1809.09369). Random actions give transitions (s, a, r, s'). A network makes codes z of pictures s, and is trained by a
+sum of losses, named in --losses:
 
     autoencoder   mean (s_hat - s)^2, of s and s'
     vae           the same plus beta KL(q(z|s) || N(0, 1)) per pixel (Kingma & Welling, arXiv 1312.6114)
@@ -11,8 +11,9 @@ of losses, named in --losses:
     reward        whether the reward was positive, from z and z': cross entropy
     priors        temporal coherence, proportionality, causality, repeatability (Jonschkowski & Brock 2015)
 
-Held-out episodes tell what a code is worth: how much of the true state is linear in it (probe_r2), and how far apart the
-true states of neighbours in code are (knn_mse). eval.csv has the mean probe_r2 as its return. The run leaves encoder.pt2.
+Held-out episodes tell what a code is worth: how much of the true state is linear in it (probe_r2), and how far apart
+the true states of neighbours in code are (knn_mse). eval.csv has the mean probe_r2 as its return. The run leaves
+encoder.pt2.
 
 python algos/srl.py --env MobileRobot-v0 --losses autoencoder,inverse
 python algos/ppo.py --env MobileRobot-v0:run:RUN --normalize-advantage --no-clip-values   # RUN: the folder of that run
@@ -227,8 +228,8 @@ def update(model: Model, optimizer: torch.optim.Optimizer, loss_of: Callable, ba
 
 def probe_r2(code: torch.Tensor, truth: torch.Tensor, held_code: torch.Tensor, held_truth: torch.Tensor
              ) -> torch.Tensor:
-    """Share (k,) of the variance of held-out truth (m, k) that is linear in codes (m, n), 1 at most, by least squares on
-    other codes and truths."""
+    """Share (k,) of the variance of held-out truth (m, k) that is linear in codes (m, n), 1 at most, by least squares
+    on other codes and truths."""
     x, y = (torch.cat([z, torch.ones_like(z[:, :1])], 1).double() for z in (code, held_code))
     solution = torch.linalg.lstsq(x, truth, driver="gelsd").solution
     return 1 - (y @ solution - held_truth).square().mean(0) / held_truth.var(0, correction=0)

@@ -1,7 +1,7 @@
 """Run the cells of a suite that are not finished yet, several at a time: make bench SUITE=cpu WORKERS=2
 
 A suite (benchmarks/suites/<name>.toml) lists algorithms, environments, seeds and flags; a cell is one command of it.
-With `cross = {learning-rate = ["1e-3", "3e-4"], clip = [0.1, 0.2]}` there is a cell for each combination of these flags.
+With `cross = {gamma = [0.98, 0.99], clip = [0.1, 0.2]}` there is a cell for each combination of these flags.
 Its folder is a function of these four alone, so a suite can be run again at any time: finished cells are skipped, the
 others go on from their last checkpoint, or from the start. Beside a run folder `seed<k>/` stand `seed<k>.log`, what
 the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops every cell with a checkpoint.

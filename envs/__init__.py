@@ -8,7 +8,8 @@ split="extreme")`, `all_tasks(id, "extreme")`.
 
 Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achieved_goal`, `desired_goal` of goal tasks;
 `image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI; `view`, `status` and, where
-it has pixels, `image` of Crafter.
+it has pixels, `image` of Crafter. Pictures of other tasks are (num_envs, h, w, c) uint8. Behind an id may stand what is
+made of them: `make_vec("MobileRobot-v0:pca", 16)`; envs/encoders.py has the words.
 """
 from envs.captions import action_words, captions, clauses
 from envs.ids import EnvError, resolve  # first: it keeps a notice of gymnasium_robotics from the console

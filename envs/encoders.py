@@ -143,7 +143,8 @@ def read_encoder(folder: Path, shape: tuple[int, ...]) -> Encoder:
         if fits:
             program([torch.zeros(1, *shape, dtype=torch.uint8)])  # weights that do not fit raise anything
     except Exception as error:
-        raise EnvError(f"{file} is damaged or no encoder ({str(error).splitlines()[0]:.80}); name another run") from error
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise EnvError(f"{file} is damaged or no encoder ({why:.80}); name another run") from error
     if not fits:
         raise EnvError(f"{file} encodes {' x '.join(map(str, program.sizes[0]))} numbers, and pictures here have "
                        f"{' x '.join(map(str, shape))}; name another run")

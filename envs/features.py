@@ -41,8 +41,8 @@ def discrete_sizes(vec: VectorEnv, any_pictures: bool = False) -> tuple[tuple[in
             vec.action_space.n)
     shape = (space["image"] if isinstance(space, gym.spaces.Dict) else space).shape
     if len(shape) == 3 and not any_pictures and shape not in ((7, 7, 3), (64, 64, 3)):
-        raise EnvError(f"{vec.env.spec.id} shows {' x '.join(map(str, shape))} numbers, and here are layers for 64 x 64 "
-                       "x 3; use algos/ppo_pixels.py, or name an encoder behind the id")
+        raise EnvError(f"{vec.env.spec.id} shows {' x '.join(map(str, shape))} numbers, and here are layers for "
+                       "64 x 64 x 3; use algos/ppo_pixels.py, or name an encoder behind the id")
     return shape, int(vec.action_space.n)
 
 

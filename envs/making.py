@@ -50,11 +50,12 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
              ) -> VectorEnv:
     """`num_envs` copies of `env_id`, the fast class where there is one (`fast=False`: never), reset when seeded.
 
-    With `goal_range`, Fetch and Franka draw their goals from so many tenths of their range. `encoder` (envs/encoders.py)
-    makes numbers of pictures. `frame_stack` shows the last observations together, the newest last. `action_repeat` takes
-    every action so often, while the episode lasts. All three may also stand behind the id (`split_view`). Raises
-    EnvError for an unknown id, an unknown argument, a missing package, observations that are neither flat arrays nor
-    pictures, actions that are no flat arrays, and `num_envs` < 1.
+    With `goal_range`, Fetch and Franka draw their goals from so many tenths of their range. `encoder` makes numbers of
+    pictures (envs/encoders.py). `frame_stack` shows the last observations together, the newest last. `action_repeat`
+    takes every action so often, while the episode lasts. All three may also stand behind the id (`split_view`).
+
+    Raises EnvError for an unknown id, an unknown argument, a missing package, observations that are neither flat arrays
+    nor pictures, actions that are no flat arrays, and `num_envs` < 1.
     """
     view = {"encoder": encoder, "frame_stack": frame_stack, "action_repeat": action_repeat} | split_view(env_id)[1]
     for name, number in (("num_envs", num_envs), *list(view.items())[1:]):
