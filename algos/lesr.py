@@ -248,7 +248,7 @@ def main(args: Args) -> dict[str, float]:
         buffer.add(obs, action, reward + args.intrinsic_weight * intrinsic, terminated, truncated, final[:, :f])
         smoothness.add(loop["revised"], reward, terminated | truncated)
         normalizer.add(obs)
-        loop["revised"] = features.revise(envs.flatten(next_obs))
+        loop["revised"] = features.revise(envs.flatten(next_obs)) if (terminated | truncated).any() else final
 
         # update
         if learning:

@@ -16,9 +16,8 @@ import torch
 
 from knowledge.pairs import PAIRS, Pair
 from knowledge.registry import KnowledgeError
+from llm.lesr import FUNCTIONS, objection
 from llm.sandbox import Sandbox, SandboxError
-
-LARGEST_REWARD = 100.0  # of the states that a pair is tried on, as in the paper
 
 
 class Features(NamedTuple):
@@ -88,7 +87,7 @@ def _generated(path: Path) -> Features:
     if not path.is_file():
         raise KnowledgeError(f"features llm:{path}: there is no such file; check the path")
     try:
-        box = Sandbox(path.read_text(errors="replace"), ["revise_state", "intrinsic_reward"])
+        box = Sandbox(path.read_text(errors="replace"), FUNCTIONS)
     except SandboxError as error:
         raise KnowledgeError(f"features llm:{path}: {error}") from None
 
@@ -106,24 +105,16 @@ def _generated(path: Path) -> Features:
 
 
 def _try(features: Features, spec: str, example: torch.Tensor) -> None:
-    """Raise KnowledgeError unless a pair works on states of the environment, on random ones and on zeros, twice the
-    same: a pair with a memory would depend on the order in which it is asked."""
+    """Raise KnowledgeError unless a pair works on states of the environment, on random ones and on zeros."""
     n = example.shape[1]
     states = torch.cat([example, torch.randn(254, n, generator=torch.Generator().manual_seed(0)), torch.zeros(2, n)])
     try:
         x, again = features.revise(states.clone()), features.revise(states.clone())
-        reward = features.reward(x.clone())
+        made = [made.detach().numpy() for made in (x, again, features.reward(x.clone()))]
     except KnowledgeError:
         raise
     except Exception as error:  # a user's code raises anything
         raise KnowledgeError(f"features {spec} fail: {type(error).__name__}: {str(error).splitlines()[0]}; correct "
                              "them") from error
-    for what, wrong in (
-            ("revise_state has to return (B, n + m)", x.dim() != 2 or len(x) != len(states) or x.shape[1] < n),
-            ("intrinsic_reward has to return (B,)", tuple(reward.shape) != (len(states),)),
-            ("revise_state has to begin with the state, unchanged", x.dim() == 2 and not torch.equal(x[:, :n], states)),
-            ("they are not finite for random states or zeros", not (x.isfinite().all() and reward.isfinite().all())),
-            ("revise_state has a memory: twice the same states gave different features", not torch.equal(x, again)),
-            (f"the reward is beyond +-{LARGEST_REWARD:g}", bool((reward.abs() > LARGEST_REWARD).any()))):
-        if wrong:
-            raise KnowledgeError(f"features {spec}: {what}; correct them")
+    if wrong := objection(states.numpy(), *made):
+        raise KnowledgeError(f"features {spec}: {wrong}; correct them")

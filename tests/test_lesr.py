@@ -112,7 +112,7 @@ REWARD = "def intrinsic_reward(x):\n    return x[:, -1].clamp(max=9)\n"
 
 @pytest.mark.parametrize("source, words", [
     ("x = 1\n", "has to define revise_state and intrinsic_reward"), ("import nothing_there\n", "fail to import"),
-    (GOOD + "def intrinsic_reward(x):\n    return x\n", r"intrinsic_reward has to return \(B,\)"),
+    (GOOD + "def intrinsic_reward(x):\n    return x\n", "intrinsic_reward has to return one number for each state"),
     (GOOD.replace("[s, ", "[s + 1, ") + REWARD, "has to begin with the state"),
     (GOOD.replace("** 2", "/ 0") + REWARD, "not finite"),
     (GOOD + "def intrinsic_reward(x):\n    return 1e4 * x[:, 0]\n", "beyond"),
