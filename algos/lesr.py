@@ -7,7 +7,8 @@ trained on r + w G(F(s)); it is judged by r alone. `diff algos/td3.py algos/lesr
 What is told to the model afterwards: the agent's return, and for every number in F(s) how steeply the reward changes
 with it, an estimate of its Lipschitz constant (lipschitz.csv in the run folder; low is smooth, and smooth is easy).
 
-Departures: those of td3.py. The pairs that ship are the authors' best ones. docs/lesr.md has the measurements.
+The pairs that ship are the authors' best ones; `python -m llm.lesr` asks a model for others, round by round. Departures:
+those of td3.py, and the list in docs/lesr.md.
 
 python algos/lesr.py --env Hopper-v4
 """

@@ -16,7 +16,7 @@ import torch
 
 from knowledge.pairs import PAIRS, Pair
 from knowledge.registry import KnowledgeError
-from llm.lesr import FUNCTIONS, objection
+from llm.lesr import FUNCTIONS, objection, trial_states
 from llm.sandbox import Sandbox, SandboxError
 
 
@@ -106,8 +106,7 @@ def _generated(path: Path) -> Features:
 
 def _try(features: Features, spec: str, example: torch.Tensor) -> None:
     """Raise KnowledgeError unless a pair works on states of the environment, on random ones and on zeros."""
-    n = example.shape[1]
-    states = torch.cat([example, torch.randn(254, n, generator=torch.Generator().manual_seed(0)), torch.zeros(2, n)])
+    states = torch.cat([example, torch.from_numpy(trial_states(example.shape[1])).float()])
     try:
         x, again = features.revise(states.clone()), features.revise(states.clone())
         made = [made.detach().numpy() for made in (x, again, features.reward(x.clone()))]

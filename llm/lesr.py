@@ -1,4 +1,4 @@
-"""LESR's outer loop: a language model writes state features and rewards, is told how agents did with them, writes again.
+"""LESR's outer loop: a language model writes state features and a reward, is told how agents did with them, goes on.
 
     python -m llm.lesr --env Hopper-v4 --iterations 2 --candidates 2 --total-timesteps 20000     # recordings, no key
     python -m llm.lesr --env Hopper-v4 --iterations 3 --candidates 6 --total-timesteps 800000 --workers 2 \\
@@ -17,6 +17,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -37,7 +38,8 @@ from llm.write_policies import task_for
 
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = ["revise_state", "intrinsic_reward"]
-LARGEST_REWARD = 100.0  # of the states that a pair is tried on, as in the paper
+RANDOM = 256  # states that a pair is tried on: normal ones, and zeros
+LARGEST_REWARD = 100.0  # in these, as in the paper; at a start, all but still, Walker2d's pair gives more
 TRIES = 49  # answers that are read in one iteration, as in the paper
 EVALUATIONS = 10  # the last ones, whose mean is what a pair is worth
 MANY_PARTS = ("AntMaze", "Fetch", "Adroit", "PointMaze", "HandManipulate")  # tasks whose model is told to coordinate
@@ -86,13 +88,14 @@ class Candidate:
 
 
 def trial_states(n: int) -> np.ndarray:
-    """States (256, n) that a pair is tried on: normal ones and zeros."""
-    return np.concatenate([np.random.default_rng(0).standard_normal((254, n)), np.zeros((2, n))])
+    """States (RANDOM, n) that a pair is tried on; the two last are zeros."""
+    return np.concatenate([np.random.default_rng(0).standard_normal((RANDOM - 2, n)), np.zeros((2, n))])
 
 
 def objection(states: np.ndarray, x: np.ndarray, again: np.ndarray, reward: np.ndarray) -> str:
     """What is wrong with a pair that made x, and when asked once more `again`, of states (B, n), and gave reward for
-    x; empty where nothing is. A pair with a memory would depend on the order in which it is asked."""
+    x; empty where nothing is. The last RANDOM states are those of `trial_states`. A pair with a memory would depend on
+    the order in which it is asked."""
     n = states.shape[1]
     if x.ndim != 2 or len(x) != len(states) or x.shape[1] < n:
         return f"revise_state has to return the {n} numbers of a state and then features, (B, n + m) of a batch"
@@ -104,8 +107,8 @@ def objection(states: np.ndarray, x: np.ndarray, again: np.ndarray, reward: np.n
         return "they are not finite for random states or zeros"
     if not np.array_equal(x, again):
         return "revise_state has a memory: twice the same states gave different features"
-    if np.abs(reward).max() > LARGEST_REWARD:
-        return f"the reward is beyond +-{LARGEST_REWARD:g}"
+    if np.abs(reward[-RANDOM:]).max() > LARGEST_REWARD:
+        return f"the reward is beyond +-{LARGEST_REWARD:g} for random states"
     return ""
 
 
@@ -122,7 +125,7 @@ def gate(reply: str, n: int) -> str:
     with Sandbox(code, FUNCTIONS) as box:
         x, again = call("revise_state", states, None), call("revise_state", states[::-1], None)[::-1]
         if x.ndim != 2 or x.shape[1] <= n:
-            raise SandboxError(f"revise_state has to return the {n} numbers of s and at least one feature, a flat array")
+            raise SandboxError(f"revise_state has to return the {n} numbers of s and at least one feature, an array")
         if wrong := objection(states, x, again, call("intrinsic_reward", x, ())):
             raise SandboxError(wrong)
     return code
@@ -334,8 +337,8 @@ def read_runs(args: Args, one: Candidate, logs: list[Path]) -> None:
             if smooth.is_file():  # a machine that stops in the last moment leaves none
                 constants.append([abs(float(row["unbiased"])) for row in csv.DictReader(smooth.open())])
         elif ended.is_file():
-            lines = log.read_text(errors="replace").split("\n")
-            one.trouble = next((line.strip() for line in reversed(lines) if line.strip()), "no word")[:300]
+            lines = [line.strip(" │") for line in log.read_text(errors="replace").split("\n")]
+            one.trouble = next((line for line in reversed(lines) if re.search(r"\w", line)), "no word")[:300]
     if not one.trouble and len(one.returns) < args.seeds:
         raise UserError(f"{one.file} is not trained: another process may be at it; run the same again when it is over")
     one.constants = np.mean(constants, 0).tolist() if constants else []

@@ -28,8 +28,8 @@ HOPPER = task_for("Hopper-v4")[1]
 
 
 def pair(extra="s[5] ** 2", reward="min(s[11], 9.0)", head="", state="s"):
-    return (f"I think.\n```python\nimport numpy as np\n{head}\ndef revise_state(s):\n    return np.concatenate([{state}, "
-            f"[{extra}]])\n\ndef intrinsic_reward(s):\n    return {reward}\n```\n")
+    return (f"I think.\n```python\nimport numpy as np\n{head}\ndef revise_state(s):\n    return np.concatenate("
+            f"[{state}, [{extra}]])\n\ndef intrinsic_reward(s):\n    return {reward}\n```\n")
 
 
 # ---- what can be used --------------------------------------------------------------------------------------------
@@ -173,7 +173,8 @@ def test_a_model_is_told_and_asked_again(server, bench, tmp_path, capsys):  # no
     assert (again / "summary.md").read_text() == summary
     server.script += ["Six is not seven.", *ANSWERS[4:]]
     more = lesr.run(flags(server, tmp_path, iterations=3))
-    assert len(server.requests) == 9 and said(server, 7).count("Seven was better.") == 1 and "| 3 | 2 |" in (more / "summary.md").read_text()
+    assert len(server.requests) == 9 and said(server, 7).count("Seven was better.") == 1
+    assert "| 3 | 2 | 6.00 |" in (more / "summary.md").read_text()
 
 
 @pytest.mark.parametrize("mode", ["record", "off"])
@@ -202,7 +203,8 @@ def test_a_training_that_fails_is_told(server, bench, tmp_path):  # noqa: F811
     server.script = [pair(reward="13.0"), pair(reward="-4.0"), *ANSWERS[3:]]
     out = lesr.run(flags(server, tmp_path))
     assert "Training failed: error: features fail in revise_state" in said(server, 2)
-    assert "of the state: not known" in said(server, 2) and "return -4.0" in server.requests[2]["messages"][1]["content"]
+    assert "of the state: not known" in said(server, 2)
+    assert server.requests[2]["messages"][1]["content"] == server.script[1]  # the other one is the best
     assert "| 1 | 1 | failed: error: features fail in revise_state | 0 |" in (out / "summary.md").read_text()
 
 
