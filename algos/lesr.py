@@ -7,8 +7,8 @@ trained on r + w G(F(s)); it is judged by r alone. `diff algos/td3.py algos/lesr
 What is told to the model afterwards: the agent's return, and for every number in F(s) how steeply the reward changes
 with it, an estimate of its Lipschitz constant (lipschitz.csv in the run folder; low is smooth, and smooth is easy).
 
-The pairs that ship are the authors' best ones; `python -m llm.lesr` asks a model for others, round by round. Departures:
-those of td3.py, and the list in docs/lesr.md.
+The pairs that ship are the authors' best ones; `python -m llm.lesr` asks a model for others. Departures: those of
+td3.py, and the list in docs/lesr.md.
 
 python algos/lesr.py --env Hopper-v4
 """
@@ -194,8 +194,8 @@ def main(args: Args) -> dict[str, float]:
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
     n, d, g = envs.continuous_sizes(vec)  # numbers in a state, an action, a goal (0: no goals)
     if g and args.her_goals and args.features != "none":
-        raise UserError(f"--her-goals {args.her_goals}: hindsight changes goals, and stored features of {args.env} would "
-                        "keep the old ones; use --her-goals 0")
+        raise UserError(f"--her-goals {args.her_goals}: hindsight changes goals, and stored features of {args.env} keep "
+                        "the old ones; use --her-goals 0")
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
     features = load_features(args.features, envs.resolve(args.env), envs.flatten(obs))
