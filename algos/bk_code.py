@@ -9,7 +9,7 @@ environment, whatever the task. Shaping adds what a step gains of it (Ng et al. 
 Departures: --shaping official is the released code, in which the reward comes one step late, (10 r_t + gamma phi(h_t) -
 phi(h_{t-1})), flows from one episode into the next and has a scale that wanders. No language model is asked here, or at
 any time in training: knowledge/label_code.py is the stage before. docs/background_knowledge.md has the measurements.
-Everything else is PPO: `diff algos/ppo.py algos/bk_code.py`.
+Everything else is PPO with advantages normalised per batch: `diff algos/ppo.py algos/bk_code.py`.
 
 python algos/bk_code.py --env BabyAI-Text-GoToLocal-RedBall-S20
 """
@@ -70,7 +70,7 @@ class Args:
     gae_lambda: float = 0.95  # of the advantage estimate
     clip: float = 0.2  # of the probability ratio, and of the change of values
     clip_values: bool = True  # whether values are clipped as well: right for returns near 1, slow for larger ones
-    normalize_advantage: bool = False  # advantages of a batch to mean 0 and deviation 1
+    normalize_advantage: bool = True  # advantages of a batch to mean 0 and deviation 1
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length

@@ -69,7 +69,7 @@ class Args:
     gae_lambda: float = 0.95  # of the advantage estimate
     clip: float = 0.2  # of the probability ratio, and of the change of values
     clip_values: bool = True  # whether values are clipped as well: right for returns near 1, slow for larger ones
-    normalize_advantage: bool = False  # advantages of a batch to mean 0 and deviation 1
+    normalize_advantage: bool = True  # advantages of a batch to mean 0 and deviation 1
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length

@@ -7,7 +7,8 @@ trained on r + w G(F(s)); it is judged by r alone. `diff algos/td3.py algos/lesr
 What is told to the model afterwards: the agent's return, and for every number in F(s) how steeply the reward changes
 with it, an estimate of its Lipschitz constant (lipschitz.csv in the run folder; low is smooth, and smooth is easy).
 
-Departures: those of td3.py. The pairs that ship are the authors' best ones. docs/lesr.md has the measurements.
+The pairs that ship are the authors' best ones; `python -m llm.lesr` asks a model for others. Departures: those of
+td3.py, and the list in docs/lesr.md.
 
 python algos/lesr.py --env Hopper-v4
 """
@@ -69,7 +70,7 @@ class Args:
     exploration_noise: float = 0.1  # deviation of the noise on actions in [-1, 1]
     policy_noise: float = 0.2  # the same on the actions of targets
     policy_delay: int = 2  # updates of the critics per update of actor and targets
-    her_goals: int = 4  # hindsight goals per real one, on tasks with goals; 0: no HER
+    her_goals: int = 0  # hindsight goals per real one, on tasks with goals and --features none; 0: no HER
     normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
     goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all
 
@@ -192,8 +193,9 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
     n, d, g = envs.continuous_sizes(vec)  # numbers in a state, an action, a goal (0: no goals)
-    if g:
-        raise UserError(f"{args.env} has goals, which hindsight changes in stored features; use algos/td3.py")
+    if g and args.her_goals and args.features != "none":
+        raise UserError(f"--her-goals {args.her_goals}: hindsight changes goals, and stored features of {args.env} keep "
+                        "the old ones; use --her-goals 0")
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
     features = load_features(args.features, envs.resolve(args.env), envs.flatten(obs))
@@ -247,7 +249,7 @@ def main(args: Args) -> dict[str, float]:
         buffer.add(obs, action, reward + args.intrinsic_weight * intrinsic, terminated, truncated, final[:, :f])
         smoothness.add(loop["revised"], reward, terminated | truncated)
         normalizer.add(obs)
-        loop["revised"] = features.revise(envs.flatten(next_obs))
+        loop["revised"] = features.revise(envs.flatten(next_obs)) if (terminated | truncated).any() else final
 
         # update
         if learning:

@@ -134,8 +134,8 @@ class RayEngine:
         handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         outcomes, pending, seen = dict.fromkeys(cells), {}, {}
         task = ray.remote(play).options(num_cpus=1, num_gpus=self.gpus, max_retries=-1)
-        rooms = ("algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "streamnet.py",
-                 "errors.py")
+        rooms = ("algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py",
+                 "streamnet.py", "errors.py")
         code = ray.put(pack(*(ROOT / name for name in rooms)))
 
         def git(*words: str) -> str:

@@ -5,11 +5,12 @@
     python benchmarks/curves.py gather --into stream_barrier RUN...   # several scripts side by side, under this name
 
 A variant is named by its script, and by what its settings in `config.json` differ in from the script's defaults
-of today: first the knowledge, then other flags. A peer's `config.json` names its variant, and the algorithm that it
-stands beside.
+of today: first the encoder behind the id, then the knowledge, then other flags. A peer's `config.json` names its
+variant, and the algorithm that it stands beside.
 """
 import csv
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,12 @@ COLUMNS = ["variant", "seed", "step", "wall_s", "episodes", "return_mean", "retu
 # arguments that name a run, not a variant
 RUN = {"env", "seed", "total_timesteps", "device", "compile", "run_dir", "resume", "evaluate", "eval_every",
        "eval_episodes", "checkpoint_every", "video", "track"}
+
+
+def split_view(env: str) -> tuple[str, str]:
+    """An id, and what stands behind it, an encoder: `MobileRobot-v0:pca` -> `MobileRobot-v0`, `pca`."""
+    match = re.fullmatch(r"(.+?-v\d+):(.+)", env)
+    return (match[1], match[2]) if match else (env, "")
 
 
 def defaults(algo: str, env: str = "") -> dict:
@@ -51,7 +58,7 @@ def variant(config: dict) -> str:
     if "variant" in config:  # a peer names itself
         return config["variant"]
     args, usual = config["args"], defaults(config["algo"], config["args"].get("env", ""))
-    words = [config["algo"]]
+    words = [word for word in (config["algo"], split_view(args.get("env", ""))[1]) if word]
     if args.get("dataset"):
         words.append(Path(args["dataset"]).stem)
     if args.get("knowledge") != usual.get("knowledge"):
@@ -90,10 +97,18 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
 def gather(folders: list[str], into: str = "") -> None:
     """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`: that of eval.csv to
     <env>.csv, that of eval-extreme.csv, where there is one, to <env>-extreme.csv. A run that is there already is
-    replaced, unless it is the longer one: a smoke run has the same name."""
+    replaced, unless it is the longer one.
+
+    Raises ValueError, before anything is written, for a folder without runs, for one of smoke runs, and for a name
+    that leads elsewhere."""
+    if not re.fullmatch(r"[\w-]*", into):
+        raise ValueError(f"--into takes a name in benchmarks/results, as stream_barrier, not {into!r}")
     runs = [(folder, sorted(path.parent for path in Path(folder).rglob("config.json"))) for folder in folders]
-    for folder in [folder for folder, found in runs if not found]:
-        print(f"skipped, no run: {folder}")
+    for folder, found in runs:
+        if not found:
+            raise ValueError(f"{folder} holds no run; name a run folder, or one above it")
+        if any("smoke" in run.resolve().parts for run in found):
+            raise ValueError(f"{folder} holds smoke runs, which are too short for a table")
     touched, seen = {}, {}  # {(file, variant): its rows}, {(file, variant, seed): folder}
     files = [file for _, found in runs for run in found for file in (run / "eval.csv", *sorted(run.glob("eval-*.csv")))]
     for file in files:
@@ -103,7 +118,7 @@ def gather(folders: list[str], into: str = "") -> None:
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
-        path = RESULTS / (into or config["algo"]) / f"{args['env'].replace('/', '-')}{part}.csv"
+        path = RESULTS / (into or config["algo"]) / f"{split_view(args['env'])[0].replace('/', '-')}{part}.csv"
         name, seed = variant(config), str(args["seed"])
         if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
             print(f"note: {folder} is older than {', '.join(new)}: named as if by default")

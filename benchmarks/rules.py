@@ -4,6 +4,7 @@ mixtures.
     python benchmarks/rules.py --env FetchPush-v2                       # the policies that --knowledge auto takes
     python benchmarks/rules.py --env FetchPickAndPlace-v2 --knowledge mine.py,fetch.carry_to_goal
     python benchmarks/rules.py --env MiniGrid-DoorKey-5x5-v0 --episodes 100   # discrete actions, drawn from advice
+    python benchmarks/rules.py --env CartPole-v1 --knowledge none             # the random agent
 
 If one of them drawn at random in every step already solves the task, a learned fusion says little about fusion; if
 nothing below does more than uniform actions, they will hardly help.
@@ -40,9 +41,9 @@ def discrete_contenders(names: list[str]) -> dict[str, Callable[[torch.Tensor], 
     def mix(advice: torch.Tensor) -> torch.Tensor:
         return torch.logsumexp(torch.log_softmax(SHARPNESS * advice, -1) - math.log(len(names)), 1)
 
-    mixtures = {"mix": mix, "rule": lambda advice: torch.log_softmax(advice.sum(1), -1)}
+    mixtures = {"mix": mix, "rule": lambda advice: torch.log_softmax(advice.sum(1), -1)} if names else {}
     return {name: alone(i) for i, name in enumerate(names)} | {
-        "uniform actions": lambda advice: torch.zeros_like(advice[:, 0])} | mixtures
+        "uniform actions": lambda advice: torch.zeros_like(advice.sum(1))} | mixtures
 
 
 def draw(log_probs: torch.Tensor) -> torch.Tensor:
@@ -68,6 +69,19 @@ def contenders(names: list[str], d: int) -> dict[str, Callable[[torch.Tensor], t
         "uniform actions": lambda advice: 2 * torch.rand(len(advice), d) - 1} | mixtures
 
 
+def rows_of(path: Path) -> list[list[str]]:
+    """The rows of an earlier table at `path`, none if there is no file. Raises ValueError if it is no such table."""
+    if not path.exists():
+        return []
+    try:
+        header, *rows = csv.reader(path.read_text().splitlines())
+    except (OSError, ValueError, csv.Error):
+        header, rows = [], []
+    if header != COLUMNS:
+        raise ValueError(f"{path} is not a table of this command; name another file")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env", required=True, help="environment id")
@@ -78,6 +92,7 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.episodes < 1 or flags.seed < 0:
         raise ValueError("--episodes must be at least 1, --seed 0 or more")
+    old = rows_of(flags.csv) if flags.csv else []
     vec = envs.make_vec(flags.env, min(32, flags.episodes), threads=torch.get_num_threads())
     discrete = isinstance(vec.action_space, gym.spaces.Discrete)
     if discrete:  # the episodes that the PPO scripts are evaluated on
@@ -109,11 +124,12 @@ def main() -> None:
         print(f"{who:40} {solved}return {result['return_mean']:.2f} +- {result['return_std'] / root:.2f}, "
               f"length {result['length_mean']:.1f}", flush=True)
     if flags.csv:
-        old = list(csv.reader(flags.csv.open()))[1:] if flags.csv.exists() else []
         flags.csv.parent.mkdir(parents=True, exist_ok=True)
-        with flags.csv.open("w", newline="") as file:
+        half = flags.csv.with_name(flags.csv.name + ".tmp")  # the old rows stay until all is written
+        with half.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(
                 [COLUMNS, *({tuple(row[:3]): row for row in old} | rows).values()])
+        half.replace(flags.csv)
 
 
 if __name__ == "__main__":

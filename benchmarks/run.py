@@ -1,6 +1,7 @@
 """Run the cells of a suite that are not finished yet, several at a time: make bench SUITE=cpu WORKERS=2
 
 A suite (benchmarks/suites/<name>.toml) lists algorithms, environments, seeds and flags; a cell is one command of it.
+With `cross = {gamma = [0.98, 0.99], clip = [0.1, 0.2]}` there is a cell for each combination of these flags.
 Its folder is a function of these four alone, so a suite can be run again at any time: finished cells are skipped, the
 others go on from their last checkpoint, or from the start. Beside a run folder `seed<k>/` stand `seed<k>.log`, what
 the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops every cell with a checkpoint.
@@ -8,6 +9,7 @@ the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops e
 import csv
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -122,11 +124,25 @@ class Args:
     algo: str = ""  # only the cells of this algorithm
     env: str = ""  # only the cells of this environment
     seeds: int = 0  # only seeds up to this one; 0: all
-    root: str = "runs/bench"  # above all cells' folders
+    root: str = ""  # above all cells' folders; empty: runs/bench, or runs/smoke for the suite of that name
     backend: Literal["local", "ray"] = "local"  # where cells run: here, or as tasks of a Ray cluster (pip install ray)
     ray_address: str = "auto"  # of the cluster; auto: the one that this machine belongs to
     gpus: float = 0.0  # share of a GPU per cell, with --backend ray
     dry_run: bool = False  # print commands, run nothing
+
+
+def crossed(entry: dict) -> list[tuple[str, ...]]:
+    """The flags of an entry's cells, one per combination of what `cross` lists. Raises TypeError or ValueError for what
+    is no table of lists, and for flags that are named twice."""
+    flags, ways = tuple(shlex.split(entry.get("flags", ""))), []
+    for name, values in entry.get("cross", {}).items():
+        if type(values) is not list or not values or not {type(x) for x in values} <= {str, int, float, bool}:
+            raise TypeError(f"cross: {name} is no list of values")
+        if {f"--{name}", f"--no-{name}"} & {word.split("=")[0] for word in flags}:
+            raise ValueError(f"--{name} stands in flags and in cross")
+        ways.append([(f"--{name}" if x else f"--no-{name}",) if isinstance(x, bool) else (f"--{name}", str(x))
+                     for x in values])
+    return [sum(way, flags) for way in itertools.product(*ways)]
 
 
 def load_suite(args: Args) -> list[Cell]:
@@ -141,15 +157,16 @@ def load_suite(args: Args) -> list[Cell]:
     try:
         entries = tomllib.loads(path.read_text())["cell"]
         for entry in entries:
-            kinds = {"algo": str, "envs": list, "seeds": list, "flags": str}
+            kinds = {"algo": str, "envs": list, "seeds": list, "flags": str, "cross": dict}
             if not isinstance(entry, dict) or any(type(x) is not kinds.get(key) for key, x in entry.items()) or (
                     {type(env) for env in entry["envs"]} != {str} or {type(seed) for seed in entry["seeds"]} != {int}):
                 raise TypeError(f"a cell is {entry}")
-        cells = [Cell(entry["algo"], env, seed, tuple(shlex.split(entry.get("flags", ""))), Path(args.root))
-                 for entry in entries for env in entry["envs"] for seed in entry["seeds"]]
+        cells = [Cell(entry["algo"], env, seed, flags, Path(args.root))
+                 for entry in entries for env in entry["envs"] for flags in crossed(entry) for seed in entry["seeds"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no suite ({type(error).__name__}: {error}): give each [[cell]] algo, a text, envs "
-                         "and seeds, lists of texts and of whole numbers, and if need be flags, one text") from error
+                         "and seeds, lists of texts and of whole numbers, and if need be flags, one text, and cross, "
+                         "a table of lists") from error
     for cell in cells:
         if not (ROOT / "algos" / f"{cell.algo}.py").is_file():
             raise ValueError(f"{path} names {cell.algo}, but there is no algos/{cell.algo}.py")
@@ -214,7 +231,7 @@ def main(args: Args) -> int:
         raise ValueError("--gpus needs --backend ray; here, a cell takes the GPU that it finds")
     if args.gpus < 0 or args.gpus > 1 and args.gpus % 1:
         raise ValueError(f"--gpus is a share of one GPU or a whole number, not {args.gpus}")
-    args.root = str(Path(args.root).resolve())
+    args.root = str(Path(args.root or ("runs/smoke" if args.suite == "smoke" else "runs/bench")).resolve())
     cells = load_suite(args)
     todo = [cell for cell in cells if not cell.finished()]
     if changed := [cell.name for cell in cells if cell not in todo and cell.script_has_changed()]:

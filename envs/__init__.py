@@ -8,11 +8,13 @@ split="extreme")`, `all_tasks(id, "extreme")`.
 
 Observations are arrays (num_envs, n) or dicts of arrays: `observation`, `achieved_goal`, `desired_goal` of goal tasks;
 `image` (num_envs, 7, 7, 3) uint8 and `direction` (num_envs,) int64 of MiniGrid and BabyAI; `view`, `status` and, where
-it has pixels, `image` of Crafter.
+it has pixels, `image` of Crafter. Pictures of other tasks are (num_envs, h, w, c) uint8. Behind an id may stand what is
+made of them: `make_vec("MobileRobot-v0:pca", 16)`; envs/encoders.py has the words.
 """
 from envs.captions import action_words, captions, clauses
 from envs.ids import EnvError, resolve  # first: it keeps a notice of gymnasium_robotics from the console
 from envs.dynamics import SPLITS, all_tasks, horizon_of
+from envs.encoders import collect_frames
 from envs.evaluation import Act, Evaluator, evaluate, find_renderer, record
 from envs.features import (Normalizer, continuous_sizes, discrete_sizes, example_of, flatten, policy_sizes, seen,
                            time_limit_of, to_env, to_tensors, unflatten)
@@ -24,8 +26,8 @@ from envs.vector import Observation, VectorEnv
 
 __all__ = ["SPLITS", "Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "SeriesEvaluator",
            "SplitEvaluator", "StreamEnv", "StreamEvaluator", "VectorEnv", "action_words", "all_tasks", "captions",
-           "clauses", "continuous_sizes", "discrete_sizes", "evaluate", "example_of", "find_renderer", "flatten",
-           "horizon_of", "make", "make_vec", "policy_sizes", "record", "resolve", "restore", "seen", "snapshot",
+           "clauses", "collect_frames", "continuous_sizes", "discrete_sizes", "evaluate", "example_of", "find_renderer",
+           "flatten", "horizon_of", "make", "make_vec", "policy_sizes", "record", "resolve", "restore", "seen", "snapshot",
            "time_limit_of", "to_env", "to_tensors", "unflatten"]
 
 

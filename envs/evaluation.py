@@ -9,11 +9,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from envs.crafter_text import CrafterVectorEnv, is_crafter
+from envs.crafter_text import is_crafter
+from envs.encoders import adopt_encoder
 from envs.ids import EnvError, resolve
 from envs.making import make_vec
-from envs.minigrid import PlainMiniGridVectorEnv, is_grid
-from envs.vector import GymVectorEnv, Observation, VectorEnv
+from envs.minigrid import is_grid
+from envs.vector import Observation, VectorEnv
 
 Act = Callable[[Observation], np.ndarray]  # a batch of observations -> (num_envs, d) actions
 ENDLESS = 100_000  # steps after which an episode without a time limit is taken to have no end
@@ -29,6 +30,8 @@ class Evaluator:
         """`args` are those of a script; `kwargs` go to the environments, of which there are `copies` at most."""
         self.args, self.kwargs = args, kwargs
         self.vec = make_vec(args.env, min(copies, args.eval_episodes), threads=torch.get_num_threads(), **kwargs)
+        if args.evaluate:
+            adopt_encoder(self.vec, Path(args.evaluate))
         self._begin()
 
     def _begin(self) -> None:
@@ -102,16 +105,16 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
     """
     if episodes < 1:
         return
-    grid, crafter = is_grid(env_id := resolve(env_id)), is_crafter(env_id)
-    entry = str(gym.spec(env_id).entry_point)
-    painted = grid or crafter or "classic_control" in entry or "multigoal" in entry  # by numpy or pygame
-    if not can_be_filmed(env_id, painted):
+    resolved = resolve(env_id)
+    grid, entry = is_grid(resolved), str(gym.spec(resolved).entry_point)
+    painted = grid or is_crafter(resolved) or any(  # by numpy or pygame
+        name in entry for name in ("classic_control", "multigoal", "mobile"))
+    if not can_be_filmed(resolved, painted):
         return
     import imageio.v2 as imageio  # slow to import, and only filming needs it
 
     folder.mkdir(parents=True, exist_ok=True)
-    kind = PlainMiniGridVectorEnv if grid else CrafterVectorEnv if crafter else GymVectorEnv
-    vec = kind(env_id, 1, render_mode="rgb_array", **kwargs)
+    vec = make_vec(env_id, 1, fast=False, render_mode="rgb_array", **kwargs)
     for k in range(episodes):
         obs, ended, frames, first = vec.reset(seed + k), False, [], len(log)
         while not ended:

@@ -17,15 +17,19 @@ def continuous_sizes(vec: VectorEnv) -> tuple[int, int, int]:
     if not isinstance(vec.action_space, gym.spaces.Box):
         raise EnvError(f"{vec.env.spec.id} has {vec.action_space} actions; continuous ones (Box) are needed")
     d = vec.action_space.shape[0]
+    if len(vec.observation_space.shape or ()) == 3:
+        raise EnvError(f"{vec.env.spec.id} observes pictures; name an encoder behind the id, as in "
+                       f"{vec.env.spec.id}:pca")
     if not vec.is_goal_env:
         return vec.observation_space.shape[0], d, 0
     sizes = [vec.observation_space[part].shape[0] for part in ("achieved_goal", "desired_goal", "observation")]
     return sum(sizes), d, sizes[1]
 
 
-def discrete_sizes(vec: VectorEnv) -> tuple[tuple[int, ...], int]:
+def discrete_sizes(vec: VectorEnv, any_pictures: bool = False) -> tuple[tuple[int, ...], int]:
     """Shape of what `seen` gives, (7, 7, 3) cells of a grid, (64, 64, 3) pixels or (f,) features, and the number of
-    actions. Raises EnvError for goals, and for actions that are not discrete."""
+    actions. Raises EnvError for goals, for actions that are not discrete, and unless `any_pictures` for pictures of
+    another shape."""
     if not isinstance(vec.action_space, gym.spaces.Discrete):
         raise EnvError(f"{vec.env.spec.id} has {vec.action_space} actions; discrete ones are needed, or a script for "
                        "continuous ones, as algos/sac.py")
@@ -35,7 +39,11 @@ def discrete_sizes(vec: VectorEnv) -> tuple[tuple[int, ...], int]:
     if isinstance(space, gym.spaces.Dict) and "image" not in space.spaces:
         return (space["view"].shape[0] * space["view"].shape[1] * KINDS_OF_CELLS + space["status"].shape[0],), int(
             vec.action_space.n)
-    return (space["image"] if isinstance(space, gym.spaces.Dict) else space).shape, int(vec.action_space.n)
+    shape = (space["image"] if isinstance(space, gym.spaces.Dict) else space).shape
+    if len(shape) == 3 and not any_pictures and shape not in ((7, 7, 3), (64, 64, 3)):
+        raise EnvError(f"{vec.env.spec.id} shows {' x '.join(map(str, shape))} numbers, and here are layers for "
+                       "64 x 64 x 3; use algos/ppo_pixels.py, or name an encoder behind the id")
+    return shape, int(vec.action_space.n)
 
 
 def policy_sizes(vec: VectorEnv) -> tuple[tuple[int, ...], int, bool]:
@@ -95,8 +103,11 @@ def example_of(vec: VectorEnv, obs: Observation) -> torch.Tensor | dict[str, tor
 
 
 def to_tensors(obs: Observation) -> torch.Tensor | dict[str, torch.Tensor]:
-    """A batch of observations as rules of grid tasks read them, a dict of tensors; of other tasks, features (B, f)."""
-    return {k: torch.from_numpy(x) for k, x in obs.items()} if isinstance(obs, dict) else flatten(obs)
+    """A batch of observations as rules of grid tasks read them, a dict of tensors; pictures (B, h, w, c) as they are;
+    of other tasks, features (B, f)."""
+    if isinstance(obs, dict):
+        return {k: torch.from_numpy(x) for k, x in obs.items()}
+    return torch.from_numpy(obs) if obs.ndim == 4 else flatten(obs)
 
 
 class Normalizer:

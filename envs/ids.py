@@ -27,14 +27,41 @@ class EnvError(UserError):
     """An environment that cannot be had as asked; the message is one line that names the remedy."""
 
 
+def split_view(env_id: str) -> tuple[str, dict]:
+    """An id without what stands behind it, and that: how observations are shown, arguments of `make_vec`.
+
+    `MobileRobot-v0:pca:frame_stack=2` -> `MobileRobot-v0`, {"encoder": "pca", "frame_stack": 2}. An encoder
+    `run:RUN_DIR` is the last word. Raises EnvError for words that make no sense.
+    """
+    match = re.fullmatch(r"(.+?-v\d+):(.+)", env_id)
+    if not match:
+        return env_id, {}
+    rest, view = match[2], {}
+    while rest:
+        word, _, rest = (rest, "", "") if rest.startswith("run:") else rest.partition(":")
+        key, equals, value = word.partition("=")
+        key, value = (key, value) if equals and not word.startswith("run:") else ("encoder", word)
+        if key != "encoder":
+            if key not in ("frame_stack", "action_repeat") or not re.fullmatch(r"[1-9]\d{0,3}", value):
+                raise EnvError(f"{word!r} behind {match[1]} makes no sense; known are an encoder, frame_stack=4 and "
+                               "action_repeat=2")
+            value = int(value)
+        if key in view:
+            raise EnvError(f"{env_id} has two of {key}; leave one out")
+        view[key] = value
+    return match[1], view
+
+
 def resolve(env_id: str) -> str:
     """The registered id behind `env_id`; old versions (FetchPush-v2) become today's (-v4), which stderr is told once.
 
     MiniGrid ids stay as they are, and stderr is told once where a -v0 is not what its name or its paper says.
-    `my_file:Line-v0` imports my_file.py, of this folder or installed, which registers Line-v0.
+    `my_file:Line-v0` imports my_file.py, of this folder or installed, which registers Line-v0. An encoder behind the
+    id (`split_view`) is left out.
 
     Raises EnvError, with the nearest known ids, for an unknown one, and for a file that cannot be imported.
     """
+    env_id, _ = split_view(env_id)
     module, _, env_id = env_id.rpartition(":")
     if module:
         sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)

@@ -5,18 +5,23 @@ import sys
 from contextlib import contextmanager
 
 import gymnasium as gym
+import numpy as np
 
 import envs.multigoal  # registers MultiGoal-v0
 from envs.babyai_text import BabyAITextVectorEnv
 from envs.crafter_text import CrafterVectorEnv, is_crafter
 from envs.dynamics import IDS as DYNAMICS
 from envs.dynamics import DynamicsVectorEnv, FrankaTasksVectorEnv
+from envs.encoders import COPIES, make_encoder
 from envs.fetch import FetchVectorEnv
 from envs.franka import IDS as FRANKA
 from envs.franka import FrankaVectorEnv
-from envs.ids import EnvError, resolve
+from envs.ids import EnvError, resolve, split_view
 from envs.minigrid import MiniGridVectorEnv, PlainMiniGridVectorEnv, is_grid
+from envs.mobile import IDS as MOBILE
+from envs.mobile import MobileVectorEnv
 from envs.vector import GymVectorEnv, VectorEnv
+from envs.wrapped import EncodedVectorEnv, FrameStack
 
 
 @contextmanager
@@ -41,16 +46,44 @@ def make(env_id: str, **kwargs) -> gym.Env:
 
 
 def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int = 1, fast: bool = True,
-             goal_range: float = 0.0, **kwargs) -> VectorEnv:
+             goal_range: float = 0.0, encoder: str = "", frame_stack: int = 1, action_repeat: int = 1, **kwargs
+             ) -> VectorEnv:
     """`num_envs` copies of `env_id`, the fast class where there is one (`fast=False`: never), reset when seeded.
 
-    With `goal_range`, Fetch and Franka draw their goals from so many tenths of their range. Raises EnvError for an
-    unknown id, an unknown argument, a missing package, observations or actions that are no flat arrays, and
-    `num_envs` < 1.
+    With `goal_range`, Fetch and Franka draw their goals from so many tenths of their range. `encoder` makes numbers of
+    pictures (envs/encoders.py). `frame_stack` shows the last observations together, the newest last. `action_repeat`
+    takes every action so often, while the episode lasts. All three may also stand behind the id (`split_view`).
+
+    Raises EnvError for an unknown id, an unknown argument, a missing package, observations that are neither flat arrays
+    nor pictures, actions that are no flat arrays, and `num_envs` < 1.
     """
-    if num_envs < 1:
-        raise EnvError(f"num_envs must be at least 1, not {num_envs}")
-    resolved = resolve(env_id)
+    view = {"encoder": encoder, "frame_stack": frame_stack, "action_repeat": action_repeat} | split_view(env_id)[1]
+    for name, number in (("num_envs", num_envs), *list(view.items())[1:]):
+        if number < 1:
+            raise EnvError(f"{name} must be at least 1, not {number}")
+    resolved, encoder = resolve(env_id), view["encoder"]
+    if encoder not in ("", "ground_truth") and "pixels" in gym.spec(resolved).kwargs:
+        kwargs["pixels"] = True
+    vec = make_plain(env_id, resolved, num_envs, threads, fast, goal_range, view["action_repeat"], **kwargs)
+    space = vec.observation_space
+    if encoder and (encoder == "ground_truth") == is_picture(space):
+        raise EnvError(f"{resolved} observes {space}; the encoder ground_truth is for numbers, others are for pictures")
+    if encoder not in ("", "ground_truth", "pixels"):
+        options = {key: value for key, value in kwargs.items() if key != "render_mode"}
+        frames = make_plain(env_id, resolved, COPIES, threads, fast, goal_range, 1, **options)
+        vec = EncodedVectorEnv(vec, make_encoder(encoder, resolved, frames, repr(sorted(options.items()))))
+        frames.close()
+    if view["frame_stack"] > 1:
+        vec = FrameStack(vec, view["frame_stack"])
+    if seed is not None:
+        vec.reset(seed)
+    return vec
+
+
+def make_plain(env_id: str, resolved: str, num_envs: int, threads: int, fast: bool, goal_range: float,
+               action_repeat: int, **kwargs) -> VectorEnv:
+    """`num_envs` copies that are observed as they are; see `make_vec`."""
+    fast = fast and action_repeat == 1
     with named(env_id):
         if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
             vec = FetchVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
@@ -60,6 +93,10 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
             vec = FrankaTasksVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif fast and resolved in FRANKA:
             vec = FrankaVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
+        elif fast and resolved in MOBILE:
+            vec = MobileVectorEnv(resolved, num_envs, goal_range=goal_range, **kwargs)
+        elif action_repeat > 1 and (is_crafter(resolved) or is_grid(resolved)):
+            raise EnvError(f"{resolved} takes no action_repeat; leave it out")
         elif is_crafter(resolved):
             vec = CrafterVectorEnv(resolved, num_envs, **kwargs)
         elif fast and resolved.startswith("BabyAI-Text-"):
@@ -69,16 +106,21 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
             kind = MiniGridVectorEnv if fast and MiniGridVectorEnv.fits(probe) else PlainMiniGridVectorEnv
             vec = kind(resolved, num_envs, **kwargs)
         else:
-            vec = GymVectorEnv(resolved, num_envs, goal_range=goal_range, **kwargs)
+            vec = GymVectorEnv(resolved, num_envs, goal_range=goal_range, action_repeat=action_repeat, **kwargs)
             space = vec.observation_space
             goals = ("observation", "achieved_goal", "desired_goal")
             parts, actions = [space.get(name) for name in goals] if vec.is_goal_env else [space], vec.action_space
-            if not all(isinstance(part, gym.spaces.Box) and len(part.shape) == 1 for part in parts):
+            if not is_picture(space) and not all(isinstance(part, gym.spaces.Box) and len(part.shape) == 1
+                                                 for part in parts):
                 raise EnvError(f"{env_id} observes {space}; flat arrays are needed (Box of one dimension, or those of "
-                               "a goal task): gymnasium.wrappers.FlattenObservation makes one")
+                               "a goal task), or pictures (height, width, channels) of uint8: "
+                               "gymnasium.wrappers.FlattenObservation makes one")
             if isinstance(actions, gym.spaces.Box) and not (
                     len(actions.shape) == 1 and actions.dtype.kind == "f" and actions.is_bounded()):
                 raise EnvError(f"{env_id} takes {actions} as actions; bounded numbers in one dimension are needed")
-    if seed is not None:
-        vec.reset(seed)
     return vec
+
+
+def is_picture(space: gym.Space) -> bool:
+    """Whether observations are pictures (height, width, channels) of bytes."""
+    return isinstance(space, gym.spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8

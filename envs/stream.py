@@ -19,7 +19,7 @@ import mujoco
 import numpy as np
 
 from envs.evaluation import can_be_filmed, find_renderer
-from envs.ids import EnvError, resolve
+from envs.ids import EnvError, resolve, split_view
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
                          time_limit)
 
@@ -48,6 +48,8 @@ class StreamEnv:
         if env_id.startswith("ALE/"):
             raise EnvError(f"{env_id} skips frames on its own; a stream takes {env_id[4:].split('-')[0]}NoFrameskip-v4")
         register(env_id)
+        if split_view(env_id)[1]:
+            raise EnvError(f"{env_id}: a stream takes observations as they are; leave out what stands behind the id")
         self.evaluation_limit = gym.spec(resolve(env_id)).max_episode_steps
         max_episode_steps = max_episode_steps or (CLASSIC_LIMIT if env_id.split("-v")[0] in CLASSIC else 0)
         limit = {"max_episode_steps": max_episode_steps} if max_episode_steps else {}

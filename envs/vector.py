@@ -195,13 +195,19 @@ def narrow_goals(env: gym.Env, goal_range: float) -> gym.Env:
 
 
 class GymVectorEnv(VectorEnv):
-    """Any gymnasium id, one copy after another: the reference for the fast classes, and the way to render."""
+    """Any gymnasium id, one copy after another: the reference for the fast classes, and the way to render.
 
-    def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, goal_range: float = 0.0, **kwargs):
+    With `action_repeat`, an action is taken so often, until the episode ends, and rewards are summed; time limits are
+    then in such steps."""
+
+    def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, goal_range: float = 0.0,
+                 action_repeat: int = 1, **kwargs):
         self.envs = [narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range)
                      for _ in range(num_envs)]
         super().__init__(self.envs[0], num_envs, time_feature)
-        self.current = [None] * num_envs
+        self.current, self.action_repeat = [None] * num_envs, action_repeat
+        if self.max_episode_steps is not None:
+            self.max_episode_steps = -(-self.max_episode_steps // action_repeat)
 
     def render(self) -> np.ndarray:
         """Frame (height, width, 3) uint8 of the first copy; needs `render_mode="rgb_array"`."""
@@ -215,11 +221,20 @@ class GymVectorEnv(VectorEnv):
         self.current[i], _ = self.envs[i].reset(seed=seed)
 
     def _step(self, action):
-        steps = [env.step(a) for env, a in zip(self.envs, action)]
+        steps = [self._play(env, a) for env, a in zip(self.envs, action)]
         self.current = [step[0] for step in steps]
         reward, terminated, truncated = (np.array(column) for column in list(zip(*steps))[1:4])
         success = [step[4].get("is_success", step[4].get("success", np.nan)) for step in steps]
         return reward, terminated, truncated, np.array(success, np.float64)
+
+    def _play(self, env: gym.Env, action) -> tuple:
+        obs, total, terminated, truncated, info = env.step(action)
+        for _ in range(self.action_repeat - 1):
+            if terminated or truncated:
+                break
+            obs, reward, terminated, truncated, info = env.step(action)
+            total += reward
+        return obs, total, terminated, truncated, info
 
     def _observe(self) -> Observation:
         if isinstance(self.current[0], dict):
@@ -233,7 +248,7 @@ class GymVectorEnv(VectorEnv):
         self.envs[i].reset(seed=0)  # builds what a first reset builds; all of it is overwritten below
         gym_restore(self.envs[i], snapshot)
         if limit := time_limit(self.envs[i]):
-            limit._elapsed_steps = int(self.elapsed[i])
+            limit._elapsed_steps = int(self.elapsed[i]) * self.action_repeat
         current = snapshot["current"]
         self.current[i] = ({k: np.asarray(v) for k, v in current.items()} if isinstance(current, dict)
                            else np.asarray(current))

@@ -23,7 +23,8 @@ class WorldEnv(gym.Env):
 
     def __init__(self, world, render_mode: str | None, width: int, height: int):
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise EnvError(f"unknown render_mode {render_mode!r}; known are human and rgb_array")
+            raise EnvError(f"unknown render_mode {render_mode!r}; known are "
+                           f"{' and '.join(self.metadata['render_modes'])}")
         self.world, self.render_mode, self.size, self.renderer = world, render_mode, (width, height), None
 
     def _scene(self) -> tuple:

@@ -10,7 +10,7 @@ from typing import Sequence
 
 import torch
 
-from knowledge import pt2
+import pt2
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of
 
 

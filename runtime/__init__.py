@@ -7,6 +7,7 @@ A run folder holds
     eval.csv        step, wall_s, episodes, return_mean, return_std, success_rate, length_mean
     checkpoint.pt   everything `--resume` needs, tensors and plain types only
     policy.pt2      the trained policy, observations -> actions, for any program that has torch
+    encoder.pt2     of srl.py alone: pictures -> codes
     inner.pt2       the inner policy alone, of methods that fuse one with external policies
     algos-<algo>.py a copy of the script, taken at the start
     events...       TensorBoard

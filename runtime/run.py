@@ -1,5 +1,6 @@
 """A run: its folder, what is due at which step, checkpoints, signals, progress line."""
 import csv
+import fcntl
 import json
 import math
 import os
@@ -25,7 +26,8 @@ from errors import UserError
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
 PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
-CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "streamnet.py", "errors.py"]
+CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py", "streamnet.py",
+        "errors.py"]
 
 
 @contextmanager
@@ -53,7 +55,7 @@ class Run:
 
         `args` is a dataclass with the run arguments that every script has. `parts` is what checkpoints keep, {name:
         part}. A part is a dict of tensors and numbers, or an object with a state_dict.
-        Raises UserError for a folder that is in use or cannot be written."""
+        Raises UserError for a folder that is in use, that another process writes, or that cannot be written."""
         if args.track:  # before anything is created
             try:
                 import wandb
@@ -75,11 +77,14 @@ class Run:
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
         self.start = time.monotonic() - (saved["wall_s"] if saved else 0.0)
+        self.rows = {}  # of each table, so that a resume can tell whether some are lost
+        self.rows_saved = saved.get("rows", {}) if saved else {}
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         self.scalars = self._csv("scalars.csv", ["step", "wall_s", "name", "value"])
         self.evals = {"eval": self._csv("eval.csv", ["step", "wall_s", *EVALUATION])}  # and those of parts of the tasks
-        self.signal, self.stopped = 0, False  # SIGINT or SIGTERM that came; whether it was obeyed
-        self.handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.signal, self.stopped = 0, False  # the signal that came; whether it was obeyed
+        heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        self.handlers = {s: signal.signal(s, self._ask) for s in heard}  # nohup ignores SIGHUP, and so do we then
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=not sys.stderr.isatty())
         if saved:
             torch.set_rng_state(saved["rng"])
@@ -88,6 +93,7 @@ class Run:
         args = self.args
         try:
             if args.resume:  # it may have more steps, other code or another machine by now
+                self._lock()
                 config = json.loads((self.folder / "config.json").read_text())
                 config["args"]["total_timesteps"] = args.total_timesteps
                 config["resumed"] = [*config.get("resumed", []), {"step": self.step, **describe_machine()}]
@@ -95,11 +101,28 @@ class Run:
                 if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                     raise UserError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock()
                 config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
         except OSError as error:
             remedy = "make it writable" if args.resume else "name another --run-dir"
             raise UserError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
+
+    def _lock(self) -> None:
+        """Hold the folder for as long as this process lives: two that write it would mix their rows. The lock is one of
+        POSIX, so it holds on NFS too; where a file system has none, nothing is held. Raises UserError if it is held."""
+        self.lock = (self.folder / "lock").open("a+")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self.lock.seek(0)
+            raise UserError(f"{self.folder} is being written by process {self.lock.read().strip()}; wait for it, or "
+                            "stop it") from error
+        except OSError:  # no locks here
+            return
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()} of {platform.node()}\n")
+        self.lock.flush()
 
     def _keep_script(self) -> None:
         """Copy the script into the run folder, because a commit does not show changes that were not committed. At a
@@ -120,6 +143,10 @@ class Run:
             with path.open() as file:
                 old = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdigit()
                        and int(row[0]) <= self.start_step]
+        self.rows[name] = len(old)
+        if lost := self.rows_saved.get(name, 0) - len(old):
+            print(f"note: {path} lacks {lost} rows that it had at step {self.start_step}; the run goes on without them",
+                  file=sys.stderr)
         write_whole(path, lambda p: p.write_text("".join(",".join(row) + "\n" for row in [columns, *old])))
         return path.open("a", newline="", buffering=1)  # line-buffered: a killed run keeps its curve
 
@@ -157,8 +184,9 @@ class Run:
                 flat |= {f"{key}/{name}": x for name, x in zip(names[-len(values):], values)}
         for name, value in flat.items():
             self.scalars.write(f"{self.step},{wall_s},{name},{value:.6g}\n")
+            self.rows["scalars.csv"] += 1
             self.board.add_scalar(name, value, self.step)
-            if name.endswith("loss") and not math.isfinite(value):
+            if name.endswith(("loss", "return_mean")) and not math.isfinite(value):
                 raise UserError(f"the run has diverged: {name} is {value} at step {self.step}; lower --learning-rate, "
                                 f"and begin anew ({self.folder} keeps its last checkpoint)")
 
@@ -170,6 +198,7 @@ class Run:
             self.evals[name] = self._csv(f"{name}.csv", ["step", "wall_s", *EVALUATION])
         values = ",".join(f"{result[key]:.6g}" for key in EVALUATION)
         self.evals[name].write(f"{self.step},{self.wall_s()},{values}\n")
+        self.rows[f"{name}.csv"] += 1
         self.log({f"{name}/{key}": value for key, value in result.items()})
         success = result["success_rate"]
         line = f"{part} return {result['return_mean']:.2f}".strip()
@@ -182,7 +211,8 @@ class Run:
         """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end."""
         self.stopped = self.signal != 0
         if self.stopped or self.over or self.due(self.args.checkpoint_every):
-            checkpoint = {"step": self.step, "wall_s": self.wall_s(), "rng": torch.get_rng_state()}
+            checkpoint = {"step": self.step, "wall_s": self.wall_s(), "rng": torch.get_rng_state(),
+                          "rows": self.rows}
             for name, part in self.parts.items():
                 checkpoint[name] = part.state_dict() if hasattr(part, "state_dict") else part
             write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
@@ -192,7 +222,7 @@ class Run:
         before its end exits with 128 + signal."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-        for thing in (self.bar, self.board, self.scalars, *self.evals.values()):
+        for thing in (self.bar, self.board, self.scalars, *self.evals.values(), self.lock):
             thing.close()
         what, flags = "finished; score and film it", ["--evaluate", str(self.folder), "--video", "2"]
         if not self.over:

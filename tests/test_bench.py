@@ -100,11 +100,29 @@ def test_shipped_suites_are_valid(name):
             tyro.cli(importlib.import_module(f"algos.{cell.algo}").Args, args=cell.fresh)
 
 
+def test_a_cross_is_every_combination(tmp_path):
+    (tmp_path / "cross.toml").write_text("""[[cell]]
+        algo = "ppo"
+        envs = ["CartPole-v1"]
+        seeds = [1]
+        cross = {clip = [0.1, "0.2"], bootstrap = [true, false]}
+        flags = "--epochs 2"
+        """)
+    cells = load_suite(Args(suite=str(tmp_path / "cross.toml")))
+    assert [cell.flags for cell in cells] == [
+        ("--epochs", "2", "--clip", "0.1", "--bootstrap"), ("--epochs", "2", "--clip", "0.1", "--no-bootstrap"),
+        ("--epochs", "2", "--clip", "0.2", "--bootstrap"), ("--epochs", "2", "--clip", "0.2", "--no-bootstrap")]
+    assert len({cell.folder for cell in cells}) == 4
+
+
 def test_errors_are_one_line(tmp_path):
     cell, suites = "[[cell]]\nalgo = 'sac_kian'\n", []
     for i, rest in enumerate(["", "envs = 'FetchPush-v2'\nseeds = [1]\n",
                               "envs = ['x']\nseeds = [1]\nflag = '--seed 2'\n",
                               "envs = ['x']\nseeds = [1]\nflags = ['--seed', '2']\n",
+                              "envs = ['x']\nseeds = [1]\ncross = {clip = 1}\n",
+                              "envs = ['x']\nseeds = [1]\ncross = {clip = []}\n",
+                              "envs = ['x']\nseeds = [1]\nflags = '--clip=1'\ncross = {clip = [1]}\n",
                               "envs = ['x']\nseeds = [1.0]\n", "envs = ['x']\nseeds = [1]\nflags = '\"'\n"]):
         (tmp_path / f"bad{i}.toml").write_text(cell + rest)
         suites.append((["--suite", str(tmp_path / f"bad{i}.toml")], "is no suite"))
@@ -138,6 +156,10 @@ def test_rules_are_measured_before_any_learning(tmp_path):
     assert found[0]["success_rate"] == "1" and float(found[1]["return_mean"]) < float(found[0]["return_mean"])
     wrong = subprocess.run([*command[:3], "CartPole-v1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "no rules are registered" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+    (tmp_path / "rules.csv").write_text("somebody's\n")
+    wrong = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert wrong.returncode == 2 and "rules.csv is not a table of this command" in wrong.stderr
+    assert (tmp_path / "rules.csv").read_text() == "somebody's\n"
 
 
 def test_discrete_rules_are_measured_by_their_advice(tmp_path):

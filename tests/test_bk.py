@@ -132,7 +132,7 @@ def rows(folder, name="eval.csv", drop="wall_s"):
 
 
 def test_without_shaping_it_is_ppo(tmp_path):
-    ppo.main(ppo.Args(**SMALL, run_dir=str(tmp_path / "ppo")))
+    ppo.main(ppo.Args(**SMALL, normalize_advantage=True, run_dir=str(tmp_path / "ppo")))
     bk_code.main(bk_code.Args(**SMALL, shaping="none", run_dir=str(tmp_path / "none")))
     bk_code.main(bk_code.Args(**SMALL, knowledge="none", run_dir=str(tmp_path / "zero")))
     assert rows(tmp_path / "ppo") == rows(tmp_path / "none") == rows(tmp_path / "zero")

@@ -189,7 +189,7 @@ def rollout_of(f, rows, advantage=None):
 
 
 def test_factors_are_those_of_the_likelihood():
-    """They are symmetric and positive. Advantages and targets do not enter; the critic's gradient is twice the noise."""
+    """Symmetric and positive. Advantages and targets do not enter. The critic's gradient is twice the noise."""
     torch.manual_seed(0)
     agent, batch, noise = acktr.Agent(4, 3), rollout_of(4, 50), torch.randn(50)
     found = acktr.batch_factors(agent, batch, noise)
@@ -384,7 +384,8 @@ def test_gaussian_policies():
 def test_ppo_loss_of_a_gaussian_policy(clip_values, value_loss):
     def column(*values):
         return torch.tensor(values, dtype=torch.float64)
-    batch = ppo_continuous.Batch(GAUSSIAN[0], DRAWN, column(-2.3, -3.9), column(.6, .4), column(1.2, -.8), column(2, -1))
+    batch = ppo_continuous.Batch(GAUSSIAN[0], DRAWN, column(-2.3, -3.9), column(.6, .4), column(1.2, -.8),
+                                 column(2, -1))
     args = ppo_continuous.Args(normalize_advantage=False, clip_values=clip_values)
     loss, scalars = ppo_continuous.ppo_loss(lambda obs: ppo_continuous.Output(gaussian(), column(1, .5)), batch, args)
     assert scalars["policy_loss"].item() == pytest.approx(0.242708, abs=1e-6)
@@ -504,7 +505,8 @@ def test_factors_of_log_std():
     found = acktr.batch_factors(agent, acktr.Batch(obs, action, zeros, zeros, zeros, zeros), torch.randn(40))
     z = action - agent(obs).policy.mean.detach()  # log_std is 0
     assert found["actor_log_std"]["inputs"].tolist() == [[0, 0], [0, 1]]
-    assert found["actor_log_std"]["gradients"].item() == pytest.approx((z.square() - 1).square().mean().item(), rel=1e-5)
+    expected = (z.square() - 1).square().mean().item()
+    assert found["actor_log_std"]["gradients"].item() == pytest.approx(expected, rel=1e-5)
 
 
 # ARS and CMA-ES

@@ -19,6 +19,7 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
 # says algos/README.md, by its diff commands
 CHANGED = {
     "a2c": {"Agent", "Batch", "Output", "collect"},
+    "acer": {"Agent", "Batch", "Output", "collect", "update"},
     "acktr": {"Agent", "a2c_loss", "update"},
     "bk_code": {"Agent", "collect"},
     "bk_goal": set(),
@@ -33,6 +34,7 @@ CHANGED = {
     "ppo_continuous": {"Agent", "Batch", "Output", "collect", "linear", "ppo_loss"},
     "ppo_kian": {"Agent", "Output", "ppo_loss"},
     "ppo_kogun": {"Agent"},
+    "ppo_pixels": {"Agent", "PixelEncoder"},
     "ppo_rnd": {"Agent", "Batch", "Output", "collect", "ppo_loss"},
     "sac_handover": {"Decision", "actor_loss", "decide", "make_agent", "update"},
     "sac_kian": {"Decision", "actor_loss", "critic_inputs", "decide", "draw_noise", "make_agent", "update"},
@@ -50,9 +52,10 @@ HUNKS = 25  # a diff between parent and child has fewer
 
 # who may import what of ours; benchmarks time functions of all others, tests may import anything
 ARROWS = {"algos": {"runtime", "envs", "knowledge", "llm", "buffers", "networks", "streamnet", "errors"},
-          "envs": {"envs", "errors"}, "knowledge": {"knowledge", "llm", "errors"}, "llm": {"llm", "errors"},
+          "envs": {"envs", "pt2", "errors"}, "knowledge": {"knowledge", "llm", "pt2", "errors"},
+          "llm": {"llm", "errors"},
           "runtime": {"runtime", "errors"}, "streamnet": {"errors"}, "buffers": set(), "networks": set(),
-          "errors": set()}
+          "pt2": set(), "errors": set()}
 OURS = {*ARROWS, "benchmarks", "tests"}
 RUN = ["env", "seed", "total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "video",
        "device", "compile", "run_dir", "resume", "evaluate", "track"]  # arguments of every script, in this order

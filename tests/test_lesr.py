@@ -1,13 +1,18 @@
 """LESR by hand: Lipschitz estimates, the shipped pairs at two states, what is refused, and that `none` is TD3."""
 import csv
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
+import envs
+import runtime
 from algos import lesr, td3
 from algos.lesr import Smoothness, lipschitz
 from errors import UserError
-from knowledge.features import PAIRS, load_features
+from knowledge.features import load_features
+from knowledge.pairs import PAIRS
 
 
 def columns(*numbers):
@@ -40,22 +45,77 @@ def test_running_mean_of_episodes(tmp_path):
     assert float(row["unbiased"]) == pytest.approx(1 / 1.01, abs=1e-5)
 
 
-RAMP = {"HalfCheetah-v": 1.174197, "Hopper-v": 1.341025, "Walker2d-v": 1.845198, "Ant-v": 2.758837, "Swimmer-v": 0.079}
-EXTRAS = {"HalfCheetah-v": [0.8, 0.35, 0.029167, 1.26, 0.751498], "Hopper-v": [0.1, 0.1, 0.1, 0.781025, 0.1, 3.4, 0.5],
-          "Walker2d-v": [0.8, 0.995004, 6.78, 0, 0.117994, *[0.1] * 5]}
-WIDTH = {"HalfCheetah-v": 22, "Hopper-v": 18, "Walker2d-v": 27, "Ant-v": 33, "Swimmer-v": 17}
+@pytest.mark.parametrize("episodes, share", [(10, 0.048890), (100, 0.394230), (800, 0.981867), (1000, 0.993346)])
+def test_running_mean_of_a_constant(episodes, share):
+    """Every episode has two steps with one number, whose rewards differ by .01: a slope of 1."""
+    smoothness = Smoothness(1, 5, 1)
+    for _ in range(episodes):
+        for t in range(2):
+            smoothness.add(torch.zeros(1, 1), torch.full((1,), t * 0.01).double().numpy(), np.array([t == 1]))
+    assert smoothness.constants.item() == pytest.approx(share, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_shipped_pairs_at_the_ramp_and_at_zero(name):
-    n = PAIRS[name][0]
-    ramp = torch.stack([torch.arange(n) / 10, torch.zeros(n)])
-    features = load_features("auto", f"{name}4", ramp)
-    x = features.revise(ramp)
-    assert x.shape == (2, WIDTH[name]) and torch.equal(x[:, :n], ramp)
-    assert features.reward(x).tolist() == pytest.approx([RAMP[name], float(name == "Walker2d-v")], abs=1e-5)
-    if name in EXTRAS:
-        assert x[0, n:].tolist() == pytest.approx(EXTRAS[name], abs=1e-5)
+# the state 0, .1, .2, ...: the reward there and at zeros; numbers with the features; of the door without its memory
+AT = {"HalfCheetah-v4": (1.174197, 0, 22), "Hopper-v4": (1.341025, 0, 18), "Walker2d-v4": (1.845198, 1, 27),
+      "Ant-v4": (2.758837, 0, 33), "Swimmer-v4": (0.079, 0, 17), "AntMaze_OpenDense-v4": (-2.460222, 0, 32),
+      "AntMaze_MediumDense-v4": (-0.238410, 2.8, 33), "AntMaze_LargeDense-v4": (-3.713377, 1, 32),
+      "FetchPushDense-v2": (-3.723781, 0.2146018, 35), "AdroitHandHammer-v1": (-5.453204, 0, 51),
+      "AdroitHandDoor-v1": (-5.643751, 0, 43)}
+EXTRAS = {"HalfCheetah-v4": [0.8, 0.35, 0.029167, 1.26, 0.751498],
+          "Hopper-v4": [0.1, 0.1, 0.1, 0.781025, 0.1, 3.4, 0.5],
+          "Walker2d-v4": [0.8, 0.995004, 6.78, 0, 0.117994, *[0.1] * 5]}
+
+
+def test_every_pair_is_tried():
+    assert [env_id[:-1] for env_id in AT] == list(PAIRS)
+
+
+@pytest.mark.parametrize("env_id", AT)
+def test_shipped_pairs_at_the_ramp_and_at_zero(env_id):
+    pair, (ramp_reward, zero_reward, width) = PAIRS[env_id[:-1]], AT[env_id]
+    s = torch.stack([torch.arange(pair.n) / 10, torch.zeros(pair.n)]).double()
+    x = torch.cat([s, pair.extras(s)], 1)
+    assert x.shape == (2, width)
+    assert pair.reward(x).tolist() == pytest.approx([ramp_reward, zero_reward], abs=2e-6)
+    if env_id in EXTRAS:
+        assert x[0, pair.n:].tolist() == pytest.approx(EXTRAS[env_id], abs=1e-5)
+
+
+@pytest.mark.parametrize("env_id", AT)
+def test_auto_finds_the_pair_of_an_environment(env_id, tmp_path):
+    """In states as the scripts have them, of which a pair for goals reads a part; a run can leave the policy."""
+    vec = envs.make_vec(env_id, 2, seed=1)
+    obs = vec.step(vec.to_box(np.full((2, vec.action_space.shape[0]), 0.3)))[0]
+    s, pair = envs.flatten(obs), PAIRS[env_id[:-1]]
+    features = load_features("auto", envs.resolve(env_id), s)
+    x = features.revise(s)
+    assert torch.equal(x[:, :s.shape[1]], s)
+    theirs = s
+    if pair.goal:
+        seen = torch.as_tensor(obs["observation"]).float()
+        assert seen[:, -1].tolist() == pytest.approx([1 - 1 / vec.max_episode_steps] * 2)  # which they do not have
+        theirs = torch.cat([seen[:, :-1], torch.as_tensor(obs["desired_goal"]).float()], 1)
+    assert torch.equal(x[:, s.shape[1]:], pair.extras(theirs)) and theirs.shape == (2, pair.n)
+    assert torch.equal(features.reward(x), pair.reward(torch.cat([theirs, pair.extras(theirs)], 1)))
+    with torch.no_grad():
+        assert runtime.save_policy(tmp_path / "policy.pt2", lambda obs: features.revise(envs.flatten(obs))[:, -1:],
+                                   envs.example_of(vec, obs))
+    vec.close()
+
+
+def test_a_start_that_is_all_but_still_is_no_reason_to_refuse_a_pair():
+    """Walker2d's pair divides the speed by the energy: .005 / .0000125 is far beyond 100."""
+    s = torch.zeros(1, 17)
+    s[0, 8] = 0.005
+    features = load_features("auto", "Walker2d-v4", s)
+    assert features.reward(features.revise(s)).item() > 300
+
+
+@pytest.mark.parametrize("env_id, words", [("AntMaze_OpenDense-v5", "use the -v4 of it"), ("Ant-v5", "use the -v4"),
+                                           ("Pendulum-v1", "no features ship for Pendulum-v1")])
+def test_tasks_without_a_pair(env_id, words):
+    with pytest.raises(UserError, match=words):
+        load_features("auto", env_id, torch.zeros(1, 105))
 
 
 GOOD = "import torch\n\n\ndef revise_state(s):\n    return torch.cat([s, s[:, :1] ** 2], 1)\n\n\n"
@@ -64,7 +124,7 @@ REWARD = "def intrinsic_reward(x):\n    return x[:, -1].clamp(max=9)\n"
 
 @pytest.mark.parametrize("source, words", [
     ("x = 1\n", "has to define revise_state and intrinsic_reward"), ("import nothing_there\n", "fail to import"),
-    (GOOD + "def intrinsic_reward(x):\n    return x\n", r"intrinsic_reward has to return \(B,\)"),
+    (GOOD + "def intrinsic_reward(x):\n    return x\n", "intrinsic_reward has to return one number for each state"),
     (GOOD.replace("[s, ", "[s + 1, ") + REWARD, "has to begin with the state"),
     (GOOD.replace("** 2", "/ 0") + REWARD, "not finite"),
     (GOOD + "def intrinsic_reward(x):\n    return 1e4 * x[:, 0]\n", "beyond"),
@@ -122,3 +182,65 @@ def test_none_is_td3_and_the_rest_is_reward_and_inputs(tmp_path):
     assert torch.equal(reward[:, :n], none[:, :n])
     assert torch.allclose(reward[:, n + d], none[:, n + d] + 0.5 * none[:, 0] ** 2, atol=1e-5)
     assert (tmp_path / "both" / "lipschitz.csv").read_text().count("\n") == 5
+
+
+def test_none_is_td3_on_goals_with_hindsight_too(tmp_path):
+    few = SMALL | dict(env="tests.tasks:Point-v0", her_goals=4)
+    td3.main(td3.Args(**few, run_dir=str(tmp_path / "td3")))
+    lesr.main(lesr.Args(**few, features="none", run_dir=str(tmp_path / "lesr")))
+    theirs, ours = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("td3", "lesr"))
+    assert torch.equal(theirs["buffer"]["rows"], ours["buffer"]["rows"])
+    for name, p in theirs["agent"]["target"].items():
+        assert torch.equal(ours["agent"]["target"][name], p), name
+    with pytest.raises(UserError, match="use --her-goals 0"):
+        lesr.main(lesr.Args(**few, features="tests/features.py", run_dir=str(tmp_path / "no")))
+    assert not (tmp_path / "no").exists()
+
+
+class Ramp(gym.Env):
+    """The state 0, .1, .2, ... and the reward 1, for ever; every third episode ends by itself after two steps."""
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (17,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    episode = 0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return np.arange(17) / 10, {}
+
+    def step(self, action):
+        self.t += 1
+        return np.arange(17) / 10, 1.0, self.episode % 3 == 0 and self.t == 2, False, {}
+
+
+def test_what_is_stored_and_how_often_is_updated(tmp_path):
+    """r + w G at the state of the hand number; only an end of the task is stored as one; half as many actor steps."""
+    gym.register("HalfCheetah-v77", Ramp, max_episode_steps=5)
+    lesr.main(lesr.Args(**SMALL | dict(env="HalfCheetah-v77", total_timesteps=300), run_dir=str(tmp_path / "run")))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    f, d = 22, 1
+    rows = saved["buffer"]["rows"]
+    assert rows.shape == (300, 2 * f + d + 2)
+    assert rows[:, f + d].tolist() == pytest.approx([1.02348394] * 300, abs=1e-6)
+    terminated = [0] * 5 + [0] * 5 + [0, 1]  # of three episodes
+    assert rows[:, f + d + 1].tolist() == (terminated * 25)[:300]
+    count = saved["agent"]["count"]
+    assert count["critic"] == 100 and count["actor"] == 50
+    del gym.registry["HalfCheetah-v77"]
+
+
+def test_a_task_with_goals_goes_on_after_a_cut(tmp_path):
+    few = SMALL | dict(env="FetchPushDense-v2", num_envs=2)
+    lesr.main(lesr.Args(**few, run_dir=str(tmp_path / "whole")))
+    lesr.main(lesr.Args(**few | dict(total_timesteps=130), run_dir=str(tmp_path / "cut")))
+    lesr.main(runtime.cli(lesr.Args, "lesr", ["--resume", str(tmp_path / "cut"), "--total-timesteps", "260"]))
+    saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut")]
+    assert torch.equal(saved[0]["buffer"]["rows"], saved[1]["buffer"]["rows"])
+    for name, p in saved[0]["agent"]["target"].items():
+        assert torch.equal(saved[1]["agent"]["target"][name], p), name
+
+
+def test_a_maze_runs(tmp_path):
+    result = lesr.main(lesr.Args(**SMALL | dict(env="AntMaze_OpenDense-v4"), run_dir=str(tmp_path / "run")))
+    assert result["success_rate"] == 0 and (tmp_path / "run" / "policy.pt2").is_file()
+    assert (tmp_path / "run" / "lipschitz.csv").read_text().count("\n") == 1 + 2 + 2 + 27 + 1 + 3

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import knowledge
+import pt2
 from algos import sac, sac_kian
-from knowledge import KnowledgeError, minigrid, pt2
+from knowledge import KnowledgeError, minigrid
 from runtime import save_policy
 
 

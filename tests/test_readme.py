@@ -30,15 +30,18 @@ FEW_DQN = [*(word for word in FEW_DDPG if word not in ("--updates-per-step", "0.
 FEW_PPO = ["--total-timesteps", "256", "--num-envs", "2", "--num-steps", "64", "--batch-size", "64", "--eval-every",
            "0", "--eval-episodes", "2", "--video", "0"]
 FEW_A2C = [word for word in FEW_PPO if word not in ("--batch-size", "64", "--num-steps")]
+FEW_ACER = [*FEW_A2C, "--replay-starts", "100"]
 FEW_SEARCH = ["--total-timesteps", "400", "--num-envs", "8", "--eval-every", "0", "--eval-episodes", "2", "--video",
               "0"]
+FEW_SRL = ["--total-timesteps", "128", "--frames", "200", "--eval-every", "0", "--video", "0"]
 FEW_SERIES = ["--total-timesteps", "300", "--hidden", "16x1", "--no-compile", "--eval-every", "0"]
 FEW_STREAM = [*FEW_SERIES, "--eval-episodes", "1"]
 # flags that make a run of each script short; a new script is a line here
 WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": FEW_DDPG, "td3": FEW_DDPG,
          "camel": FEW_DDPG, "lesr": FEW_DDPG, "meow": FEW_MEOW, "br_rcrl": FEW_OFFLINE,
-         "ppo": FEW_PPO, "ppo_continuous": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO, "ppo_bc": FEW_PPO,
-         "a2c": FEW_A2C, "acktr": FEW_A2C, "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH, "dqn": FEW_DQN,
+         "ppo": FEW_PPO, "ppo_continuous": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO,
+         "ppo_bc": FEW_PPO, "ppo_pixels": FEW_PPO, "srl": FEW_SRL, "a2c": FEW_A2C, "acer": FEW_ACER, "acktr": FEW_A2C,
+         "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH, "dqn": FEW_DQN,
          "ppo_rnd": FEW_PPO, "bk_code": FEW_PPO, "bk_pref": FEW_PPO, "bk_goal": FEW_PPO,
          "tesac": FEW_SPLITS, "ccm": FEW_SPLITS, "satesac": FEW_SPLITS, "saccm": FEW_SPLITS,
          "stream_ac": FEW_STREAM, "stream_q": FEW_STREAM, "stream_td": FEW_SERIES}

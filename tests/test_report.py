@@ -46,10 +46,17 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
         (run / "eval.csv").write_text("step,wall_s,episodes,return_mean,return_std,success_rate,length_mean\n"
                                       f"0,1,8,-50,0,0.1,50\n{1000 - k},2,8,-5,0,0.{k},50\n")
     folders = [str(tmp_path / f"run{k}") for k in (0, 1, 2, 3, 0, 4)]
-    curves.gather(folders)
+    with pytest.raises(ValueError, match=f"{folders[-1]} holds no run"):
+        curves.gather(folders)
+    with pytest.raises(ValueError, match="--into takes a name in benchmarks/results"):
+        curves.gather(folders[:1], "../../elsewhere")
+    shutil.copytree(tmp_path / "run0", tmp_path / "smoke" / "run0")
+    with pytest.raises(ValueError, match="holds smoke runs"):
+        curves.gather([*folders[:1], str(tmp_path / "smoke")])
+    assert not curves.RESULTS.exists()  # nothing was written
+    curves.gather(folders[:-1])
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"skipped, no run: {folders[-1]}"
-    assert "unfinished" not in said[1] and said[2].endswith("sac_kian none, seed 1; unfinished, 999 of 1000 steps")
+    assert "unfinished" not in said[0] and said[1].endswith("sac_kian none, seed 1; unfinished, 999 of 1000 steps")
     found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate")
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
         "sac_kian": [(1, [0, 1000], [0.1, 0.0])], "sac_kian --gamma 0.9 --gone 5": [(1, [0, 997], [0.1, 0.3])],
@@ -68,6 +75,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert field in script
     (tmp_path / "algos" / "sac_kian.py").write_text(script.replace(field, f"    norm: bool = True  # new\n{field}"))
     for changed, name in (({"knowledge": "none", "norm": False}, "sac_kian none --no-norm"),
+                          ({"env": "MobileRobot-v0:pca", "knowledge": "none"}, "sac_kian pca none"),
                           ({"init_from": "a/RUN", "tau": 0.1}, "sac_kian --init-from RUN --tau 0.1")):
         assert curves.variant({"algo": "sac_kian", "args": usual | changed}) == name
     capsys.readouterr()
@@ -154,6 +162,11 @@ def test_a_method_that_is_judged_by_returns(tmp_path, monkeypatch):
     files = [returns(tmp_path, "Maze", 99_000), returns(tmp_path, "Door", 400_000)]
     with pytest.raises(ValueError, match="Maze.csv has no success_rate"):
         curves.load_curves(files[0], "success_rate")
+    (tmp_path / "sac").mkdir()
+    shutil.copy(files[0], tmp_path / "sac" / "Maze.csv")
+    with monkeypatch.context() as patch:  # a method of successes, in a task without
+        patch.setattr(report, "RESULTS", tmp_path)
+        assert (report.reading("sac", "Maze").score, report.reading("sac").score) == ("return_mean", "success_rate")
     environments = {path.stem: curves.load_curves(path, "return_mean") for path in files}
     assert report.reading("new", "Maze") == report.Reading("return_mean", None, "", (), False, "none given")
     monkeypatch.setattr(report, "reading", lambda algo, env="": report.Reading(baseline="plain"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import envs
 import runtime
@@ -65,6 +66,13 @@ def test_runs_of_other_versions(run, tmp_path, capsys):
         elsewhere = change(run, tmp_path, device="cuda")
         with pytest.raises(runtime.UserError, match="--device cuda: torch sees no GPU"):
             sac.main(runtime.cli(sac.Args, "sac", ["--resume", elsewhere, "--total-timesteps", "96"]))
+
+
+@pytest.mark.parametrize("args", [dict(seed="1"), dict(seed=1.5), dict(num_envs=True), dict(compile=1), dict(device="tpu"),
+                                  dict(hidden=8)])
+def test_a_config_with_values_that_no_flag_allows(args, run, tmp_path):
+    with pytest.raises(runtime.UserError, match=f"config.json is damaged: {next(iter(args))} cannot be"):
+        runtime.cli(sac.Args, "sac", ["--resume", change(run, tmp_path, **args)])
 
 
 def test_a_folder_of_runs_names_its_last_one(run):
@@ -123,6 +131,52 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(runtime.UserError, match="diverged: critic_loss is nan at step"):
         sac.main(sac.Args(**(SMALL | {"learning_rate": 1e30, "total_timesteps": 400}), updates_per_step=1.0,
                           run_dir=str(tmp_path / "run")))
+
+
+def test_one_process_writes_a_run(run, tmp_path):
+    """A second one is refused, whether it goes on with the run or names its folder, and told who holds it."""
+    folder = change(run, tmp_path)
+    hold = ("import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.lockf(lock, fcntl.LOCK_EX); "
+            "lock.write('77 of elsewhere'); lock.flush(); print(flush=True); sys.stdin.read()")
+    holder = subprocess.Popen([sys.executable, "-c", hold, f"{folder}/lock"], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    more = ["--resume", folder, "--total-timesteps", "60"]
+    try:
+        with pytest.raises(runtime.UserError, match="is being written by process 77 of elsewhere"):
+            sac.main(runtime.cli(sac.Args, "sac", more))
+        sac.main(runtime.cli(sac.Args, "sac", ["--evaluate", folder]))  # it only reads
+    finally:
+        holder.communicate()
+    sac.main(runtime.cli(sac.Args, "sac", more))
+
+
+def test_a_checkpoint_with_one_wrong_bit_is_refused(run, tmp_path):
+    """Or it holds the same numbers: some bits of the archive say nothing."""
+    folder = Path(change(run, tmp_path))
+    good, whole = runtime.load_run(str(run), "sac", sac.Args)[1], (run / "checkpoint.pt").read_bytes()
+    generator, refused = torch.Generator().manual_seed(0), 0
+    for place in torch.randint(8 * len(whole), (100,), generator=generator).tolist():
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        (folder / "checkpoint.pt").write_bytes(damaged)
+        try:
+            loaded = runtime.load_run(str(folder), "sac", sac.Args)[1]
+            assert all(torch.equal(x, y) if isinstance(y, torch.Tensor) else x == y
+                       for x, y in zip(tree_leaves(loaded), tree_leaves(good), strict=True))
+        except runtime.UserError as error:
+            refused += 1
+            assert f"{folder / 'checkpoint.pt'} is damaged" in str(error)
+    assert refused > 50
+
+
+def test_rows_that_are_lost_are_missed(run, tmp_path, capsys):
+    folder = Path(change(run, tmp_path))
+    (folder / "eval.csv").write_text("".join((run / "eval.csv").read_text().splitlines(keepends=True)[:-1]))
+    sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(folder), "--total-timesteps", "60"]))
+    said = capsys.readouterr().err
+    assert f"note: {folder / 'eval.csv'} lacks 1 rows that it had at step 48" in said
+    assert "scalars.csv lacks" in said  # all of them
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -1,4 +1,4 @@
-"""Reads `policy.pt2`, an archive of torch.export, and plays it. Nothing in the file is executed.
+"""Reads `policy.pt2` or `encoder.pt2`, archives of torch.export, and plays them. Nothing in a file is executed.
 
 torch.export.load trusts its file: it unpickles `sample_inputs` and constants, evaluates size expressions and guards as
 Python code, and looks operators up by any name below `torch`, torch.hub.load among them. A run folder may come from a
@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-
-from knowledge.registry import Obs
 
 MOST_BYTES = 256 * 2 ** 20  # of a file; a policy of the size of those here has 1 MB
 MOST_JSON = 32 * 2 ** 20
