@@ -240,6 +240,8 @@ def factors(inputs: torch.Tensor, gradients: torch.Tensor) -> dict[str, torch.Te
 
 def decomposed(factor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Eigenvalues (n,) and eigenvectors (n, n) of a factor. In float64: float32 makes small eigenvalues negative."""
+    if not factor.isfinite().all():
+        raise runtime.UserError("the run has diverged: a factor is not finite; lower --learning-rate, and begin anew")
     values, vectors = torch.linalg.eigh(factor.double())
     return {"values": torch.where(values > 1e-6, values, 0).to(factor.dtype), "vectors": vectors.to(factor.dtype)}
 

@@ -151,6 +151,8 @@ def test_kronecker_factors():
     values = {name: acktr.decomposed(factor)["values"] for name, factor in found.items()}
     assert numbers(values["gradients"]) == pytest.approx([0, .6616793], abs=1e-7)
     assert numbers(values["inputs"]) == pytest.approx([0, 1, 3.125]) and values["inputs"][0] == 0  # not 1e-17
+    with pytest.raises(runtime.UserError, match="the run has diverged: a factor is not finite"):
+        acktr.decomposed(torch.full((2, 2), torch.nan))
 
 
 def test_natural_gradient():
