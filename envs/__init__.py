@@ -27,8 +27,8 @@ from envs.vector import Observation, VectorEnv
 __all__ = ["SPLITS", "Act", "EnvError", "Evaluator", "Normalizer", "Observation", "Series", "SeriesEvaluator",
            "SplitEvaluator", "StreamEnv", "StreamEvaluator", "VectorEnv", "action_words", "all_tasks", "captions",
            "clauses", "collect_frames", "continuous_sizes", "discrete_sizes", "evaluate", "example_of", "find_renderer",
-           "flatten", "horizon_of", "make", "make_vec", "policy_sizes", "record", "resolve", "restore", "seen", "snapshot",
-           "time_limit_of", "to_env", "to_tensors", "unflatten"]
+           "flatten", "horizon_of", "make", "make_vec", "policy_sizes", "record", "resolve", "restore", "seen",
+           "snapshot", "time_limit_of", "to_env", "to_tensors", "unflatten"]
 
 
 def snapshot(vec: VectorEnv) -> dict:

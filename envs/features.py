@@ -33,6 +33,8 @@ def discrete_sizes(vec: VectorEnv, any_pictures: bool = False) -> tuple[tuple[in
     if not isinstance(vec.action_space, gym.spaces.Discrete):
         raise EnvError(f"{vec.env.spec.id} has {vec.action_space} actions; discrete ones are needed, or a script for "
                        "continuous ones, as algos/sac.py")
+    if vec.action_space.start != 0:
+        raise EnvError(f"{vec.env.spec.id} counts its actions from {vec.action_space.start}; count them from 0")
     if vec.is_goal_env:
         raise EnvError(f"{vec.env.spec.id} has goals; a flat array or a view of a grid is needed")
     space = vec.observation_space

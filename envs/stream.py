@@ -11,6 +11,7 @@ import importlib
 import math
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from typing import Callable
 
@@ -18,6 +19,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from envs import foreign
 from envs.evaluation import can_be_filmed, find_renderer
 from envs.ids import EnvError, resolve, split_view
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
@@ -62,7 +64,10 @@ class StreamEnv:
                     self.env = gym.wrappers.AtariPreprocessing(self.env)
         except (gym.error.Error, ImportError) as error:
             raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+        self.close_once = weakref.finalize(self, self.env.close)  # at the latest when the program ends
         self.action_space, space = self.env.action_space, self.env.observation_space
+        if isinstance(self.action_space, gym.spaces.Discrete) and self.action_space.start != 0:
+            raise EnvError(f"{env_id} counts its actions from {self.action_space.start}; count them from 0")
         boxes = list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else [space]
         if not all(isinstance(box, gym.spaces.Box) for box in boxes):
             raise EnvError(f"{env_id} observes {space}; a stream needs arrays (Box, or a Dict of them)")
@@ -85,9 +90,17 @@ class StreamEnv:
         if self.kind == "atari":
             self.fire = "FIRE" in self.env.unwrapped.get_action_meanings()
 
+    def _checked(self, obs):
+        """The observation as an array, or a dict of some. Raises EnvError for another shape than the task declares, and
+        for numbers that are not finite."""
+        foreign.check_shapes(self.env, obs)
+        obs = {name: np.asarray(part) for name, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)
+        foreign.check_finite(self.env, obs)
+        return obs
+
     def _row(self, obs: np.ndarray | dict, time: float) -> np.ndarray:
         if isinstance(obs, dict):
-            obs = np.concatenate([np.ravel(part) for part in obs.values()])
+            obs = np.concatenate([np.ravel(obs[name]) for name in self.env.observation_space.spaces])
         elif self.kind == "minatar":
             obs = obs.transpose(2, 0, 1)
         row = np.empty(self.size)
@@ -100,7 +113,8 @@ class StreamEnv:
     def reset(self, seed: int | None = None) -> np.ndarray:
         """First observation of an episode."""
         seed = None if seed is None else seed % 2 ** 32  # MinAtar and dm_control take no more: numpy's old generator
-        obs, info = self.env.reset(seed=seed)
+        obs, info = foreign.reset(self.env, seed)
+        obs = self._checked(obs)
         if seed is not None and self.kind == "minatar":  # it may repeat the last action, even that of another episode
             self.env.unwrapped.game.last_action = 0
         if self.kind == "atari":
@@ -117,8 +131,8 @@ class StreamEnv:
 
         serve, for evaluations: FIRE is pressed after a lost life, too (Atari). Training leaves it to the agent; one
         that never presses it would stand still up to the time limit."""
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        over = terminated or truncated
+        obs, reward, terminated, truncated, info = foreign.step(self.env, action)
+        obs, over = self._checked(obs), terminated or truncated
         if self.kind == "atari":
             lost, self.lives = info["lives"] < self.lives, info["lives"]
             if lost and serve and self.fire and not over:
@@ -131,7 +145,7 @@ class StreamEnv:
 
     def close(self) -> None:
         """Free simulators and windows."""
-        self.env.close()
+        self.close_once()
 
     def state_dict(self) -> dict:
         """Everything that `load_state_dict` needs to continue bit by bit: plain numbers and arrays."""

@@ -5,6 +5,8 @@ episode and the true next observation is in `info["final_obs"]`. Here `final_obs
 `obs` where no episode ended), so that a replay buffer stores it without looking at flags.
 """
 import contextlib
+import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Callable
@@ -13,6 +15,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from envs import foreign
 from envs.ids import EnvError, announce
 
 Observation = np.ndarray | dict[str, np.ndarray]
@@ -105,25 +108,28 @@ class VectorEnv:
         self.ready = False  # whether there is an episode to step: a simulator would step its raw initial state
 
     def reset(self, seed: int | None = None) -> Observation:
-        """Reset all copies; with a seed, copy i is seeded with `seed + i`."""
+        """Reset all copies; with a seed, copy i is seeded with `seed + i`, of which it gets the last 32 bits, for
+        numpy's old generators take no more. Raises EnvError for an observation that is not finite."""
         self.elapsed[:] = 0
         for i in range(self.num_envs):
-            self._reset(i, None if seed is None else seed + i)
+            self._reset(i, None if seed is None else (seed + i) % 2 ** 32)
         self.ready = True
-        return self._observe_with_time()
+        obs = self._observe_with_time()
+        foreign.check_finite(self.env, obs)
+        return obs
 
     def reset_alike(self, seed: int) -> Observation:
         """Reset all copies to one start state: each is seeded with `seed`."""
         self.reset(seed)
         for i in range(1, self.num_envs):
-            self._reset(i, seed)
+            self._reset(i, seed % 2 ** 32)
         return self._observe_with_time()
 
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict]:
         """(num_envs, d) actions, (num_envs,) int discrete ones -> obs, reward, terminated, truncated (num_envs,), info.
 
         info: `final_obs` (see the module) and `success` (num_envs,), NaN for tasks without a notion of success.
-        Raises EnvError before the first `reset`.
+        Raises EnvError before the first `reset`, and for observations or rewards that are not finite.
         """
         if not self.ready:
             raise EnvError(f"{self.env.spec.id} is stepped before its first reset; call reset, or give make_vec a seed")
@@ -132,6 +138,9 @@ class VectorEnv:
         if self.max_episode_steps is not None:
             truncated = truncated | (self.elapsed >= self.max_episode_steps)
         final_obs = self._observe_with_time()
+        foreign.check_finite(self.env, final_obs)
+        if not np.isfinite(reward.sum()):
+            raise EnvError(f"{self.env.spec.id} gives a reward that is not finite; correct the environment")
         ended = np.flatnonzero(terminated | truncated)
         for i in ended:
             self._reset(i, None)
@@ -142,11 +151,19 @@ class VectorEnv:
     def to_box(self, action: np.ndarray) -> np.ndarray:
         """Actions in [-1, 1] (num_envs, d), as learners have them, in the bounds of the action space."""
         low, high = self.action_space.low, self.action_space.high
-        return action * ((high - low) / 2) + (high + low) / 2
+        return (action * ((high - low) / 2) + (high + low) / 2).clip(low, high)  # rounding may lead beyond a bound
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray) -> np.ndarray:
-        """Reward (B,) of a goal environment for goals (B, g): what hindsight relabelling asks."""
-        return self.env.unwrapped.compute_reward(achieved_goal, desired_goal, {})
+        """Reward (B,) of a goal environment for goals (B, g): what hindsight relabelling asks. Raises EnvError where
+        the environment does not give one number for each pair."""
+        try:
+            reward = self.env.unwrapped.compute_reward(achieved_goal, desired_goal, {})
+        except Exception as error:
+            raise foreign.failure(self.env, "compute_reward for a batch of goals (B, g)", error) from error
+        if np.shape(reward) != (len(achieved_goal),):
+            raise EnvError(f"{self.env.spec.id}: compute_reward of {len(achieved_goal)} pairs of goals returns shape "
+                           f"{np.shape(reward)}; it has to give one number for each: take norms along axis -1")
+        return reward
 
     def snapshot(self) -> dict:
         """Everything a later `restore` needs to continue bit by bit: plain numbers and arrays."""
@@ -206,6 +223,7 @@ class GymVectorEnv(VectorEnv):
                      for _ in range(num_envs)]
         super().__init__(self.envs[0], num_envs, time_feature)
         self.current, self.action_repeat = [None] * num_envs, action_repeat
+        self.close_once = weakref.finalize(self, close_all, self.envs)  # at the latest when the program ends
         if self.max_episode_steps is not None:
             self.max_episode_steps = -(-self.max_episode_steps // action_repeat)
 
@@ -214,11 +232,11 @@ class GymVectorEnv(VectorEnv):
         return self.envs[0].render()
 
     def close(self) -> None:
-        for env in self.envs:
-            env.close()
+        self.close_once()
 
     def _reset(self, i: int, seed: int | None) -> None:
-        self.current[i], _ = self.envs[i].reset(seed=seed)
+        self.current[i], _ = foreign.reset(self.envs[i], seed)
+        foreign.check_shapes(self.envs[i], self.current[i])
 
     def _step(self, action):
         steps = [self._play(env, a) for env, a in zip(self.envs, action)]
@@ -228,12 +246,13 @@ class GymVectorEnv(VectorEnv):
         return reward, terminated, truncated, np.array(success, np.float64)
 
     def _play(self, env: gym.Env, action) -> tuple:
-        obs, total, terminated, truncated, info = env.step(action)
+        obs, total, terminated, truncated, info = foreign.step(env, action)
         for _ in range(self.action_repeat - 1):
             if terminated or truncated:
                 break
-            obs, reward, terminated, truncated, info = env.step(action)
+            obs, reward, terminated, truncated, info = foreign.step(env, action)
             total += reward
+        foreign.check_shapes(env, obs)
         return obs, total, terminated, truncated, info
 
     def _observe(self) -> Observation:
@@ -254,25 +273,68 @@ class GymVectorEnv(VectorEnv):
                            else np.asarray(current))
 
 
+def close_all(envs: list[gym.Env]) -> None:
+    for env in envs:
+        env.close()
+
+
+def layers(env: gym.Env) -> list[gym.Env]:
+    """The wrappers of `env`, from the outermost on, without the environment inside."""
+    found = []
+    while env is not env.unwrapped:
+        found.append(env)
+        env = env.env
+    return found
+
+
 def gym_snapshot(env: gym.Env) -> dict:
-    """State of any gymnasium environment below its wrappers: plain numbers and arrays."""
+    """State of any gymnasium environment and its wrappers: plain numbers and arrays."""
+    wrappers = [attributes(wrapper) for wrapper in layers(env)]
     env = env.unwrapped
-    rng = {"rng": env.np_random.bit_generator.state}
-    if hasattr(env, "snapshot"):  # ours know what they are made of
+    rng = {"rng": rng_state(env.np_random), "wrappers": wrappers}
+    if hasattr(env, "snapshot") and hasattr(env, "restore"):  # ours know what they are made of
         return rng | {"own": env.snapshot()}
     # The simulator aside, a task keeps its state in plain attributes: CartPole's `state`, Reacher's `goal`.
+    plain = attributes(env)
+    if isinstance(getattr(env, "model", None), mujoco.MjModel):
+        rng |= {"model": model_snapshot(env.model), "mujoco": mujoco_snapshot(env.model, env.data)}
+    return rng | {"plain": plain}
+
+
+def attributes(env: gym.Env) -> dict:
+    """Those attributes of one layer that can be saved."""
     plain = {}
     for name, value in vars(env).items():
         with contextlib.suppress(TypeError):
             plain[name] = to_saved(value)
-    if hasattr(env, "model"):
-        rng |= {"model": model_snapshot(env.model), "mujoco": mujoco_snapshot(env.model, env.data)}
-    return rng | {"plain": plain}
+    return plain
+
+
+def rng_state(rng: np.random.Generator | np.random.RandomState) -> dict:
+    """State of a generator of numpy, of the new kind or the old."""
+    if isinstance(rng, np.random.RandomState):
+        name, keys, *rest = rng.get_state()
+        return {"old": [name, keys.astype(np.int64), *rest]}
+    return rng.bit_generator.state
+
+
+def set_rng_state(rng: np.random.Generator | np.random.RandomState, state: dict) -> None:
+    if "old" in state:
+        name, keys, *rest = state["old"]
+        rng.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
+    else:
+        rng.bit_generator.state = state
 
 
 def to_saved(value):
     """A copy of plain data, its types written down, for a checkpoint knows tensors, lists and numbers alone. Raises
     TypeError for anything else."""
+    if isinstance(value, (np.random.Generator, np.random.RandomState)):
+        return {"rng": rng_state(value)}
+    if isinstance(value, gym.wrappers.utils.RunningMeanStd):
+        return {"moments": {name: to_saved(x) for name, x in vars(value).items()}}
+    if type(value) is deque:
+        return {"deque": [value.maxlen, *(to_saved(x) for x in value)]}
     if isinstance(value, (np.ndarray, np.number, np.bool_)) and value.dtype.kind in "biuf":
         return np.array(value) if isinstance(value, np.ndarray) else {"number": np.array(value)}
     if type(value) in (list, tuple, set):
@@ -292,6 +354,8 @@ def from_saved(value):
             return np.asarray(inside)[()]
         if kind == "dict":
             return {key: from_saved(x) for key, x in inside.items()}
+        if kind == "deque":
+            return deque(map(from_saved, inside[1:]), inside[0])
         return {"list": list, "tuple": tuple, "set": set}[kind](map(from_saved, inside))
     if isinstance(value, list):  # of older checkpoints
         return tuple(value)
@@ -299,23 +363,39 @@ def from_saved(value):
 
 
 def gym_restore(env: gym.Env, snapshot: dict) -> None:
-    """Bring `env`, which has been reset once, to the state of a `gym_snapshot`; its wrappers know nothing of it. Says
-    so where it holds something that could not be saved."""
+    """Bring `env`, which has been reset once, and its wrappers to the state of a `gym_snapshot`. Says so where one of
+    them holds something that could not be saved."""
+    lost = [f"{name} (of {type(wrapper).__name__})" for wrapper, plain in zip(layers(env), snapshot.get("wrappers", []))
+            for name in set_attributes(wrapper, plain)]
     env = env.unwrapped
     if "own" in snapshot:
         env.restore(snapshot["own"])
-    for key, value in snapshot.get("plain", {}).items():
-        setattr(env, key, from_saved(value))
-    if lost := [name for name, value in vars(env).items() if "plain" in snapshot and name not in snapshot["plain"]
-                and not (callable(value) or isinstance(value, ModuleType))
-                and (isinstance(value, (np.ndarray, gym.Env))
-                     or type(value).__module__.split(".")[0] not in STATELESS)]:
+    if "plain" in snapshot:
+        lost += set_attributes(env, snapshot["plain"])
+    if lost:
         announce(f"{env.spec.id} keeps {', '.join(lost)}, which cannot be saved: where that matters, its episode does "
                  "not go on as it would have; give it snapshot() and restore(what that returned)")
-    env.np_random.bit_generator.state = snapshot["rng"]
+    set_rng_state(env.np_random, snapshot["rng"])
     if "mujoco" in snapshot:
         model_restore(env.model, snapshot.get("model", {}))  # older checkpoints have none
         mujoco_restore(env.model, env.data, snapshot["mujoco"])
+
+
+def set_attributes(env: gym.Env, plain: dict) -> list[str]:
+    """Give one layer the attributes of `attributes`. Returns the names of those that it has, and that are not there."""
+    for name, value in plain.items():
+        kind = next(iter(value)) if isinstance(value, dict) else ""
+        if kind == "rng":  # in place, for others may hold the same generator
+            if getattr(env, name, None) is None:
+                setattr(env, name, np.random.RandomState() if "old" in value["rng"] else np.random.default_rng())
+            set_rng_state(getattr(env, name), value["rng"])
+        elif kind == "moments" and hasattr(env, name):
+            vars(getattr(env, name)).update({key: from_saved(x) for key, x in value["moments"].items()})
+        else:
+            setattr(env, name, from_saved(value))
+    return [name for name, value in vars(env).items() if name not in plain
+            and not (callable(value) or isinstance(value, ModuleType) or name == "env")
+            and (isinstance(value, (np.ndarray, gym.Env)) or type(value).__module__.split(".")[0] not in STATELESS)]
 
 
 def time_limit(env: gym.Env) -> gym.wrappers.TimeLimit | None:

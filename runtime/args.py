@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Sequence, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import tyro
 
@@ -39,7 +40,7 @@ def cli(args_type: type, algo: str, words: Sequence[str] | None = None) -> Any:
 
 def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: Sequence[str] = ()
             ) -> tuple[Any, dict | None]:
-    """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch.
+    """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch, and numpy's global generator.
 
     Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
     arguments that it was started with: total_timesteps may change with --resume; what is shown, and `anew`, with
@@ -57,6 +58,7 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _check_number(field.name, value, ranges)
     torch.manual_seed(args.seed)
+    np.random.seed(args.seed % 2 ** 32)  # for tasks that draw from it
     return args, saved
 
 

@@ -1,0 +1,77 @@
+"""Other people's environments: what they return is checked, and what they fail with is said in one line.
+
+A run that goes on with a NaN, or with the wrong one of two numbers, costs a night and says nothing.
+"""
+import traceback
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from envs.ids import EnvError
+
+
+def reset(env: gym.Env, seed: int | None) -> tuple[Any, dict]:
+    """Observation and info of a reset. Raises EnvError for a failure, and for what is not these two."""
+    try:
+        found = env.reset(seed=seed)
+    except Exception as error:
+        raise failure(env, "reset", error) from error
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
+        raise EnvError(f"{env.spec.id}: reset returns {described(found)}, and has to return observation and info, as "
+                       "gymnasium's environments do; an environment of the old gym needs a wrapper")
+    return found
+
+
+def step(env: gym.Env, action: Any) -> tuple[Any, float, bool, bool, dict]:
+    """Observation, reward, terminated, truncated and info of a step. Raises EnvError for a failure, for what is not
+    these five, and for a reward that is not one finite number."""
+    try:
+        found = env.step(action)
+    except Exception as error:
+        raise failure(env, "step", error) from error
+    if not (isinstance(found, tuple) and len(found) == 5 and isinstance(found[4], dict)):
+        raise EnvError(f"{env.spec.id}: step returns {described(found)}, and has to return observation, reward, "
+                       "terminated, truncated and info; an environment of the old gym needs a wrapper")
+    reward = found[1]
+    if np.ndim(reward) or not np.isreal(reward) or not np.isfinite(reward):
+        raise EnvError(f"{env.spec.id}: step returns the reward {reward!r}, and has to return one finite number")
+    return found
+
+
+def failure(env: gym.Env, what: str, error: Exception) -> EnvError:
+    """The line for an `error` of the environment: what failed, how, and where."""
+    if isinstance(error, EnvError):
+        return error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    said = (str(error).splitlines() or [""])[0]
+    if "expected 5, got 4" in said:  # gymnasium's wrappers unpack steps of the old gym
+        said += "; an environment of the old gym needs a wrapper"
+    return EnvError(f"{env.spec.id} fails in {what}: {type(error).__name__}: {said} ({place.filename}:{place.lineno})")
+
+
+def described(found: Any) -> str:
+    """What an environment returned, in a few words."""
+    return f"{len(found)} values" if isinstance(found, tuple) else f"one {type(found).__name__}"
+
+
+def check_finite(env: gym.Env, obs: np.ndarray | dict[str, np.ndarray]) -> None:
+    """Raise EnvError for an observation with a NaN or an infinite number. A sum finds them, and is one pass."""
+    for part in obs.values() if isinstance(obs, dict) else (obs,):
+        if part.dtype.kind == "f" and not np.isfinite(part.sum()) and not np.isfinite(part).all():
+            raise EnvError(f"{env.spec.id} observes a number that is not finite; correct the environment, or cut what "
+                           "has blown up")
+
+
+def check_shapes(env: gym.Env, obs: Any) -> None:
+    """Raise EnvError for an observation of another shape than its space declares."""
+    space = env.observation_space
+    parts = [(obs, space, "")]
+    if isinstance(space, gym.spaces.Dict):
+        if not isinstance(obs, dict) or not space.spaces.keys() <= obs.keys():
+            raise EnvError(f"{env.spec.id} declares {', '.join(space.spaces)} and observes {described(obs)}")
+        parts = [(obs[name], part, f" {name}") for name, part in space.spaces.items()]
+    for found, part, name in parts:
+        if isinstance(part, gym.spaces.Box) and np.shape(found) != part.shape:
+            raise EnvError(f"{env.spec.id} declares{name} observations of shape {part.shape} and returns one of shape "
+                           f"{np.shape(found)}; correct one of the two")

@@ -1,0 +1,147 @@
+"""Other people's environments: what is wrong with them is one line, and what they keep comes back."""
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import envs
+from runtime import to_plain
+from runtime.run import write_whole
+
+ROW = gym.spaces.Box(-5, 5, (1,), np.float32)
+
+
+class Walk(gym.Env):
+    """A number that actions push and noise shakes."""
+    observation_space, action_space = ROW, gym.spaces.Box(np.float32(-1.64), np.float32(0.74), (1,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.steps = float(self.np_random.uniform(-1, 1)), 0
+        return self.look(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action, np.float32))
+        self.x = float(np.clip(self.x + 0.1 * action[0] + 0.05 * self.np_random.normal(), -4, 4))
+        self.steps += 1
+        return self.look(), self.reward(), False, False, {}
+
+    def look(self):
+        return np.array([self.x], np.float32)
+
+    def reward(self):
+        return -abs(self.x)
+
+
+class Lag(gym.Wrapper):
+    """Takes the action before."""
+
+    def reset(self, **kwargs):
+        self.last = np.zeros(1, np.float32)
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        action, self.last = self.last, np.array(action)
+        return self.env.step(action)
+
+
+def variant(**methods):
+    return type("Variant", (Walk,), methods)
+
+
+def own_generator(self, seed=None, options=None):
+    if seed is not None:
+        self.rng = np.random.default_rng(seed)
+    Walk.reset(self, seed=seed)
+    self.x = self.rng.uniform(-1, 1)
+    return self.look(), {}
+
+
+def old_generator(self, seed=None, options=None):
+    if seed is not None:
+        self.np_random = np.random.RandomState(seed)  # takes 32 bits
+    self.x, self.steps = self.np_random.uniform(-1, 1), 0
+    return self.look(), {}
+
+
+@pytest.fixture
+def register(monkeypatch):
+    def add(make, **kwargs):
+        gym.register("Foreign-v0", make, max_episode_steps=20, **kwargs)
+        return "Foreign-v0"
+    yield add
+    gym.registry.pop("Foreign-v0", None)
+
+
+@pytest.mark.parametrize("make, words", [
+    (variant(reset=lambda self, seed=None, options=None: np.zeros(1, np.float32)), "reset returns one ndarray"),
+    (variant(reset=lambda self: (np.zeros(1, np.float32), {})), "fails in reset: TypeError: .*unexpected keyword"),
+    (variant(step=lambda self, action: (self.look(), 0.0, False, {})), "got 4.*; an environment of the old gym"),
+    (variant(reward=lambda self: np.array([0.0])), r"the reward array\(\[0\.\]\), and has to return one finite number"),
+    (variant(reward=lambda self: float("nan")), "the reward nan"), (variant(reward=lambda self: "1"), "the reward '1'"),
+    (variant(look=lambda self: np.array([np.nan], np.float32)), "a number that is not finite"),
+    (variant(look=lambda self: np.zeros(2, np.float32)), r"declares observations of shape \(1,\) and .* \(2,\)"),
+    (variant(reward=lambda self: [][self.steps]), r"fails in step: IndexError: .* \(.*test_foreign.py:\d+\)$")])
+def test_what_an_environment_does_wrong_is_one_line(make, words, register):
+    env_id = register(make)
+    for play in (lambda: envs.make_vec(env_id, 2, seed=1).step(np.zeros((2, 1), np.float32)),
+                 lambda: (env := envs.StreamEnv(env_id), env.reset(seed=1), env.step(np.zeros(1, np.float32)))):
+        with pytest.raises(envs.EnvError, match=f"^Foreign-v0.*{words}") as error:
+            play()
+        assert "\n" not in str(error.value)
+
+
+def test_a_reward_for_every_pair_of_goals(monkeypatch):
+    vec = envs.make_vec("tests.tasks:Point-v0", 2, seed=1)
+    goals = np.zeros((3, 2))
+    for wrong, words in ((lambda a, g, info: -1.0, r"of 3 pairs of goals returns shape \(\)"),
+                         (lambda a, g, info: a[0][5], "fails in compute_reward for a batch")):
+        monkeypatch.setattr(vec.env.unwrapped, "compute_reward", wrong)
+        with pytest.raises(envs.EnvError, match=words):
+            vec.compute_reward(goals, goals)
+
+
+def test_actions_at_the_bounds_are_within_them(register):
+    vec = envs.make_vec(register(Walk), 2, seed=1)
+    vec.step(vec.to_box(np.array([[-1.0], [1.0]], np.float32)))  # or it raises
+
+
+@pytest.mark.parametrize("make", [
+    variant(reset=own_generator), variant(reset=old_generator), variant(snapshot=lambda self, path: 1 / 0),
+    lambda: Lag(Walk()), lambda: gym.wrappers.NormalizeObservation(Walk()), lambda: gym.wrappers.TimeLimit(Walk(), 7),
+    lambda: gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(Walk(), 4))],
+    ids=["generator", "RandomState", "another snapshot", "lag", "statistics", "two limits", "frames"])
+def test_what_an_environment_keeps_comes_back(make, register, tmp_path, capsys):
+    """Own generators, and wrappers with a memory."""
+    env_id = register(make)
+    whole, actions = envs.make_vec(env_id, 2, seed=1), np.random.default_rng(0).uniform(-1, 1, (80, 2, 1))
+    for action in actions[:25]:
+        whole.step(whole.to_box(action.astype(np.float32)))
+    write_whole(tmp_path / "saved.pt", lambda path: torch.save(to_plain(envs.snapshot(whole)), path))
+    other = envs.make_vec(env_id, 2, seed=99)
+    envs.restore(other, torch.load(tmp_path / "saved.pt", weights_only=True))
+    for action in actions[25:]:
+        ours, theirs = (vec.step(vec.to_box(action.astype(np.float32))) for vec in (other, whole))
+        assert all(np.array_equal(ours[k], theirs[k]) for k in range(4))
+    assert "cannot be saved" not in capsys.readouterr().err
+
+
+def test_ends_and_seeds(register):
+    """Environments are closed once, those that nobody closes as well; a time is a seed; success may be named only where
+    there is one."""
+    closed = []
+    env_id = register(variant(close=lambda self: closed.append(self)))
+    for copies, close in ((2, True), (3, False)):
+        vec = envs.make_vec(env_id, copies, seed=1_732_000_000 * 10_000)
+        if close:
+            vec.close()
+        del vec
+    assert len(closed) == 5
+    gym.registry.pop(env_id)
+
+    def success(self, action):
+        return self.look(), 0.0, False, self.steps > 3 or bool(setattr(self, "steps", self.steps + 1)), (
+            {"is_success": True} if self.x > 0 else {})
+    vec = envs.make_vec(register(variant(step=success)), 4)
+    rate = envs.evaluate(lambda obs: np.zeros((4, 1), np.float32), vec, 40, seed=1)["success_rate"]
+    assert 0.2 < rate < 0.8
