@@ -40,7 +40,7 @@ def cli(args_type: type, algo: str, words: Sequence[str] | None = None) -> Any:
 
 def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: Sequence[str] = ()
             ) -> tuple[Any, dict | None]:
-    """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch, and numpy's global generator.
+    """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch and numpy.
 
     Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
     arguments that it was started with: total_timesteps may change with --resume; what is shown, and `anew`, with

@@ -68,8 +68,8 @@ def test_runs_of_other_versions(run, tmp_path, capsys):
             sac.main(runtime.cli(sac.Args, "sac", ["--resume", elsewhere, "--total-timesteps", "96"]))
 
 
-@pytest.mark.parametrize("args", [dict(seed="1"), dict(seed=1.5), dict(num_envs=True), dict(compile=1), dict(device="tpu"),
-                                  dict(hidden=8)])
+@pytest.mark.parametrize("args", [dict(seed="1"), dict(seed=1.5), dict(num_envs=True), dict(compile=1),
+                                  dict(device="tpu"), dict(hidden=8)])
 def test_a_config_with_values_that_no_flag_allows(args, run, tmp_path):
     with pytest.raises(runtime.UserError, match=f"config.json is damaged: {next(iter(args))} cannot be"):
         runtime.cli(sac.Args, "sac", ["--resume", change(run, tmp_path, **args)])
