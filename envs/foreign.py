@@ -39,6 +39,12 @@ def step(env: gym.Env, action: Any) -> tuple[Any, float, bool, bool, dict]:
     return found
 
 
+def check_action(action: np.ndarray | int) -> None:
+    """Raise EnvError for actions that are not finite: the environment is not what is wrong then."""
+    if not np.isfinite(np.sum(action)):
+        raise EnvError("the run has diverged: an action is not finite; lower --learning-rate, and begin anew")
+
+
 def failure(env: gym.Env, what: str, error: Exception) -> EnvError:
     """The line for an `error` of the environment: what failed, how, and where."""
     if isinstance(error, EnvError):

@@ -131,6 +131,7 @@ class StreamEnv:
 
         serve, for evaluations: FIRE is pressed after a lost life, too (Atari). Training leaves it to the agent; one
         that never presses it would stand still up to the time limit."""
+        foreign.check_action(action)
         obs, reward, terminated, truncated, info = foreign.step(self.env, action)
         obs, over = self._checked(obs), terminated or truncated
         if self.kind == "atari":

@@ -133,6 +133,7 @@ class VectorEnv:
         """
         if not self.ready:
             raise EnvError(f"{self.env.spec.id} is stepped before its first reset; call reset, or give make_vec a seed")
+        foreign.check_action(action)
         reward, terminated, truncated, success = self._step(action)
         self.elapsed += 1
         if self.max_episode_steps is not None:

@@ -125,10 +125,11 @@ def test_one_line_and_an_exit_code(error, code, line, capsys):
     assert end.value.code == code and capsys.readouterr().err == line + "\n"
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("log_every, words", [(4, "critic_loss is nan at step"), (1000, "an action is not finite")])
+def test_a_loss_that_is_no_number_ends_the_run(log_every, words, tmp_path, monkeypatch):
     """Its last checkpoint stays, the last good one."""
-    monkeypatch.setattr(sac, "LOG_EVERY", 8)
-    with pytest.raises(runtime.UserError, match="diverged: critic_loss is nan at step"):
+    monkeypatch.setattr(sac, "LOG_EVERY", log_every)
+    with pytest.raises(runtime.UserError, match=f"diverged: {words}"):
         sac.main(sac.Args(**(SMALL | {"learning_rate": 1e30, "total_timesteps": 400}), updates_per_step=1.0,
                           run_dir=str(tmp_path / "run")))
 
