@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+from pathlib import Path
 import warnings
 
 import gymnasium as gym
@@ -77,7 +78,7 @@ def resolve(env_id: str) -> str:
     if env_id in gym.registry and not (fetch and version == "1"):  # Fetch v1 needs the retired mujoco-py
         if env_id == "MiniGrid-MultiRoom-N4-S5-v0":
             announce(f"{env_id} has 6 rooms in the installed minigrid; {base}-v1 has the 4 of its name")
-        elif env_id.startswith("MiniGrid-") and env_id != installed[-1][1]:
+        elif env_id.startswith("MiniGrid-") and installed and env_id != installed[-1][1]:
             announce(f"{env_id} has a corrected version, {installed[-1][1]}")
         return env_id
     if installed and fetch and not (version.isdigit() and int(version) > installed[-1][0]):
@@ -90,6 +91,9 @@ def resolve(env_id: str) -> str:
     known += [f"Fetch{task}{dense}-v2" for dense in ("", "Dense") for task in tasks]
     names = difflib.get_close_matches(env_id, known, n=2)
     hint = f"; did you mean {' or '.join(names)}?" if names else ""
+    found = getattr(sys.modules.get(module), "__file__", None)
+    if module and found and Path(f"{module}.py").is_file() and Path(found).resolve() != Path(f"{module}.py").resolve():
+        raise EnvError(f"{module}.py is not loaded: another module has its name ({found}); rename it")
     yours = "" if module or names else "; one of yours is my_file:My-v0, where my_file.py registers it"
     raise EnvError(f"unknown environment id {env_id!r}{hint}{yours}")
 

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -67,7 +68,7 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
         if kind == "llm":
             path = generated.file_of(name)
             shown = path.relative_to(generated.ROOT) if path.is_relative_to(generated.ROOT) else path
-        kept = folder / str(shown).replace("..", "up").strip("./").replace("/", "-")
+        kept = folder / flat_name(str(shown))
         if path.suffix in (".py", ".json"):
             sources.append((path, path.read_bytes() if path.is_file() else b"", kept))
         elif path.suffix == ".pt2" and path.is_file():
@@ -75,6 +76,21 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
             sources.append((path, digest, kept.with_suffix(".sha256")))
     return sources
+
+
+def flat_name(path: str) -> str:
+    """A file name for the copy of `path`. Where two paths could share it, a/b-c.py and a-b/c.py, or where it would be
+    too long for a file system, a digest of the path is in it."""
+    name = path.replace("..", "up").strip("./").replace("/", "-")
+    if len(name) > 150 or "/" in path.strip("./") and "-" in path:
+        return f"{hashlib.sha256(path.encode()).hexdigest()[:8]}-{name[-100:]}"
+    return name
+
+
+def bare(env_id: str) -> str:
+    """An id without the module that registers it and without how it is seen: a:FetchPush-v4:pca -> FetchPush-v4."""
+    parts = env_id.split(":")
+    return next((part for part in parts if re.search(r"-v\d+$", part)), parts[-1])
 
 
 def _meant(item: str, env_id: str) -> str:
@@ -119,7 +135,7 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     if kept_in:
         _check_kept(spec, Path(kept_in))
         env_id = _trained_in(Path(kept_in)) or env_id
-    policies = _load(spec, env_id, action_dim, example, lowest, kept_in)
+    policies = _load(spec, bare(env_id), action_dim, example, lowest, kept_in)
     if kept_in:
         _check_names(policies, Path(kept_in))
     elif policies:
@@ -130,7 +146,7 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
 def _trained_in(folder: Path) -> str:
     """The environment id of a run; empty where its config.json does not say."""
     try:
-        return json.loads((folder / "config.json").read_text())["args"]["env"]
+        return bare(json.loads((folder / "config.json").read_text())["args"]["env"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -296,3 +296,13 @@ def test_advice_that_forbids_is_refused(tmp_path):
     assert list(knowledge.load(path, "Toy-v0", 3, obs)) == ["rules.never"]
     with pytest.raises(KnowledgeError, match=r"rules.never.* returns -1; return numbers in \[0, 1\]"):
         knowledge.load(path, "Toy-v0", 3, obs, lowest=0.0)
+
+
+def test_ids_and_copies_by_any_name():
+    """The module that registers an id, and how it is seen, do not hide its rules; copies of two files never share a
+    name, and fit into a folder."""
+    ids = ("FetchPush-v4", "gymnasium_robotics:FetchPush-v4", "FetchPush-v4:frame_stack=2", "a:FetchPush-v4:run:x-v1/s")
+    assert {knowledge.bare(env_id) for env_id in ids} == {"FetchPush-v4"}
+    assert knowledge.bare("toys:Unversioned") == "Unversioned"
+    names = [knowledge.flat_name(path) for path in ("a/b-c.py", "a-b/c.py", "a-b-c.py", "x/" * 200 + "rules.py")]
+    assert len(set(names)) == 4 and max(map(len, names)) < 120 and knowledge.flat_name("/tmp/mine.py") == "tmp-mine.py"
