@@ -133,7 +133,6 @@ class VectorEnv:
         """
         if not self.ready:
             raise EnvError(f"{self.env.spec.id} is stepped before its first reset; call reset, or give make_vec a seed")
-        foreign.check_action(action)
         reward, terminated, truncated, success = self._step(action)
         self.elapsed += 1
         if self.max_episode_steps is not None:
@@ -240,6 +239,7 @@ class GymVectorEnv(VectorEnv):
         foreign.check_shapes(self.envs[i], self.current[i])
 
     def _step(self, action):
+        foreign.check_action(action)
         steps = [self._play(env, a) for env, a in zip(self.envs, action)]
         self.current = [step[0] for step in steps]
         reward, terminated, truncated = (np.array(column) for column in list(zip(*steps))[1:4])
