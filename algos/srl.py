@@ -12,8 +12,8 @@ sum of losses, named in --losses:
     priors        temporal coherence, proportionality, causality, repeatability (Jonschkowski & Brock 2015)
 
 Held-out episodes tell what a code is worth: how much of the true state is linear in it (probe_r2), and how far apart
-the true states of neighbours in code are (knn_mse). eval.csv has the mean probe_r2 as its return. The run leaves
-encoder.pt2.
+the true states of neighbours in code are (knn_mse). eval.csv has the mean probe_r2 as its return, or minus the loss
+where the environment does not tell its true state. The run leaves encoder.pt2.
 
 python algos/srl.py --env MobileRobot-v0 --losses autoencoder,inverse
 python algos/ppo.py --env MobileRobot-v0:run:RUN --normalize-advantage --no-clip-values   # RUN: the folder of that run
@@ -246,7 +246,7 @@ class Frames:
 
     def __init__(self, vec: envs.VectorEnv, args: Args):
         found = envs.collect_frames(vec, args.frames, args.episode_steps, 10_000 * args.seed + 8_000)
-        self.names, self.episodes = found.names, int(found.episode.max()) + 1
+        self.args, self.names, self.episodes = args, found.names, int(found.episode.max()) + 1
         self.columns = Batch(*map(torch.from_numpy, (found.picture, found.next_picture, found.action, found.reward)))
         self.truth = torch.from_numpy(found.truth)
         self.held_episodes = max(1, self.episodes // 5)
@@ -272,11 +272,17 @@ class Frames:
         """Columns of eval.csv, and scalars, both of held-out episodes."""
         code, held_code = (self.codes(model, rows, device) for rows in (self.train, self.held))
         truth, held_truth = self.truth[self.train], self.truth[self.held]
-        scalars, shares = {}, torch.full((1,), math.nan)
         if self.names:
             shares = probe_r2(code, truth, held_code, held_truth)
             scalars = {f"probe_r2/{name}": float(x) for name, x in zip(self.names, shares)}
             scalars["knn_mse"] = float(knn_mse(code, truth, held_code, held_truth))
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # a VAE draws
+                losses = [srl_loss(model, Batch(*(column[rows].to(device) for column in self.columns)), self.args)[0]
+                          * len(rows) for rows in self.held.split(256)]
+            shares = -sum(losses).reshape(1) / len(self.held)
+            scalars = {"held_out_loss": -float(shares)}
         if hasattr(model, "decoder"):
             errors = [reconstruction(model.decoder(z.to(device)), self.columns.picture[rows].to(device)) * len(rows)
                       for z, rows in zip(held_code.split(256), self.held.split(256))]

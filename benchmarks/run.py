@@ -52,7 +52,8 @@ class Cell:
         text = " ".join(self.flags)
         name = re.sub(r"[^\w.]+", "-", text).strip("-")[:60] or "defaults"
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return self.root / self.algo / self.env / f"{name}-{digest}" / f"seed{self.seed}"
+        env = self.env.replace("/", "-") if ":run:" in self.env else self.env  # a path behind an id is no folder
+        return self.root / self.algo / env / f"{name}-{digest}" / f"seed{self.seed}"
 
     @property
     def name(self) -> str:
@@ -138,7 +139,10 @@ def crossed(entry: dict) -> list[tuple[str, ...]]:
     for name, values in entry.get("cross", {}).items():
         if type(values) is not list or not values or not {type(x) for x in values} <= {str, int, float, bool}:
             raise TypeError(f"cross: {name} is no list of values")
-        if {f"--{name}", f"--no-{name}"} & {word.split("=")[0] for word in flags}:
+        name = name.replace("_", "-")
+        if name in ("env", "seed", "run-dir", "resume", "evaluate"):  # which the folders of cells are named by
+            raise ValueError(f"cross has {name}; cells have envs and seeds of their own")
+        if {f"--{name}", f"--no-{name}"} & {word.split("=")[0].replace("_", "-") for word in flags}:
             raise ValueError(f"--{name} stands in flags and in cross")
         ways.append([(f"--{name}" if x else f"--no-{name}",) if isinstance(x, bool) else (f"--{name}", str(x))
                      for x in values])

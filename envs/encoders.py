@@ -15,6 +15,7 @@ made, always the same ones. Within a process, all environments of an id share th
 checkpoints of a run, and come back with them.
 """
 import json
+import os
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,7 +31,9 @@ from envs.vector import VectorEnv
 CODE = 32  # numbers of `random` and `pca`
 FRAMES, EPISODE_STEPS, COPIES = 2000, 50, 10  # what those two see
 LIMIT = 10.0  # codes are clipped to +-this
+LOSSES = {"autoencoder", "vae", "inverse", "forward", "reward", "priors"}  # of algos/srl.py
 _made: dict[tuple, "Encoder"] = {}
+_newest: dict[tuple, Path] = {}  # what `newest_run` found: a later run is not to change what this process sees
 
 
 class Transitions(NamedTuple):
@@ -136,12 +139,15 @@ def read_encoder(folder: Path, shape: tuple[int, ...]) -> Encoder:
     Raises EnvError where there is none, or one for other pictures."""
     file = folder / "encoder.pt2"
     if not file.is_file():
-        raise EnvError(f"{folder} has no encoder.pt2; name the folder of a finished run of algos/srl.py")
+        raise EnvError(f"{folder} has no encoder.pt2; behind the id, run:RUN_DIR is the last word and names the folder "
+                       "of a finished run of algos/srl.py")
     try:
         program = pt2.read(file)
         fits = program.entries == [""] and program.dtypes == [torch.uint8] and program.sizes == [shape]
         if fits:
-            program([torch.zeros(1, *shape, dtype=torch.uint8)])  # weights that do not fit raise anything
+            code = program([torch.zeros(1, *shape, dtype=torch.uint8)])  # weights that do not fit raise anything
+            if code.shape != (1, program.width) or code.dtype != torch.float32 or not code.isfinite().all():
+                raise pt2.BadArchive(f"it does not give {program.width} finite numbers")
     except Exception as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise EnvError(f"{file} is damaged or no encoder ({why:.80}); name another run") from error
@@ -152,33 +158,45 @@ def read_encoder(folder: Path, shape: tuple[int, ...]) -> Encoder:
 
 
 def newest_run(losses: str, env_id: str) -> Path:
-    """The newest finished run below runs/ of algos/srl.py with these losses and environment. Says which on stderr.
+    """The newest finished run below runs/ of algos/srl.py with these losses and environment, the same one for as long
+    as the process lives. Says which on stderr.
 
     Raises EnvError, with the command that makes one, where there is none."""
-    found = []
+    key, found = (os.getcwd(), losses, env_id), []
+    if key in _newest and (_newest[key] / "encoder.pt2").is_file():
+        return _newest[key]
     for file in Path("runs").rglob("encoder.pt2"):
         try:
             config = json.loads((file.parent / "config.json").read_text())
-            if config["env_id"] == env_id and config["args"]["losses"] == losses:
+            if config["env_id"] == env_id and sorted(config["args"]["losses"].split(",")) == sorted(losses.split(",")):
                 found.append((file.stat().st_mtime, file.parent))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another's config.json
             continue
+    if not found and not set(losses.split(",")) <= LOSSES:
+        raise EnvError(f"{losses!r} behind {env_id} makes no sense; known are ground_truth, pixels, random, pca, "
+                       "run:RUN_DIR, frame_stack=4, action_repeat=2, and what algos/srl.py has trained by its losses: "
+                       f"{', '.join(sorted(LOSSES))}")
     if not found:
-        raise EnvError(f"{losses!r} is no encoder (ground_truth, pixels, random, pca, run:RUN_DIR), and runs/ has none "
-                       f"trained by it; for one: python algos/srl.py --env {env_id} --losses {losses}")
+        raise EnvError(f"runs/ has no encoder of {env_id} that was trained by {losses}; for one: "
+                       f"python algos/srl.py --env {env_id} --losses {losses}")
     _, folder = max(found)
-    announce(f"{env_id}:{losses} is {folder}")
+    announce(f"{env_id}:{losses} takes the encoder of {folder}")
+    _newest[key] = folder
     return folder
 
 
+def exact(name: str, env_id: str) -> str:
+    """An encoder's name that means the same one tomorrow: run:RUN_DIR in place of losses."""
+    return name if name in ("random", "pca") or name.startswith("run:") else f"run:{newest_run(name, env_id)}"
+
+
 def make_encoder(name: str, env_id: str, vec: VectorEnv, key: str) -> Encoder:
-    """The encoder `name` for the pictures of `env_id`, of which `vec` are copies to look at. `key` tells them from
-    environments of the same id with other options."""
-    folder = None
-    if name not in ("random", "pca"):
-        folder = Path(name.removeprefix("run:")) if name.startswith("run:") else newest_run(name, env_id)
+    """The encoder of this `exact` name for the pictures of `env_id`, of which `vec` are copies to look at. `key` tells
+    them from environments of the same id with other options."""
+    folder = Path(name.removeprefix("run:")) if name.startswith("run:") else None
+    if folder:
         file = folder / "encoder.pt2"
-        key += f"{folder} {file.stat().st_mtime_ns if file.is_file() else 0}"
+        key += f"{file.stat().st_mtime_ns if file.is_file() else 0}"
     if (env_id, name, key) not in _made:
         if folder:
             encoder = read_encoder(folder, vec.observation_space.shape)

@@ -34,9 +34,11 @@ def split_view(env_id: str) -> tuple[str, dict]:
     `MobileRobot-v0:pca:frame_stack=2` -> `MobileRobot-v0`, {"encoder": "pca", "frame_stack": 2}. An encoder
     `run:RUN_DIR` is the last word. Raises EnvError for words that make no sense.
     """
-    match = re.fullmatch(r"(.+?-v\d+):(.+)", env_id)
+    match = re.fullmatch(r"(.+?-v\d+):(.*)", env_id)
     if not match:
         return env_id, {}
+    if not match[2]:
+        raise EnvError(f"{env_id!r} ends in a colon; leave it out, or say how it is observed, as in {env_id}pca")
     rest, view = match[2], {}
     while rest:
         word, _, rest = (rest, "", "") if rest.startswith("run:") else rest.partition(":")
@@ -69,6 +71,8 @@ def resolve(env_id: str) -> str:
         try:
             importlib.import_module(module)
         except Exception as error:  # a user's file raises anything
+            if meant := [known for known in gym.registry if known.partition("-v")[0] == module]:
+                raise EnvError(f"{module}:{env_id} lacks a version; did you mean {meant[-1]}:{env_id}?") from error
             line = f"{type(error).__name__}: {error}".splitlines()[0]
             raise EnvError(f"{module}, which is to register {env_id}, fails to import: {line}") from error
     base, _, version = env_id.partition("-v")

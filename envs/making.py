@@ -12,7 +12,7 @@ from envs.babyai_text import BabyAITextVectorEnv
 from envs.crafter_text import CrafterVectorEnv, is_crafter
 from envs.dynamics import IDS as DYNAMICS
 from envs.dynamics import DynamicsVectorEnv, FrankaTasksVectorEnv
-from envs.encoders import COPIES, make_encoder
+from envs.encoders import COPIES, exact, make_encoder
 from envs.fetch import FetchVectorEnv
 from envs.franka import IDS as FRANKA
 from envs.franka import FrankaVectorEnv
@@ -57,7 +57,8 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
     Raises EnvError for an unknown id, an unknown argument, a missing package, observations that are neither flat arrays
     nor pictures, actions that are no flat arrays, and `num_envs` < 1.
     """
-    view = {"encoder": encoder, "frame_stack": frame_stack, "action_repeat": action_repeat} | split_view(env_id)[1]
+    bare_id, said = split_view(env_id)
+    view = {"encoder": encoder, "frame_stack": frame_stack, "action_repeat": action_repeat} | said
     for name, number in (("num_envs", num_envs), *list(view.items())[1:]):
         if number < 1:
             raise EnvError(f"{name} must be at least 1, not {number}")
@@ -69,10 +70,13 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, threads: int =
     if encoder and (encoder == "ground_truth") == is_picture(space):
         raise EnvError(f"{resolved} observes {space}; the encoder ground_truth is for numbers, others are for pictures")
     if encoder not in ("", "ground_truth", "pixels"):
+        encoder = exact(encoder, resolved)
         options = {key: value for key, value in kwargs.items() if key != "render_mode"}
         frames = make_plain(env_id, resolved, COPIES, threads, fast, goal_range, 1, **options)
         vec = EncodedVectorEnv(vec, make_encoder(encoder, resolved, frames, repr(sorted(options.items()))))
         frames.close()
+        words = [f"{word}={said[word]}" for word in ("frame_stack", "action_repeat") if word in said]
+        vec.exact_id = ":".join([bare_id, *words, encoder])
     if view["frame_stack"] > 1:
         vec = FrameStack(vec, view["frame_stack"])
     if seed is not None:

@@ -57,7 +57,10 @@ class WrappedVectorEnv:
 
 
 class EncodedVectorEnv(WrappedVectorEnv):
-    """Codes (num_envs, n) float32 in place of pictures. Checkpoints have the encoder, too."""
+    """Codes (num_envs, n) float32 in place of pictures. Checkpoints have the encoder, too.
+
+    exact_id: an id that means the same encoder tomorrow, which a run keeps (runtime/run.py)."""
+    exact_id = ""
 
     def __init__(self, vec: VectorEnv, encoder: Encoder):
         super().__init__(vec, gym.spaces.Box(-np.inf, np.inf, (encoder.size,), np.float32))

@@ -337,7 +337,8 @@ def read_runs(args: Args, one: Candidate, logs: list[Path]) -> None:
             if smooth.is_file():  # a machine that stops in the last moment leaves none
                 constants.append([abs(float(row["unbiased"])) for row in csv.DictReader(smooth.open())])
         elif ended.is_file():
-            lines = [line.strip(" │") for line in log.read_text(errors="replace").split("\n")]
+            lines = [line.strip(" │") for line in log.read_text(errors="replace").split("\n")
+                     if "For full helptext" not in line]  # which ends what tyro says of a wrong flag
             one.trouble = next((line for line in reversed(lines) if re.search(r"\w", line)), "no word")[:300]
     if not one.trouble and len(one.returns) < args.seeds:
         raise UserError(f"{one.file} is not trained: another process may be at it; run the same again when it is over")
@@ -361,6 +362,8 @@ def run(args: Args) -> Path:
         raise UserError(f"--repairs is {args.repairs}; it has to be 0 or more")
     if args.flags.count('"') % 2 or args.flags.count("'") % 2:
         raise UserError(f"--flags={args.flags} has a quote that is not closed")
+    if re.search(r"-v\d+:", args.env):
+        raise UserError(f"--env {args.env}: pairs are for states as they are; leave out what stands behind the id")
     _, task = task_for(args.env)
     n, first = len(numbers_of(task)), first_question(args.env, task)
     out = Path(args.out or f"runs/llm_lesr/{args.env}").resolve()

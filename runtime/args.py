@@ -45,12 +45,16 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
     Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
     arguments that it was started with: total_timesteps may change with --resume; what is shown, and `anew`, with
     --evaluate.
+    Where its --env named the newest of something, `args.env` is then the one that the run had.
     Raises UserError for arguments that cannot work.
     """
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, algo, type(args))
         _check_kept(args, stored, RESUMED if args.resume else (*EVALUATED, *anew))
+        exact = _read_config(folder, algo).get("exact_env")
+        if isinstance(exact, str) and args.env == stored.env:
+            args = replace(args, env=exact)
         if args.resume and saved["step"] >= args.total_timesteps:
             raise UserError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")
     for field in fields(args):
@@ -138,7 +142,8 @@ def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
     """(arguments, checkpoint) of a run folder. Raises UserError if it is none, another algorithm's, or damaged."""
     args, checkpoint = _stored_args(folder, algo, args_type), Path(folder, "checkpoint.pt")
     if not checkpoint.is_file():
-        raise UserError(f"{folder} has no checkpoint.pt: it was cut before its first one; start it anew")
+        raise UserError(f"{folder} has no checkpoint.pt: it has not come to its first one; if no process is at it any "
+                        "more, start it anew")
     try:
         check_archive(checkpoint)
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)

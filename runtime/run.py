@@ -66,6 +66,7 @@ class Run:
         self.start_step = self.step  # of this start, perhaps one of several
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         env = Path(args.env).stem if Path(args.env).is_file() else args.env  # a path is no name for a folder
+        env = env.replace("/", "-") if ":run:" in env else env  # nor is one behind an id
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, env, name))
         while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
             self.folder = self.folder.with_name(f"{self.folder.name}a")
@@ -103,6 +104,8 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock()
                 config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
+                if exact := getattr(self.parts.get("vec"), "exact_id", ""):  # args.env may name the newest of something
+                    config["exact_env"] = exact
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
         except OSError as error:
             remedy = "make it writable" if args.resume else "name another --run-dir"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def test_a_folder_is_a_function_of_the_cell():
               Cell("sac_kian", "FetchPush-v2", 1, ("--hidden", "x" * 80 + "2"), Path("runs"))]
     assert cell.folder == Path("runs/sac_kian/FetchPush-v2/actor-plain-" + cell.folder.parent.name[-8:] + "/seed1")
     assert len({c.folder for c in [cell, *others]}) == 6
+    assert replace(cell, env="Line-v0:run:../../x").folder.is_relative_to("runs/sac_kian/Line-v0:run:..-..-x")
 
 
 @pytest.mark.parametrize("name", [p.stem for p in (ROOT / "benchmarks" / "suites").glob("*.toml")])
@@ -123,6 +125,8 @@ def test_errors_are_one_line(tmp_path):
                               "envs = ['x']\nseeds = [1]\ncross = {clip = 1}\n",
                               "envs = ['x']\nseeds = [1]\ncross = {clip = []}\n",
                               "envs = ['x']\nseeds = [1]\nflags = '--clip=1'\ncross = {clip = [1]}\n",
+                              "envs = ['x']\nseeds = [1]\nflags = '--num-envs 1'\ncross = {num_envs = [1]}\n",
+                              "envs = ['x']\nseeds = [1]\ncross = {seed = [1, 2]}\n",
                               "envs = ['x']\nseeds = [1.0]\n", "envs = ['x']\nseeds = [1]\nflags = '\"'\n"]):
         (tmp_path / f"bad{i}.toml").write_text(cell + rest)
         suites.append((["--suite", str(tmp_path / f"bad{i}.toml")], "is no suite"))

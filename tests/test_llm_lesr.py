@@ -231,6 +231,7 @@ def test_pairs_of_ones_own(bench, tmp_path):
 @pytest.mark.parametrize("words, reason", [
     (["--env", "Walker2d-v4"], "record it with --mode record --model NAME --base-url URL"),
     (["--candidates", "3"], "not recorded for model handwritten"), (["--env", "Swimmer-v4"], "has no description"),
+    (["--env", "Hopper-v4:frame_stack=2"], "leave out what stands behind the id"),
     (["--candidates", "0"], "--candidates is 0"), (["--repairs", "-1"], "--repairs is -1"),
     (["--flags=--run-dir 'x"], "a quote that is not closed"), (["--candidates-dir", "nowhere"], "has no .py file"),
     (["--mode", "record"], "name its model")])

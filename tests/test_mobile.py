@@ -211,8 +211,11 @@ def test_words_behind_an_id():
     assert envs.resolve("MobileRobot-v0:pca") == "MobileRobot-v0"
     for env_id, words in (("MobileRobot-v0:pca:random", "two of encoder"), ("MobileRobot-v0:x=2", "makes no sense"),
                           ("MobileRobot-v0:frame_stack=0", "makes no sense"), ("CartPole-v1:pca", "for pictures"),
-                          ("MobileRobot-v0:nothing", "python algos/srl.py --env MobileRobot-v0 --losses nothing"),
-                          ("MobileRobot-v0:run:nowhere", "has no encoder.pt2"), ("MobileRobot2Target-v1", "unknown")):
+                          ("MobileRobot-v0:PCA", "'PCA' behind .* makes no sense"), ("MobileRobot-v0:frame_stack", "frame_stack=4"),
+                          ("MobileRobot-v0:vae", "python algos/srl.py --env MobileRobot-v0 --losses vae"),
+                          ("MobileRobot-v0:run:nowhere", "has no encoder.pt2"), ("MobileRobot2Target-v1", "unknown"),
+                          ("MobileRobot-v0:", "ends in a colon"), ("MobileRobot:pca", "mean MobileRobot-v0:pca"),
+                          ("MobileRobot-v0:run:nowhere:frame_stack=2", "is the last word")):
         with pytest.raises(envs.EnvError, match=words):
             envs.make_vec(env_id, 1)
     with pytest.raises(envs.EnvError, match="leave out what stands behind the id"):
@@ -271,11 +274,11 @@ def test_collected_frames():
     assert all(np.array_equal(a, b) for a, b in zip(frames, again))
 
 
-def saved_encoder(folder, shape=(64, 64, 3), env_id="MobileRobot-v0", losses="autoencoder"):
+def saved_encoder(folder, shape=(64, 64, 3), env_id="MobileRobot-v0", losses="autoencoder", colours=3, scale=1 / 255):
     """A run folder with an encoder: the mean of each colour."""
     folder.mkdir(parents=True)
     example = torch.zeros(2, *shape, dtype=torch.uint8)
-    save_policy(folder / "encoder.pt2", lambda picture: picture.float().mean((1, 2)) / 255, example)
+    save_policy(folder / "encoder.pt2", lambda picture: picture.float().mean((1, 2))[:, :colours] * scale, example)
     (folder / "config.json").write_text(json.dumps({"algo": "srl", "env_id": env_id, "args": {"losses": losses}}))
 
 
@@ -284,16 +287,32 @@ def test_encoders_of_runs(tmp_path, monkeypatch, capsys):
     saved_encoder(tmp_path / "runs" / "srl" / "a")
     saved_encoder(tmp_path / "small", shape=(16, 16, 3))
     named, found = (envs.make_vec(f"MobileRobot-v0:{name}", 2, seed=1) for name in ("run:runs/srl/a", "autoencoder"))
-    assert "MobileRobot-v0:autoencoder is runs/srl/a" in capsys.readouterr().err
+    assert "MobileRobot-v0:autoencoder takes the encoder of runs/srl/a" in capsys.readouterr().err
     obs = play(named, 5)[-1][0]
     pictures = play(envs.make_vec("MobileRobot-v0:pixels", 2, seed=1), 5)[-1][0]
     assert obs.shape == (2, 3) and obs == pytest.approx(pictures.mean((1, 2)) / 255, abs=1e-6)
     assert same(play(found, 3), play(envs.make_vec("MobileRobot-v0:autoencoder", 2, seed=1), 3))
     (tmp_path / "small" / "text").mkdir()
     (tmp_path / "small" / "text" / "encoder.pt2").write_text("nothing")
-    for name, words in (("run:small", "encodes 16 x 16 x 3 numbers, and pictures here have 64 x 64 x 3"),
+    saved_encoder(tmp_path / "endless", scale=float("nan"))
+    for name, words in (("run:endless", "does not give 3 finite numbers"), ("run:small", "encodes 16 x 16 x 3 numbers, and pictures here have 64 x 64 x 3"),
                         ("run:small/text", "damaged or no encoder"), ("vae", "--losses vae")):
         with pytest.raises(envs.EnvError, match=words):
             envs.make_vec(f"MobileRobot-v0:{name}", 1)
     with pytest.raises(envs.EnvError, match="of other sizes"):
         named.encoder.load_state_dict({"x": torch.zeros(1)})
+
+
+def test_the_newest_run_is_the_one_of_the_start(tmp_path, monkeypatch):
+    """A later run changes nothing in a process that has looked before; the order of losses says nothing."""
+    monkeypatch.chdir(tmp_path)
+    saved_encoder(tmp_path / "runs" / "srl" / "a", losses="inverse,autoencoder")
+    (tmp_path / "runs" / "srl" / "b").mkdir()
+    for content in ("[]", '{"env_id": "MobileRobot-v0", "args": {"losses": 3}}'):  # others' folders
+        (tmp_path / "runs" / "srl" / "b" / "encoder.pt2").write_text("")
+        (tmp_path / "runs" / "srl" / "b" / "config.json").write_text(content)
+        vec = envs.make_vec("MobileRobot-v0:action_repeat=2:autoencoder,inverse:frame_stack=2", 1)
+        assert vec.exact_id == "MobileRobot-v0:frame_stack=2:action_repeat=2:run:runs/srl/a"
+    saved_encoder(tmp_path / "runs" / "srl" / "c", losses="autoencoder,inverse", colours=2)
+    assert envs.make_vec("MobileRobot-v0:autoencoder,inverse", 1).encoder.size == 3
+    assert not hasattr(envs.make_vec("MobileRobot-v0:frame_stack=2", 1), "exact_id")

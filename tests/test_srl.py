@@ -104,7 +104,7 @@ def test_an_autoencoder_learns(trained):
 
 def test_ppo_on_a_run(trained, monkeypatch, tmp_path, capsys):
     """Codes have mean 0 and deviation 1; training leaves the encoder as it is, a checkpoint has it, and another run of
-    the same losses that came later does not take its place."""
+    the same losses that came later, with codes of another size, does not take its place."""
     monkeypatch.chdir(trained.parents[2])
     vec = envs.make_vec("MobileRobot-v0:autoencoder", 4, seed=1)
     frames = envs.collect_frames(envs.make_vec("MobileRobot-v0:pixels", 10), 400, 20, 18_000)  # those of the run
@@ -119,10 +119,26 @@ def test_ppo_on_a_run(trained, monkeypatch, tmp_path, capsys):
     assert saved.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in saved.items())
     assert json.loads((run / "config.json").read_text())["env_id"] == "MobileRobot-v0"
     later = trained.with_name("b")
-    srl.main(srl.Args(run_dir=str(later), seed=2, total_timesteps=64, **SMALL))
+    srl.main(srl.Args(run_dir=str(later), seed=2, total_timesteps=64, code=8, **SMALL))
+    envs.encoders._newest.clear()  # as another process
+    assert envs.make_vec("MobileRobot-v0:autoencoder", 1).encoder.size == 8
+    assert "MobileRobot-v0:autoencoder takes the encoder of runs/srl/b" in capsys.readouterr().err
     args = runtime.cli(ppo.Args, "ppo", ["--evaluate", str(run)])
     assert ppo.main(args) == pytest.approx(result, nan_ok=True)
-    assert "MobileRobot-v0:autoencoder is runs/srl/b" in capsys.readouterr().err
+    assert "MobileRobot-v0:run:runs/srl/a after 256 steps" in capsys.readouterr().out
+    ppo.main(runtime.cli(ppo.Args, "ppo", ["--resume", str(run), "--total-timesteps", "384"]))
+
+
+def test_a_task_that_does_not_tell_its_state(tmp_path):
+    """Its eval.csv has minus the loss on held-out episodes."""
+    result = srl.main(srl.Args(env="MobileRobot-v0:action_repeat=2", losses="vae", total_timesteps=640,
+                               run_dir=str(tmp_path / "run"), **SMALL))
+    rows = [line.split(",") for line in (tmp_path / "run" / "eval.csv").read_text().splitlines()[1:]]
+    assert float(rows[0][3]) < float(rows[-1][3]) < 0 and float(rows[-1][3]) == pytest.approx(result["return_mean"])
+
+
+def test_losses_are_known_to_environments():
+    assert envs.encoders.LOSSES == set(srl.LOSSES)
 
 
 @pytest.mark.parametrize("flags, words", [
