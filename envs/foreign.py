@@ -2,6 +2,7 @@
 
 A run that goes on with a NaN, or with the wrong one of two numbers, costs a night and says nothing.
 """
+import math
 import traceback
 from typing import Any
 
@@ -9,6 +10,8 @@ import gymnasium as gym
 import numpy as np
 
 from envs.ids import EnvError
+
+NUMBERS = (float, int, bool, np.float64, np.float32)  # rewards that need no second look
 
 
 def reset(env: gym.Env, seed: int | None) -> tuple[Any, dict]:
@@ -34,15 +37,23 @@ def step(env: gym.Env, action: Any) -> tuple[Any, float, bool, bool, dict]:
         raise EnvError(f"{env.spec.id}: step returns {described(found)}, and has to return observation, reward, "
                        "terminated, truncated and info; an environment of the old gym needs a wrapper")
     reward = found[1]
-    if np.ndim(reward) or not np.isreal(reward) or not np.isfinite(reward):
+    plain = type(reward) in NUMBERS or np.ndim(reward) == 0 and np.asarray(reward).dtype.kind in "biuf"
+    if not (plain and math.isfinite(reward)):
         raise EnvError(f"{env.spec.id}: step returns the reward {reward!r}, and has to return one finite number")
     return found
 
 
-def check_action(action: np.ndarray | int) -> None:
+def finite(x: np.ndarray) -> bool:
+    """Whether all numbers of an array are finite. Its product with itself tells in one pass; only where that overflows
+    are they looked at one by one."""
+    return x.dtype.kind != "f" or math.isfinite(np.vdot(x, x)) or bool(np.isfinite(x).all())
+
+
+def check_action(action: np.ndarray) -> None:
     """Raise EnvError for actions that are not finite: the environment is not what is wrong then."""
-    if not np.isfinite(np.sum(action)):
-        raise EnvError("the run has diverged: an action is not finite; lower --learning-rate, and begin anew")
+    if not finite(action):
+        raise EnvError(f"actions hold {action[~np.isfinite(action)][0]}; give finite numbers. A run that comes to this "
+                       "has diverged: lower --learning-rate, and begin anew")
 
 
 def failure(env: gym.Env, what: str, error: Exception) -> EnvError:
@@ -62,11 +73,10 @@ def described(found: Any) -> str:
 
 
 def check_finite(env: gym.Env, obs: np.ndarray | dict[str, np.ndarray]) -> None:
-    """Raise EnvError for an observation with a NaN or an infinite number. A sum finds them, and is one pass."""
-    for part in obs.values() if isinstance(obs, dict) else (obs,):
-        if part.dtype.kind == "f" and not np.isfinite(part.sum()) and not np.isfinite(part).all():
-            raise EnvError(f"{env.spec.id} observes a number that is not finite; correct the environment, or cut what "
-                           "has blown up")
+    """Raise EnvError for an observation with a NaN or an infinite number."""
+    if not all(map(finite, obs.values())) if isinstance(obs, dict) else not finite(obs):
+        raise EnvError(f"{env.spec.id} observes a number that is not finite; correct the environment, or cut what has "
+                       "blown up")
 
 
 def check_shapes(env: gym.Env, obs: Any) -> None:

@@ -23,7 +23,7 @@ from envs import foreign
 from envs.evaluation import can_be_filmed, find_renderer
 from envs.ids import EnvError, resolve, split_view
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
-                         time_limit)
+                         random_state, set_random_state, time_limit)
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
 CLASSIC, CLASSIC_LIMIT = ("CartPole", "Acrobot", "MountainCar"), 10_000  # as published: good agents should not meet it
@@ -68,6 +68,7 @@ class StreamEnv:
         self.action_space, space = self.env.action_space, self.env.observation_space
         if isinstance(self.action_space, gym.spaces.Discrete) and self.action_space.start != 0:
             raise EnvError(f"{env_id} counts its actions from {self.action_space.start}; count them from 0")
+        self.declared = space.shape  # None of a Dict
         boxes = list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else [space]
         if not all(isinstance(box, gym.spaces.Box) for box in boxes):
             raise EnvError(f"{env_id} observes {space}; a stream needs arrays (Box, or a Dict of them)")
@@ -90,15 +91,15 @@ class StreamEnv:
         if self.kind == "atari":
             self.fire = "FIRE" in self.env.unwrapped.get_action_meanings()
 
-    def _checked(self, obs):
-        """The observation as an array, or a dict of some. Raises EnvError for another shape than the task declares, and
-        for numbers that are not finite."""
+    def _arrays(self, obs):
+        """The observation as an array, or a dict of some. Raises EnvError for another shape than the task declares."""
+        if type(obs) is np.ndarray and obs.shape == self.declared:
+            return obs
         foreign.check_shapes(self.env, obs)
-        obs = {name: np.asarray(part) for name, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)
-        foreign.check_finite(self.env, obs)
-        return obs
+        return {name: np.asarray(part) for name, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)
 
     def _row(self, obs: np.ndarray | dict, time: float) -> np.ndarray:
+        obs = self._arrays(obs)
         if isinstance(obs, dict):
             obs = np.concatenate([np.ravel(obs[name]) for name in self.env.observation_space.spaces])
         elif self.kind == "minatar":
@@ -108,13 +109,13 @@ class StreamEnv:
             row[:-1], row[-1] = obs.reshape(-1), time
         else:
             row[:] = obs.reshape(-1)
+        foreign.check_finite(self.env, row)
         return row
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """First observation of an episode."""
         seed = None if seed is None else seed % 2 ** 32  # MinAtar and dm_control take no more: numpy's old generator
         obs, info = foreign.reset(self.env, seed)
-        obs = self._checked(obs)
         if seed is not None and self.kind == "minatar":  # it may repeat the last action, even that of another episode
             self.env.unwrapped.game.last_action = 0
         if self.kind == "atari":
@@ -131,9 +132,10 @@ class StreamEnv:
 
         serve, for evaluations: FIRE is pressed after a lost life, too (Atari). Training leaves it to the agent; one
         that never presses it would stand still up to the time limit."""
-        foreign.check_action(action)
+        if isinstance(action, np.ndarray):
+            foreign.check_action(action)
         obs, reward, terminated, truncated, info = foreign.step(self.env, action)
-        obs, over = self._checked(obs), terminated or truncated
+        over = terminated or truncated
         if self.kind == "atari":
             lost, self.lives = info["lives"] < self.lives, info["lives"]
             if lost and serve and self.fire and not over:
@@ -216,17 +218,6 @@ def register(env_id: str) -> None:
     except ImportError as error:
         raise EnvError(f"{env_id} needs a package that is not installed: pip install -r requirements-envs.txt "
                        f"({package})") from error
-
-
-def random_state(random: np.random.RandomState) -> list:
-    """State of numpy's legacy generator as plain numbers and an array."""
-    name, keys, *rest = random.get_state()
-    return [name, keys.astype(np.int64), *rest]
-
-
-def set_random_state(random: np.random.RandomState, state: list) -> None:
-    name, keys, *rest = state
-    random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
 
 
 def as_arrays(state: dict) -> dict:

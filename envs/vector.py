@@ -129,7 +129,7 @@ class VectorEnv:
         """(num_envs, d) actions, (num_envs,) int discrete ones -> obs, reward, terminated, truncated (num_envs,), info.
 
         info: `final_obs` (see the module) and `success` (num_envs,), NaN for tasks without a notion of success.
-        Raises EnvError before the first `reset`, and for observations or rewards that are not finite.
+        Raises EnvError before the first `reset`, and for observations that are not finite.
         """
         if not self.ready:
             raise EnvError(f"{self.env.spec.id} is stepped before its first reset; call reset, or give make_vec a seed")
@@ -139,8 +139,6 @@ class VectorEnv:
             truncated = truncated | (self.elapsed >= self.max_episode_steps)
         final_obs = self._observe_with_time()
         foreign.check_finite(self.env, final_obs)
-        if not np.isfinite(reward.sum()):
-            raise EnvError(f"{self.env.spec.id} gives a reward that is not finite; correct the environment")
         ended = np.flatnonzero(terminated | truncated)
         for i in ended:
             self._reset(i, None)
@@ -223,6 +221,7 @@ class GymVectorEnv(VectorEnv):
                      for _ in range(num_envs)]
         super().__init__(self.envs[0], num_envs, time_feature)
         self.current, self.action_repeat = [None] * num_envs, action_repeat
+        self.declared = self.env.observation_space  # without what is added here
         self.close_once = weakref.finalize(self, close_all, self.envs)  # at the latest when the program ends
         if self.max_episode_steps is not None:
             self.max_episode_steps = -(-self.max_episode_steps // action_repeat)
@@ -236,7 +235,6 @@ class GymVectorEnv(VectorEnv):
 
     def _reset(self, i: int, seed: int | None) -> None:
         self.current[i], _ = foreign.reset(self.envs[i], seed)
-        foreign.check_shapes(self.envs[i], self.current[i])
 
     def _step(self, action):
         foreign.check_action(action)
@@ -253,13 +251,23 @@ class GymVectorEnv(VectorEnv):
                 break
             obs, reward, terminated, truncated, info = foreign.step(env, action)
             total += reward
-        foreign.check_shapes(env, obs)
         return obs, total, terminated, truncated, info
 
     def _observe(self) -> Observation:
-        if isinstance(self.current[0], dict):
-            return {key: np.stack([obs[key] for obs in self.current]) for key in self.current[0]}
-        return np.stack(self.current)
+        try:
+            if isinstance(self.declared, gym.spaces.Dict):
+                parts = self.declared.spaces
+                batch = {key: np.stack([obs[key] for obs in self.current]) for key in parts}
+                fits = all(batch[key].shape[1:] == part.shape for key, part in parts.items() if part.shape)
+            else:
+                batch = np.stack(self.current)
+                fits = batch.shape[1:] == self.declared.shape
+        except (KeyError, TypeError, IndexError, ValueError):  # no arrays, or not of one shape
+            fits = False
+        if not fits:
+            for obs in self.current:
+                foreign.check_shapes(self.env, obs)
+        return batch
 
     def _snapshot(self, i: int) -> dict:
         return gym_snapshot(self.envs[i]) | {"current": self.current[i]}
@@ -313,18 +321,25 @@ def attributes(env: gym.Env) -> dict:
 
 def rng_state(rng: np.random.Generator | np.random.RandomState) -> dict:
     """State of a generator of numpy, of the new kind or the old."""
-    if isinstance(rng, np.random.RandomState):
-        name, keys, *rest = rng.get_state()
-        return {"old": [name, keys.astype(np.int64), *rest]}
-    return rng.bit_generator.state
+    return {"old": random_state(rng)} if isinstance(rng, np.random.RandomState) else rng.bit_generator.state
 
 
 def set_rng_state(rng: np.random.Generator | np.random.RandomState, state: dict) -> None:
     if "old" in state:
-        name, keys, *rest = state["old"]
-        rng.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
+        set_random_state(rng, state["old"])
     else:
         rng.bit_generator.state = state
+
+
+def random_state(random: np.random.RandomState) -> list:
+    """State of numpy's legacy generator as plain numbers and an array."""
+    name, keys, *rest = random.get_state()
+    return [name, keys.astype(np.int64), *rest]
+
+
+def set_random_state(random: np.random.RandomState, state: list) -> None:
+    name, keys, *rest = state
+    random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
 
 
 def to_saved(value):

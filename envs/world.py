@@ -5,6 +5,7 @@ A world has `aim(action)` (num, d), `advance(i)`, `observe()`, `info()`, `snapsh
 import gymnasium as gym
 import numpy as np
 
+from envs.foreign import check_action
 from envs.ids import EnvError
 from envs.vector import Observation, Threads, VectorEnv
 
@@ -13,8 +14,7 @@ def check_actions(action: np.ndarray, shape: tuple[int, int]) -> None:
     """Raises EnvError for actions of another shape than (num, d), or with NaN: it would end in every observation."""
     if action.shape != shape:
         raise EnvError(f"actions have shape {action.shape}; this task takes {shape}: one row per copy")
-    if not np.isfinite(action).all():
-        raise EnvError(f"actions hold {action[~np.isfinite(action)][0]}; give finite numbers")
+    check_action(action)
 
 
 class WorldEnv(gym.Env):

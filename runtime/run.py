@@ -55,7 +55,7 @@ class Run:
 
         `args` is a dataclass with the run arguments that every script has. `parts` is what checkpoints keep, {name:
         part}. A part is a dict of tensors and numbers, or an object with a state_dict.
-        Raises UserError for a folder that is in use, that another process writes, or that cannot be written."""
+        Raises UserError for a folder that is in use or cannot be written."""
         if args.track:  # before anything is created
             try:
                 import wandb
@@ -89,6 +89,9 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=not sys.stderr.isatty())
         if saved:
             torch.set_rng_state(saved["rng"])
+            if "numpy_rng" in saved:  # checkpoints of before have none
+                name, keys, *rest = saved["numpy_rng"]
+                np.random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
 
     def _write_config(self, algo: str, env_id: str) -> None:
         args = self.args
@@ -147,7 +150,7 @@ class Run:
                 old = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdigit()
                        and int(row[0]) <= self.start_step]
         self.rows[name] = len(old)
-        if lost := self.rows_saved.get(name, 0) - len(old):
+        if (lost := self.rows_saved.get(name, 0) - len(old)) > 0:
             print(f"note: {path} lacks {lost} rows that it had at step {self.start_step}; the run goes on without them",
                   file=sys.stderr)
         write_whole(path, lambda p: p.write_text("".join(",".join(row) + "\n" for row in [columns, *old])))
@@ -214,8 +217,9 @@ class Run:
         """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end."""
         self.stopped = self.signal != 0
         if self.stopped or self.over or self.due(self.args.checkpoint_every):
+            name, keys, *rest = np.random.get_state()  # of numpy's global generator, which some tasks draw from
             checkpoint = {"step": self.step, "wall_s": self.wall_s(), "rng": torch.get_rng_state(),
-                          "rows": self.rows}
+                          "numpy_rng": [name, keys.astype(np.int64), *rest], "rows": self.rows}
             for name, part in self.parts.items():
                 checkpoint[name] = part.state_dict() if hasattr(part, "state_dict") else part
             write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
