@@ -116,4 +116,4 @@ def numbered(words: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    labelling.command(main, Args, __doc__)
+    client.command(main, Args, __doc__)

@@ -70,4 +70,4 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    labelling.command(main, Args, __doc__)
+    client.command(main, Args, __doc__)

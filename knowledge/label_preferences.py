@@ -120,4 +120,4 @@ def ask(args: Args, family: str, dataset: Dataset, pairs: list[tuple[Segment, Se
 
 
 if __name__ == "__main__":
-    labelling.command(main, Args, __doc__)
+    client.command(main, Args, __doc__)

@@ -1,5 +1,4 @@
 """What the three labelling commands share: their flags, and a client whose answers a person may write."""
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,17 +70,3 @@ def pruned(messages: list[client.Message], budget: int) -> list[client.Message]:
 def out_of(args: Args, name: str) -> Path:
     """The file to write."""
     return Path(args.out or Path("runs", "labels", name))
-
-
-def command(main, args_type: type, doc: str) -> None:
-    """Run a labelling command: one line and exit code 2 for what a user can put right."""
-    import tyro
-
-    try:
-        main(tyro.cli(args_type, description=doc.splitlines()[0]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)

@@ -16,6 +16,7 @@ from errors import UserError
 from knowledge import labelling
 from knowledge.dataset import Dataset, shipped_for
 from knowledge.preferences import TIE, PreferenceModel, Shape, Steps, preference_loss, save
+from llm import client
 
 INVALID = -1
 
@@ -117,4 +118,4 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    labelling.command(main, Args, __doc__)
+    client.command(main, Args, __doc__)

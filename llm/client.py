@@ -386,3 +386,18 @@ def _is_json(text: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def command(main: Callable, args_type: type, doc: str) -> None:
+    """Call `main` with the arguments of the command line, as a command that asks a model: one line and exit code 2 for
+    what a user can put right. `doc` is the text of the module."""
+    import tyro
+
+    try:
+        main(tyro.cli(args_type, description=doc.splitlines()[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)

@@ -29,7 +29,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import tyro
 
 from errors import UserError
 from llm import client
@@ -430,16 +429,5 @@ def summarise(args: Args, out: Path, n: int, iterations: list[list[Candidate]], 
         keep(out / "final.toml", suite_of(args, [out / "best.py"], 5, 1_000_000, args.flags))
 
 
-def main() -> None:
-    try:
-        run(tyro.cli(Args, description=__doc__.splitlines()[0]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    client.command(run, Args, __doc__)

@@ -13,14 +13,12 @@ llm:<name>` measures that, with episodes that are its own.
 import json
 import os
 import re
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from errors import UserError
 from llm import client
@@ -154,13 +152,5 @@ def candidate(chat: client.Client, messages: list[client.Message], sample: int, 
             "refused": refused, "reply": reply, "code": code, "sha256": digest(code) if code else ""}
 
 
-def main() -> None:
-    try:
-        write(tyro.cli(Args, description=__doc__.splitlines()[0]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    client.command(write, Args, __doc__)

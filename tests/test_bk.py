@@ -211,8 +211,8 @@ def test_the_three_stages(tmp_path):
 
 
 def test_command_line_of_a_stage(capsys, monkeypatch, tmp_path):
-    from knowledge import labelling
+    from llm import client
     monkeypatch.setattr(sys, "argv", ["label_goals", "--env", "CartPole-v1"])
     with pytest.raises(SystemExit) as stopped:
-        labelling.command(label_goals.main, label_goals.Args, label_goals.__doc__)
+        client.command(label_goals.main, label_goals.Args, label_goals.__doc__)
     assert stopped.value.code == 2 and "no description" in capsys.readouterr().err

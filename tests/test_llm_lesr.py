@@ -17,7 +17,7 @@ import torch
 import envs
 from errors import UserError
 from knowledge.features import load_features
-from llm import lesr, sandbox
+from llm import client, lesr, sandbox
 from llm.sandbox import SandboxError
 from llm.write_policies import task_for
 from tests.test_llm import KEY, server  # noqa: F401  (a fixture)
@@ -238,7 +238,7 @@ def test_pairs_of_ones_own(bench, tmp_path):
 def test_command_fails_in_one_line(words, reason, bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lesr", *words, "--out", str(tmp_path / "loop")])
     with pytest.raises(SystemExit) as ended:
-        lesr.main()
+        client.command(lesr.run, lesr.Args, lesr.__doc__)
     line, = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and line.startswith("error: ") and reason in line
     assert not (tmp_path / "loop").exists() and bench == []
