@@ -235,6 +235,7 @@ class GymVectorEnv(VectorEnv):
 
     def _reset(self, i: int, seed: int | None) -> None:
         self.current[i], _ = foreign.reset(self.envs[i], seed)
+        foreign.check_shapes(self.envs[i], self.current[i])
 
     def _step(self, action):
         foreign.check_action(action)
@@ -255,10 +256,10 @@ class GymVectorEnv(VectorEnv):
 
     def _observe(self) -> Observation:
         try:
-            if isinstance(self.declared, gym.spaces.Dict):
-                parts = self.declared.spaces
-                batch = {key: np.stack([obs[key] for obs in self.current]) for key in parts}
-                fits = all(batch[key].shape[1:] == part.shape for key, part in parts.items() if part.shape)
+            if isinstance(self.current[0], dict):  # a subclass may leave out parts that are declared
+                batch = {key: np.stack([obs[key] for obs in self.current]) for key in self.current[0]}
+                fits = all(batch[key].shape[1:] == part.shape for key, part in self.declared.spaces.items()
+                           if key in batch and isinstance(part, gym.spaces.Box))
             else:
                 batch = np.stack(self.current)
                 fits = batch.shape[1:] == self.declared.shape
