@@ -100,7 +100,7 @@ def play(cell: str, script: str, fresh: list[str], code: bytes, commit: str, pac
         unpack(code, root)
         unpack(packed, folder)
         resumes = (folder / "checkpoint.pt").is_file()
-        where = ["--resume", str(folder)] if resumes else [*fresh, "--run-dir", str(folder)]
+        where = [*fresh, "--resume" if resumes else "--run-dir", str(folder)]
         command = [sys.executable, script, *where]
         with log.open("w") as file:
             child = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, stdout=file, stderr=file,

@@ -114,9 +114,9 @@ class Cell:
         return ["--env", self.env, "--seed", str(self.seed), *self.flags]
 
     def command(self) -> list[str]:
-        """What starts it, or continues it from its checkpoint."""
+        """What starts it, or continues it from its checkpoint, its code named (`runtime.cli`)."""
         if (self.folder / "checkpoint.pt").is_file():
-            return [sys.executable, self.script, "--resume", str(self.folder)]
+            return [sys.executable, self.script, "--resume", str(self.folder), *self.fresh]
         return [sys.executable, self.script, *self.fresh, "--run-dir", str(self.folder)]
 
     def claim(self) -> IO[str] | None:

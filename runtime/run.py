@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
+from runtime.args import flag_of, own_code
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
 PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
@@ -235,6 +236,8 @@ class Run:
         if not self.over:
             what, flags = "saved; continue", ["--resume", str(self.folder)]
         python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+        for name, value in own_code(self.args).items():  # which `runtime.cli` wants to be named
+            flags += [flag_of(name), value]
         print(f"{what} with: {shlex.join([python, os.path.relpath(self.script), *flags])}", file=sys.stderr)
         if not self.over:
             sys.exit(128 + self.signal)

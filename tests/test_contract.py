@@ -118,7 +118,9 @@ def words(script, folder, steps=STEPS):
 
 def command(script, *words, log_every=96):
     """What `python algos/<name>.py <words>` does, in this process, with scalars at every 96 steps."""
-    module = import_module(f"algos.{script.name}")
+    module, flags = import_module(f"algos.{script.name}"), script.flags.split()
+    if {"--resume", "--evaluate"} & {*words}:  # files that run code have to be named again
+        words = [*words, *(word for pair in zip(flags, flags[1:]) if pair[1].endswith(".py") for word in pair)]
     with pytest.MonkeyPatch.context() as patch, runtime.exit_codes(module.ALGO):
         patch.setattr(module, "LOG_EVERY", log_every)
         return module.main(runtime.cli(module.Args, module.ALGO, words))

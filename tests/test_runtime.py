@@ -76,6 +76,41 @@ def test_a_config_with_values_that_no_flag_allows(args, run, tmp_path):
         runtime.cli(sac.Args, "sac", ["--resume", change(run, tmp_path, **args)])
 
 
+def test_a_strangers_run_executes_nothing_before_it_is_named(tmp_path, monkeypatch, capsys):
+    """Neither rules that it brings nor modules that it names; and it writes into itself alone."""
+    monkeypatch.chdir(tmp_path)
+    folder, mark = tmp_path / "run", tmp_path / "executed"
+    Path("mine.py").write_text("def still(obs):\n    return obs['observation'][:, :2] * 0\n")
+    sac_kian.main(sac_kian.Args(**SMALL, knowledge="mine.py", run_dir=str(folder)))
+    assert f"--evaluate {folder} --video 2 --knowledge mine.py" in capsys.readouterr().err
+    evil = f"open({str(mark)!r}, 'w')\n" + Path("mine.py").read_text()
+    (folder / "mine.py").write_text(evil)
+    Path("evil.py").write_text(evil)
+    config = json.loads((folder / "config.json").read_text())
+
+    def go_on(how: str, *flags: str, exact: str = "", **changed):
+        stranger = config | {"args": config["args"] | changed} | ({"exact_env": exact} if exact else {})
+        (folder / "config.json").write_text(json.dumps(stranger))
+        more = ["--total-timesteps", "96"] if how == "--resume" else []
+        sac_kian.main(runtime.cli(sac_kian.Args, "sac_kian", [how, str(folder), *flags, *more]))
+    for how in ("--resume", "--evaluate"):
+        for changed, named in (({}, "--knowledge mine.py"),
+                               ({"knowledge": "none", "env": "evil:Point-v0"}, "--env evil:Point-v0"),
+                               ({"knowledge": "none", "init_from": "x,mine.py"}, "--init-from x,mine.py")):
+            with pytest.raises(runtime.UserError, match=f"name it again: {how} {folder} {named}$"):
+                go_on(how, **changed)
+        with pytest.raises(runtime.UserError, match="was trained with mine.still, and nothing of that is from evil.py"):
+            go_on(how, "--knowledge", "evil.py", knowledge="evil.py")
+    (folder / "checkpoint.pt.tmp").symlink_to(tmp_path / "mine.py")
+    with pytest.raises(runtime.UserError, match="checkpoint.pt.tmp is a symbolic link"):
+        go_on("--resume", "--knowledge", "mine.py")
+    (folder / "checkpoint.pt.tmp").unlink()
+    assert not mark.exists()
+    go_on("--resume", "--knowledge", "mine.py", exact="evil:Point-v0")
+    assert mark.exists()  # the copy, which was named; the module was not imported
+    assert "evil" not in sys.modules
+
+
 def test_a_folder_of_runs_names_its_last_one(run):
     with pytest.raises(runtime.UserError, match=f"no config.json; the last one in it is {run}$"):
         runtime.cli(sac.Args, "sac", ["--resume", str(run.parent)])
