@@ -1,5 +1,6 @@
 """A run: its folder, what is due at which step, checkpoints, signals, progress line."""
 import csv
+import errno
 import fcntl
 import json
 import math
@@ -29,17 +30,25 @@ EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_m
 PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
 CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py", "streamnet.py",
         "errors.py"]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no more can be written: the disk, a quota, a limit of file sizes
 
 
 @contextmanager
 def exit_codes(algo: str):
-    """End the program with one line on stderr. The exit code is 2 for a UserError. It is 130 for a Ctrl-C that comes
-    before there is a run to save, or for a second one while the run is being saved."""
+    """End the program with one line on stderr. The exit code is 2 for a UserError, and for a full disk. It is 130 for a
+    Ctrl-C that comes before there is a run to save, or for a second one while the run is being saved."""
     try:
         yield
     except UserError as error:
         print(f"{algo}: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"{algo}: {error.strerror}; the last checkpoint is kept: make room, and go on with --resume",
+              file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2)  # files that are closed now would fail once more, each with a traceback
     except KeyboardInterrupt:
         print(f"{algo}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -223,7 +232,7 @@ class Run:
                           "numpy_rng": [name, keys.astype(np.int64), *rest], "rows": self.rows}
             for name, part in self.parts.items():
                 checkpoint[name] = part.state_dict() if hasattr(part, "state_dict") else part
-            write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
+            write_whole(self.folder / "checkpoint.pt", lambda path: save(to_plain(checkpoint), path))
 
     def finish(self) -> None:
         """Close the files, restore the signal handlers and print the command that comes next. A run that was stopped
@@ -295,10 +304,21 @@ class Means:
 
 
 def write_whole(path: Path, write) -> None:
-    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file."""
+    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file. Raises
+    OSError where it cannot be written; nothing is left then."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # torch hides the reason
     os.replace(temporary, path)
+
+
+def save(tree: Any, path: Path) -> None:
+    """torch.save, by a file of Python's: with one of its own, torch does not tell why it could not be written."""
+    with path.open("wb") as file:
+        torch.save(tree, file)
 
 
 def to_plain(tree: Any) -> Any:
