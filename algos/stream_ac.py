@@ -12,14 +12,13 @@ two environment steps is one compiled graph. docs/stream.md lists the departures
 python algos/stream_ac.py --env HalfCheetah-v4   # return 1472 after 300,000 steps, 2711 after a million (ten seeds)
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import gymnasium as gym
 import numpy as np

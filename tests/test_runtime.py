@@ -3,6 +3,8 @@
 test_contract.py has what every script does with it.
 """
 import json
+import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -159,6 +161,29 @@ def test_one_line_and_an_exit_code(error, code, line, capsys):
     with pytest.raises(SystemExit) as end, runtime.exit_codes("x"):
         raise error
     assert end.value.code == code and capsys.readouterr().err == line + "\n"
+
+
+def test_a_ctrl_c_while_torch_is_imported_is_one_line():
+    """Also where a library makes another error of it."""
+    code = "import start\ntry: raise KeyboardInterrupt\nexcept KeyboardInterrupt as error: raise {} from error"
+    for error, said in (("error", "interrupted\n"), ("ImportError('mujoco')", "interrupted\n")):
+        done = subprocess.run([sys.executable, "-c", code.format(error)], cwd=ROOT, capture_output=True, text=True)
+        assert done.stderr == said and done.returncode
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, tmp_path, monkeypatch, capsys):
+    folder = Path(change(run, tmp_path))
+    before = (folder / "checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as end, runtime.exit_codes("sac"):
+            sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(folder), "--total-timesteps", "60"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("sac: File too large; the last")
+    assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("log_every, words", [(4, "critic_loss is nan at step"), (1000, "lower")])
