@@ -23,7 +23,7 @@ from envs import foreign
 from envs.evaluation import can_be_filmed, find_renderer
 from envs.ids import EnvError, resolve, split_view
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
-                         random_state, set_random_state, time_limit)
+                         random_state, set_random_state, time_limit, warn_of_statistics)
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
 CLASSIC, CLASSIC_LIMIT = ("CartPole", "Acrobot", "MountainCar"), 10_000  # as published: good agents should not meet it
@@ -64,6 +64,7 @@ class StreamEnv:
                     self.env = gym.wrappers.AtariPreprocessing(self.env)
         except (gym.error.Error, ImportError) as error:
             raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+        warn_of_statistics(self.env)
         self.close_once = weakref.finalize(self, self.env.close)  # at the latest when the program ends
         self.action_space, space = self.env.action_space, self.env.observation_space
         if isinstance(self.action_space, gym.spaces.Discrete) and self.action_space.start != 0:

@@ -79,10 +79,10 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
 
 
 def flat_name(path: str) -> str:
-    """A file name for the copy of `path`. Where two paths could share it, a/b-c.py and a-b/c.py, or where it would be
-    too long for a file system, a digest of the path is in it."""
+    """A file name for the copy of `path`. Where two paths could share it, a/b.py and a-b.py, or where it would be too
+    long for a file system, a digest of the path is in it."""
     name = path.replace("..", "up").strip("./").replace("/", "-")
-    if len(name) > 150 or "/" in path.strip("./") and "-" in path:
+    if len(name) > 150 or "-" in path or ".." in path:
         return f"{hashlib.sha256(path.encode()).hexdigest()[:8]}-{name[-100:]}"
     return name
 
