@@ -20,7 +20,7 @@ import mujoco
 import numpy as np
 
 from envs import foreign
-from envs.evaluation import can_be_filmed, find_renderer
+from envs.evaluation import can_be_filmed, find_renderer, tell
 from envs.ids import EnvError, resolve, split_view
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
                          random_state, set_random_state, time_limit, warn_of_statistics)
@@ -253,7 +253,7 @@ class StreamEvaluator:
     def report(self, act: StreamAct, step: int) -> dict[str, float]:
         """What --evaluate does: play, print, film."""
         result = self.play(act)
-        print(f"{self.args.env} after {step} steps:", ", ".join(f"{name} {x:.3f}" for name, x in result.items()))
+        tell(self.args, step, result)
         self.film(act, Path(self.args.evaluate))
         return result
 

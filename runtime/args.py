@@ -19,6 +19,7 @@ from errors import UserError
 MAY_BE_ZERO = {"eval_every", "checkpoint_every", "video"}  # 0 switches these off
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"algos", "benchmarks", "envs", "knowledge", "llm", "runtime", "tests"}  # packages of this repository
+MOST_ENVS = 100_000  # more would take minutes to be made
 RESUMED = ("total_timesteps", "device")  # what --resume may change
 EVALUATED = ("eval_episodes", "video", "device")  # what --evaluate may change
 
@@ -77,15 +78,16 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
     """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch and numpy.
 
     Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
-    arguments that it was started with: total_timesteps may change with --resume; what is shown, and `anew`, with
-    --evaluate.
+    arguments that it was started with: total_timesteps may change with --resume; what is shown, the seed of start states,
+    and `anew`, with --evaluate.
     Where its --env named the newest of something, `args.env` is then the one that the run had.
     Raises UserError for arguments that cannot work.
     """
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, algo, type(args))
-        _check_kept(args, stored, RESUMED if args.resume else (*EVALUATED, *anew))
+        starts = ("seed",) if hasattr(args, "eval_episodes") else ()  # of the episodes that --evaluate plays
+        _check_kept(args, stored, RESUMED if args.resume else (*EVALUATED, *starts, *anew))
         exact = _read_config(folder, algo).get("exact_env")
         if isinstance(exact, str) and args.env == stored.env and bare_id(exact) == bare_id(args.env):
             args = replace(args, env=exact)
@@ -118,6 +120,8 @@ def _check_number(name: str, value: float, ranges: dict[str, tuple[float, float]
     if name == "seed":
         if not 0 <= value < 2 ** 63:
             raise UserError(f"--seed must be 0 or more, and below 2 to the power of 63, not {value}")
+    elif name == "num_envs" and value > MOST_ENVS:
+        raise UserError(f"--num-envs must be at most {MOST_ENVS}, not {value}")
     elif name in ranges or name in MAY_BE_ZERO:
         low, high = ranges.get(name, (0, math.inf))
         if not low <= value <= high or math.isinf(value):

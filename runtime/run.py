@@ -31,16 +31,23 @@ PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "mini
 CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py", "streamnet.py",
         "errors.py", "start.py"]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no more can be written: the disk, a quota, a limit of file sizes
+NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")  # of torch, CPU and GPU
 
 
 @contextmanager
 def exit_codes(algo: str):
-    """End the program with one line on stderr. The exit code is 2 for a UserError, and for a full disk. It is 130 for a
-    Ctrl-C that comes before there is a run to save, or for a second one while the run is being saved."""
+    """End the program with one line on stderr. The exit code is 2 for a UserError, a full disk, and too little memory. It
+    is 130 for a Ctrl-C that comes before there is a run to save, or for a second one while the run is being saved."""
     try:
         yield
     except UserError as error:
         print(f"{algo}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        print(f"{algo}: there is not enough memory; lower what sizes were given, as --hidden, --batch-size, --num-envs",
+              file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in FULL:
@@ -88,6 +95,7 @@ class Run:
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
         self.start = time.monotonic() - (saved["wall_s"] if saved else 0.0)
+        self.began = time.monotonic()
         self.rows = {}  # of each table, so that a resume can tell whether some are lost
         self.rows_saved = saved.get("rows", {}) if saved else {}
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
@@ -207,7 +215,7 @@ class Run:
                                 f"and begin anew ({self.folder} keeps its last checkpoint)")
 
     def log_evaluation(self, result: dict[str, float], part: str = "") -> None:
-        """Append the result of `envs.evaluate` to eval.csv and show it in the progress line. The result of one `part`
+        """Append the result of `envs.evaluate` to eval.csv and show it, with the steps per second since this start. The result of one `part`
         of the tasks goes to eval-<part>.csv."""
         name = f"eval-{part}" if part else "eval"
         if name not in self.evals:
@@ -220,8 +228,9 @@ class Run:
         line = f"{part} return {result['return_mean']:.2f}".strip()
         line += "" if math.isnan(success) else f", success {success:.2f}"
         self.bar.set_postfix_str(line)
-        if self.bar.disable:  # no terminal
-            print(f"step {self.step}: {line}", file=sys.stderr, flush=True)
+        if (steps := self.step - self.start_step) > 0:
+            line += f" ({steps / (time.monotonic() - self.began):.0f} steps/s)"
+        tqdm.write(f"step {self.step}: {line}", file=sys.stderr)  # a line that stays, above the bar where there is one
 
     def save_if_due(self) -> None:
         """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end."""

@@ -5,6 +5,7 @@ test_contract.py has what every script does with it.
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -48,6 +49,17 @@ def test_a_run_goes_on_with_the_arguments_that_it_has(run):
     args = runtime.cli(sac.Args, "sac", ["--evaluate", str(run)])
     assert (args.gamma, args.evaluate, args.video, args.device) == (0.9, str(run), 0, "auto")  # another machine's
     assert runtime.checked(args, "sac", sac.RANGES)[1]["step"] == 48
+
+
+def test_an_evaluation_can_start_elsewhere_and_is_written_down(run, tmp_path, monkeypatch, capsys):
+    folder, seeds, play = change(run, tmp_path), [], envs.evaluation.evaluate
+    monkeypatch.setattr(envs.evaluation, "evaluate", lambda *given: seeds.append(given[3]) or play(*given))
+    for seed in ("1", "7"):
+        sac.main(runtime.cli(sac.Args, "sac", ["--evaluate", folder, "--seed", seed]))
+        assert f"after 48 steps, start states of seed {seed}:" in capsys.readouterr().out
+    head, *rows = (row.split(",") for row in (Path(folder) / "evaluation.csv").read_text().splitlines())
+    assert head == ["env", "seed", "step", *runtime.EVALUATION] and [row[1] for row in rows] == ["1", "7"]
+    assert seeds == [15_000, 75_000]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -125,7 +137,7 @@ def test_ranges():
             runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
     assert torch.initial_seed() == 2 ** 63 - 1  # the last one: `checked` seeds torch
     for name, values in (("gamma", [1.01]), ("num_envs", [0]), ("seed", [2 ** 63]), ("her_goals", [float("inf")]),
-                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1])):
+                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1]), ("num_envs", [10 ** 8])):
         for value in values:
             with pytest.raises(runtime.UserError, match=f"--{name.replace('_', '-')} must be"):
                 runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
@@ -154,7 +166,11 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
     assert f"note: {script} has changed since this run began" in capsys.readouterr().err
 
 
+NO_MEMORY = "x: there is not enough memory; lower what sizes were given, as --hidden, --batch-size, --num-envs"
+
+
 @pytest.mark.parametrize("error, code, line", [
+    (MemoryError(), 2, NO_MEMORY), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, NO_MEMORY),
     (runtime.UserError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
     (KeyboardInterrupt(), 130, "x: interrupted")])
 def test_one_line_and_an_exit_code(error, code, line, capsys):
@@ -169,6 +185,13 @@ def test_a_ctrl_c_while_torch_is_imported_is_one_line():
     for error, said in (("error", "interrupted\n"), ("ImportError('mujoco')", "interrupted\n")):
         done = subprocess.run([sys.executable, "-c", code.format(error)], cwd=ROOT, capture_output=True, text=True)
         assert done.stderr == said and done.returncode
+
+
+def test_an_unknown_renderer_is_one_line():
+    """mujoco cannot be imported then."""
+    done = subprocess.run([sys.executable, "algos/sac.py", "--help"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "MUJOCO_GL": "bogus"})
+    assert done.returncode == 2 and done.stderr.startswith("MUJOCO_GL is bogus") and done.stderr.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, tmp_path, monkeypatch, capsys):
@@ -286,6 +309,9 @@ except KeyboardInterrupt:
 
 
 def test_no_compiler_is_said_and_runs(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", shutil.which("false"))
+    assert runtime.compiled(len, True, torch.device("cpu")) is len
+    assert "the C++ compiler does not work" in capsys.readouterr().err
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "/nowhere")
     assert runtime.compiled(len, True, torch.device("cpu")) is len
