@@ -455,7 +455,7 @@ def test_evaluate_prints_a_table(tmp_path, capsys, monkeypatch):
     (folder / "contexts.png").unlink()
     result = saccm.main(saccm.Args(evaluate=str(folder), run_dir=str(folder), **{**SMALL, "total_timesteps": 240}))
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == f"{CHEETAH} after 240 steps, 1 per task" and len(table) == 5
+    assert table[0] == f"{CHEETAH} after 240 steps, 1 per task, start states of seed 1" and len(table) == 5
     assert [line.split()[0] for line in table[2:]] == ["train", "moderate", "extreme"]
     assert f"{result['return_mean']:.2f}" in table[2] and '"crippled": [' in table[4]
     assert not (folder / "contexts.png").exists()
