@@ -68,6 +68,25 @@ def test_shaping_changes_no_optimal_policy_unless_ends_have_a_potential():
     assert q_of_a_chain(phi, True).argmax(1).tolist() == [0] * 4  # the trap
 
 
+def test_shaping_is_another_start_of_the_critic():
+    """With V - c phi as the critic of shaped rewards, advantages are those of V and the task's rewards: what shaping
+    does, it does until the critic has learned -c phi (Wiewiora 2003)."""
+    torch.manual_seed(0)
+    phi, value, reward = torch.randn(7, 1), torch.randn(7, 1), torch.randn(6, 1)
+    terminated, truncated = column(0., 0., 1., 0., 0., 0.), column(0., 0., 0., 0., 1., 0.)
+    ended = terminated + truncated
+    after, final_value = torch.randn(2, 6, 1)  # potential and value of the true next observation, where an episode ends
+    next_phi = torch.where(ended > 0, after, phi[1:])
+    args = bk_code.Args(shape_coef=0.7)
+    shaped, _ = bk_code.Shaping(1.0, 1)(reward, phi[:-1], next_phi, terminated, args)
+    rest = args.gamma * truncated * final_value
+    plain = bk_code.gae(reward + rest, value[:-1], value[-1], ended, args.gamma, args.gae_lambda)
+    value = value - 0.7 * phi
+    rest = args.gamma * truncated * (final_value - 0.7 * after)
+    assert torch.allclose(bk_code.gae(shaped + rest, value[:-1], value[-1], ended, args.gamma, args.gae_lambda), plain,
+                          atol=1e-5)
+
+
 def test_corrected_form_by_hand():
     args = bk_code.Args(shape_coef=1.0)
     learned, added = bk_code.Shaping(1.0, 1)(column(0., 0., 0.), column(1., 2., .5), column(2., 9., 1.5),
