@@ -1,6 +1,4 @@
 """Evaluation without bias to short episodes, and video without a display."""
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Callable, Sequence
@@ -15,6 +13,7 @@ from envs.ids import EnvError, resolve
 from envs.making import make_vec
 from envs.minigrid import is_grid
 from envs.vector import Observation, VectorEnv
+from envs.world import find_renderer
 
 Act = Callable[[Observation], np.ndarray]  # a batch of observations -> (num_envs, d) actions
 ENDLESS = 100_000  # steps after which an episode without a time limit is taken to have no end
@@ -180,18 +179,3 @@ def can_be_filmed(env_id: str, painted: bool) -> bool:
               "libosmesa6", file=sys.stderr)
         return False
     return True
-
-
-def find_renderer() -> str | None:
-    """Name of a MuJoCo renderer that works without a display ("egl", "osmesa"), set in MUJOCO_GL; None if none does.
-
-    A failed attempt poisons a process (PyOpenGL fixes its platform at import), so each is tried in one of its own.
-    """
-    chosen = os.environ.get("MUJOCO_GL")
-    for name in [chosen] if chosen else ["egl", "osmesa"]:
-        probe = f"from mujoco.{name} import GLContext; c = GLContext(64, 64); c.make_current(); c.free()"
-        if subprocess.run([sys.executable, "-c", probe], env={**os.environ, "MUJOCO_GL": name},
-                          capture_output=True).returncode == 0:
-            os.environ["MUJOCO_GL"] = name
-            return name
-    return None
