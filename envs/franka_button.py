@@ -38,7 +38,7 @@ PRESSES = 5  # steps with the button pressed that are a success
 DRAWN, DRAWN_STEP = 5, 0.03  # steps at the start, m each
 LOW = np.array([franka.LOW[0], franka.LOW[1], 0.0])  # m, where the gripper may be sent; its fingers reach 9 mm lower
 MOVES = np.array([[-1.0, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]])  # of discrete actions
-WORDS = ("x-", "x+", "y-", "y+", "z-", "z+")
+ACTION_WORDS = ("x-", "x+", "y-", "y+", "z-", "z+")
 EYE, LOOK, WIDE = (1.3, -0.6, 0.6), (0.7766, 0.4659, 0.2182, 0.3637), 42  # of pictures: m, quaternion, degrees
 
 IDS = [f"FrankaButton{''.join(words)}-v0" for words in product(("", "RandomTarget"), ("", "Continuous"))]
@@ -163,7 +163,7 @@ class World:
         return (self.presses >= PRESSES) | self.touched
 
     def observe(self) -> np.ndarray:
-        """The way from the button's top to the gripper (num, 3) float32 in m, or pictures (num, size, size, 3) uint8."""
+        """The way from the button's top to the gripper (num, 3) float32, m, or pictures (num, size, size, 3) uint8."""
         if not self.pixels:
             return (self.ee_pos - self.top).astype(np.float32)
         if self.camera is None:  # here, for it opens a context of OpenGL
