@@ -7,8 +7,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from envs.crafter_text import is_crafter
 from envs.captions import action_words
+from envs.crafter_text import is_crafter
 from envs.encoders import adopt_encoder
 from envs.ids import EnvError, resolve
 from envs.making import make_vec
