@@ -361,7 +361,7 @@ def main(args: Args) -> dict[str, float]:
         wanted = scale["low"] + (k + 0.5) / args.bins * (scale["high"] - scale["low"])
         told = {"asked_bin": k.float(), "asked_return": wanted, "clamped": (output.abs() >= 1).float()}
         asked.add({name: x.mean() for name, x in told.items()})
-        return output.argmax(1).numpy() if discrete else vec.to_box(output.numpy())
+        return evaluator.noted(output).argmax(1).numpy() if discrete else vec.to_box(output.numpy())
 
     def returns_by_c() -> torch.Tensor:
         return torch.tensor([evaluator.play(lambda obs: act(obs, c))["return_mean"] for c in CURVE])

@@ -189,7 +189,7 @@ def test_film(tmp_path):
         return np.array([next(actions)])
 
     envs.record(act, "MiniGrid-Empty-5x5-v0", 1, 0, tmp_path, ["inner", "minigrid.go_to_goal"], log)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["attention-0.png", "episode-0.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["actions-0.png", "attention-0.png", "episode-0.mp4"]
     vec = envs.make_vec("MiniGrid-Empty-5x5-v0", 1, seed=0, render_mode="rgb_array")  # only plain stepping can render
     assert vec.render().shape == (160, 160, 3)
 
