@@ -85,6 +85,7 @@ SCRIPTS = [
     Script("ppo_rnd", f"{TEXT} --collect 2", f"{OF_PPO} predictor_loss curiosity", refuses="Pendulum-v1"),
     Script("sac", POINT, SAC, refuses="CartPole-v1"),
     Script("sac_bc", f"{POINT} {RULES}", f"{SAC} bc_loss imitated", refuses="CartPole-v1"),
+    Script("sac_demos", f"{POINT} {RULES} --demos 8", f"{SAC} demos", refuses="CartPole-v1"),
     Script("sac_handover", f"{POINT} {RULES}", f"{SAC} attention/inner selected/tasks.go_right return_gap",
            refuses="CartPole-v1", leaves=BOTH),
     Script("sac_kian", f"{POINT} {RULES}", f"{SAC} attention/inner attention/tasks.approach selected/ key_norm/",

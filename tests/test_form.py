@@ -37,6 +37,7 @@ CHANGED = {
     "ppo_pixels": {"Agent", "PixelEncoder"},
     "ppo_rnd": {"Agent", "Batch", "Output", "collect", "ppo_loss"},
     "sac_bc": {"actor_loss", "update"},
+    "sac_demos": set(),
     "sac_handover": {"Decision", "actor_loss", "decide", "make_agent", "update"},
     "sac_kian": {"Decision", "actor_loss", "critic_inputs", "decide", "draw_noise", "make_agent", "update"},
     "sac_kogun": {"actor_loss", "critic_inputs", "decide", "make_agent"},
