@@ -41,6 +41,7 @@ CHANGED = {
     "sac_handover": {"Decision", "actor_loss", "decide", "make_agent", "update"},
     "sac_kian": {"Decision", "actor_loss", "critic_inputs", "decide", "draw_noise", "make_agent", "update"},
     "sac_kogun": {"actor_loss", "critic_inputs", "decide", "make_agent"},
+    "sac_shaping": set(),
     "saccm": {"draw_trajectories"},
     "satesac": {"critic_loss", "make_agent", "make_player", "make_row", "make_windows", "update", "with_context"},
     "stream_q": {"choose", "make_agent", "policy", "step", "td_error", "update"},
