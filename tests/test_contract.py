@@ -81,6 +81,7 @@ SCRIPTS = [
     Script("ppo_continuous", f"--env Pendulum-v1 {PPO}", OF_PPO, refuses="CartPole-v1"),
     Script("ppo_kian", GRID, f"{OF_PPO} attention/inner key_norm/", refuses="Pendulum-v1", leaves=BOTH),
     Script("ppo_kogun", GRID, OF_PPO, refuses="Pendulum-v1"),
+    Script("ppo_mask", f"{GRID} --mask-steps 400", f"{OF_PPO} epsilon", refuses="Pendulum-v1"),
     Script("ppo_pixels", f"--env MobileRobot-v0:pixels {PPO}", OF_PPO, refuses="CartPole-v1"),
     Script("ppo_rnd", f"{TEXT} --collect 2", f"{OF_PPO} predictor_loss curiosity", refuses="Pendulum-v1"),
     Script("sac", POINT, SAC, refuses="CartPole-v1"),

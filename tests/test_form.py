@@ -34,6 +34,7 @@ CHANGED = {
     "ppo_continuous": {"Agent", "Batch", "Output", "collect", "linear", "ppo_loss"},
     "ppo_kian": {"Agent", "Output", "ppo_loss"},
     "ppo_kogun": {"Agent"},
+    "ppo_mask": {"Agent", "Output"},
     "ppo_pixels": {"Agent", "PixelEncoder"},
     "ppo_rnd": {"Agent", "Batch", "Output", "collect", "ppo_loss"},
     "sac_bc": {"actor_loss", "update"},
