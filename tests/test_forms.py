@@ -107,10 +107,10 @@ def test_the_first_episodes_are_the_rules(tmp_path, monkeypatch):
                                                                  add(self, *row))[1])
     step = sac_demos.update
     monkeypatch.setattr(sac_demos, "update", lambda *given: (saw.append(len(rows)), step(*given))[1])
-    sac_demos.main(sac_demos.Args(**SHORT, knowledge=RULE, demos=16, total_timesteps=480, run_dir=str(tmp_path / "run")))
+    sac_demos.main(sac_demos.Args(**SHORT, knowledge=RULE, demos=16, total_timesteps=480, run_dir=str(tmp_path / "a")))
     is_rule = [torch.allclose(action, (2 * (obs[:, 2:4] - obs[:, :2])).clamp(-0.5, 0.5)) for obs, action in rows]
     assert is_rule == [True] * 24 + [False] * 36 and min(saw) > 24
-    assert int(curve(tmp_path / "run", "eval.csv")[-1]["step"]) == 480
+    assert int(curve(tmp_path / "a", "eval.csv")[-1]["step"]) == 480
 
 
 def test_every_policy_demonstrates():

@@ -119,7 +119,7 @@ def test_every_rule_is_in_the_box_and_row_by_row(task, dtype):
 
 
 def test_qualities():
-    """Half of all goals are right, and for the others the action is one at random; the mirrored rule is the opposite."""
+    """Half of all goals are right, and for the others an action is random; the mirrored rule is the opposite."""
     obs = {name: 0.3 * x for name, x in batch(4000).items()}
     right, half, mirrored = (load(f"fetch.v4{suffix}", example=obs) for suffix in ("", "-half", "-mirrored"))
     for name, rule in right.items():
