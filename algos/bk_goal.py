@@ -8,7 +8,7 @@ Nothing is asked here: knowledge/label_goals.py is the stage before, knowledge/g
 of BK-Code: `diff algos/bk_code.py algos/bk_goal.py`.
 
 Texts are embedded by hashed words, which needs no model; --knowledge goals-minilm takes all-MiniLM-L6-v2
-(requirements-minilm.txt). docs/background_knowledge.md has both.
+(requirements-minilm.txt). docs/background_knowledge.md says how far what both say is nearness to objects.
 
 python algos/bk_goal.py --env BabyAI-Text-GoToLocal-RedBall-S20
 """

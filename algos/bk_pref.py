@@ -7,8 +7,8 @@ potential. Nothing is asked or learned of preferences here: knowledge/label_pref
 knowledge/train_preferences.py are the stage before, knowledge/preferences.py is the model. Shaping is that of BK-Code:
 `diff algos/bk_code.py algos/bk_pref.py`.
 
-The shipped model was trained on labels of a rule, not of a language model: docs/background_knowledge.md says what
-labels of a small one are worth.
+The shipped model was trained on labels of a rule, not of a language model: docs/background_knowledge.md says how often
+it tells the rule's choice.
 
 python algos/bk_pref.py --env BabyAI-Text-GoToLocal-RedBall-S20
 """
