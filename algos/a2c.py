@@ -14,15 +14,14 @@ python algos/a2c.py --env MiniGrid-DoorKey-5x5-v0
 python algos/a2c.py --env CartPole-v1 --num-envs 8 --entropy-coef 0 --eval-select argmax --total-timesteps 150000
 """
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

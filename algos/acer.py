@@ -16,7 +16,6 @@ python algos/acer.py --env MiniGrid-DoorKey-5x5-v0 --eval-select sample --total-
 """
 import copy
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -24,8 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

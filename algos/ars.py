@@ -14,15 +14,14 @@ python algos/ars.py --env CartPole-v1
 python algos/ars.py --env Pendulum-v1 --hidden 16 --num-envs 8 --top 1 --noise 0.1 --learning-rate 0.018
 """
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import gymnasium as gym
 import numpy as np

@@ -14,14 +14,13 @@ Departures: (3) keeps the best of all actions that it tries, and tries fewer; do
 python algos/br_rcrl.py --env Hopper-v4 --dataset data/Hopper-v4-replay.npz   # made by benchmarks/offline.py
 """
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import gymnasium as gym
 import numpy as np

@@ -10,14 +10,13 @@ bootstraps. docs/classic.md has the measurements.
 python algos/ddpg.py --env Pendulum-v1 --gamma 0.98 --total-timesteps 10000
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

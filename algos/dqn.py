@@ -15,14 +15,13 @@ python algos/dqn.py --env CartPole-v1
 python algos/dqn.py --env CartPole-v1 --no-double --no-dueling --priority-alpha 0 --n-step 1   # the plain one
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

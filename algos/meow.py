@@ -16,14 +16,13 @@ docs/meow.md has the measurements.
 python algos/meow.py --env Hopper-v4
 """
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

@@ -13,15 +13,14 @@ python algos/ppo.py --env MiniGrid-DoorKey-5x5-v0   # return 0.8 after 61,000 st
 python algos/ppo.py --env CartPole-v1 --normalize-advantage --no-clip-values   # return 500 after 100,000 steps
 """
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

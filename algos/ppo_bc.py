@@ -7,15 +7,14 @@ external policies do not act. Everything else is PPO: `diff algos/ppo.py algos/p
 python algos/ppo_bc.py --env MiniGrid-DoorKey-5x5-v0   # return 0.8 after 61,000 steps, as plain PPO
 """
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

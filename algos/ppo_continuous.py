@@ -13,15 +13,14 @@ python algos/ppo_continuous.py --env Pendulum-v1 --num-envs 4 --num-steps 1024 -
     --total-timesteps 100000 --eval-every 10000
 """
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

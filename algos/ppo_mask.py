@@ -14,15 +14,14 @@ what is needed, as that of a wrong rule, holds learning up until it fades, and n
 python algos/ppo_mask.py --env MiniGrid-DoorKey-8x8-v0
 """
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

@@ -14,15 +14,14 @@ python algos/ppo_rnd.py --env BabyAI-Text-GoTo-RedBallBlueBox-S20
 python algos/ppo_rnd.py --env BabyAI-Text-GoToLocal-Pretraining-S20 --eval-every 30000 --collect 10
 """
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

@@ -10,14 +10,13 @@ environment step), so that a CPU needs minutes and not days. A time limit bootst
 python algos/sac.py --env FetchPush-v2   # success 0.9 after 180,000 steps (median of five seeds)
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

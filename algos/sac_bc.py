@@ -16,14 +16,13 @@ SAC: `diff algos/sac.py algos/sac_bc.py`. docs/forms_of_knowledge.md compares it
 python algos/sac_bc.py --env FetchPickAndPlace-v2
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

@@ -12,14 +12,13 @@ docs/sac_handover.md has the reasons and the measurements.
 python algos/sac_handover.py --env FetchPickAndPlace-v2   # success 0.9 after 20,000 steps, 0.99 after 150,000
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

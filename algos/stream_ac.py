@@ -12,14 +12,13 @@ two environment steps is one compiled graph. docs/stream.md lists the departures
 python algos/stream_ac.py --env HalfCheetah-v4   # return 1472 after 300,000 steps, 2711 after a million (ten seeds)
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import gymnasium as gym
 import numpy as np
@@ -190,6 +189,9 @@ def make_agent(args: Args, env: envs.StreamEnv) -> tuple[dict, dict[str, Net]]:
     space, discrete = env.action_space, isinstance(env.action_space, gym.spaces.Discrete)
     if not isinstance(space, (gym.spaces.Box, gym.spaces.Discrete)) or len(space.shape) > 1:
         raise UserError(f"{args.env} has {space} actions; {ALGO} needs Box or Discrete ones")
+    if not discrete and (space.low.max() > 2 or space.high.min() < -2):  # 3 deviations, which are softplus(0) = 0.7
+        print(f"{args.env} takes actions of {space}: the Gaussian starts at 0 with all it draws outside of them, and may "
+              "never get there; gymnasium.wrappers.RescaleAction(env, -1, 1) helps", file=sys.stderr)
     heads = [int(space.n)] if discrete else [space.shape[0]] * 2
     default = {"vector": "32x2" if discrete else "128x2", "minatar": "128x1", "atari": "256x1"}[env.kind]
     hidden = runtime.hidden_layers(args.hidden or default)

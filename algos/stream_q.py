@@ -11,14 +11,13 @@ cuts at the ends of episodes alone. Time-outs count as ends, so on classic contr
 python algos/stream_q.py --env CartPole-v1   # ten seeds: pole balanced for 10,000 steps, now and then lost again
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import gymnasium as gym
 import numpy as np

@@ -11,14 +11,13 @@ series of the same kind (envs/series.py says how). Inputs are slow averages of t
 python algos/stream_td.py --env series/transformer   # error 5.1 of returns up to 100 (mean of ten seeds)
 """
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

@@ -11,15 +11,14 @@ python algos/trpo.py --env CartPole-v1 --num-envs 8 --eval-select argmax --total
 python algos/trpo.py --env Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9 --normalize --eval-select argmax
 """
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads fight with torch's for the cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
 
 import numpy as np
 import torch

@@ -3,7 +3,7 @@
 Nodes need the packages of requirements.txt, but neither this repository nor a shared disk: the code travels with the
 tasks (files named by flags do not: your rules, `run:` folders), and run folders and logs come back to the driver's
 folders when a cell ends. A task whose node dies starts again on another one, from what it was sent. To stop, cells are
-asked to save, and their checkpoints come back too: the same command goes on.
+asked to save, and their checkpoints come back too: the same command goes on. A second signal kills them.
 """
 import ctypes
 import io
@@ -18,8 +18,10 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
-from benchmarks.run import ROOT, Cell, say
+import benchmarks.run
+from benchmarks.run import ROOT, Cell, attend, say
 
 try:
     import ray
@@ -27,7 +29,8 @@ try:
 except ImportError as error:
     raise ValueError("--backend ray needs Ray: pip install ray==2.60.0") from error
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes have no copy of this file
+for module in (sys.modules[__name__], benchmarks.run):  # of which nodes have no copy
+    ray.cloudpickle.register_pickle_by_value(module)
 
 
 def pack(*paths: Path) -> bytes:
@@ -40,13 +43,18 @@ def pack(*paths: Path) -> bytes:
 
 
 def unpack(packed: bytes, folder: Path) -> None:
-    """Put what `pack` took into `folder`; what was there is replaced once all is unpacked."""
+    """Put what `pack` took into `folder`; what was there is replaced once all is unpacked. A kill leaves it in `folder`
+    or in `<folder>.old`, where `Cell.claim` finds it."""
+    old = folder.with_name(folder.name + ".old")
     with tempfile.TemporaryDirectory(dir=folder.parent) as new:
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
             archive.extractall(Path(new, "all"), filter="data")
         Path(new, "all").mkdir(exist_ok=True)  # of nothing
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
         os.replace(Path(new, "all"), folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def die_with_parent() -> None:
@@ -56,10 +64,10 @@ def die_with_parent() -> None:
 
 
 class Board:
-    """Lives beside the driver: tasks say here that they start, and see here that they are to stop."""
+    """Lives beside the driver: tasks say here that they start, and see here how often they were asked to stop."""
 
     def __init__(self):
-        self.starts, self.stopping = {}, False
+        self.starts, self.asked = {}, 0
 
     def start(self, name: str) -> None:
         self.starts[name] = self.starts.get(name, 0) + 1
@@ -68,19 +76,22 @@ class Board:
         return self.starts
 
     def stop(self) -> None:
-        self.stopping = True
+        self.asked += 1
 
-    def is_stopping(self) -> bool:
-        return self.stopping
+    def times_asked(self) -> int:
+        return self.asked
 
 
 def play(cell: str, script: str, fresh: list[str], code: bytes, commit: str, packed: bytes,
-         board) -> tuple[int | None, float, bytes, str]:
+         board, timeout: float) -> tuple[int | None, float, bytes, str]:
     """On a node: run `python script`, with the flags `fresh`, or from a packed run folder with a checkpoint.
 
     Returns exit status (None: not started), seconds, the run folder packed, the log.
     """
-    if ray.get(board.is_stopping.remote()):
+    def asked() -> int:
+        return ray.get(board.times_asked.remote())
+
+    if asked():
         return None, 0.0, b"", ""
     ray.get(board.start.remote(cell))
     start = time.monotonic()
@@ -89,26 +100,22 @@ def play(cell: str, script: str, fresh: list[str], code: bytes, commit: str, pac
         unpack(code, root)
         unpack(packed, folder)
         resumes = (folder / "checkpoint.pt").is_file()
-        where = ["--resume", str(folder)] if resumes else [*fresh, "--run-dir", str(folder)]
+        where = [*fresh, "--resume" if resumes else "--run-dir", str(folder)]
         command = [sys.executable, script, *where]
         with log.open("w") as file:
             child = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                                      env={**os.environ, "OMP_NUM_THREADS": "1", "RUN_COMMIT": commit},
-                                     preexec_fn=die_with_parent)
-            while child.poll() is None:
-                time.sleep(0.5)
-                if ray.get(board.is_stopping.remote()):
-                    child.send_signal(signal.SIGTERM)
-                    child.wait()
-        text = f"$ {shlex.join(command)}\n{log.read_text()}"
-        return child.returncode, time.monotonic() - start, pack(*folder.glob("*")), text
+                                     preexec_fn=die_with_parent, start_new_session=True)
+            returncode = attend(child, asked, timeout)
+        text = f"$ {shlex.join(command)}\n{log.read_text(errors='replace')}"
+        return returncode, time.monotonic() - start, pack(*folder.glob("*")), text
 
 
 class RayEngine:
     """Same interface as the local engine; how many cells run at a time is the cluster's business."""
 
-    def __init__(self, address: str, gpus: float):
-        self.stop, self.gpus = 0, gpus
+    def __init__(self, address: str, gpus: float, timeout: float):
+        self.stop, self.gpus, self.timeout = 0, gpus, timeout
         address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
@@ -135,7 +142,7 @@ class RayEngine:
         outcomes, pending, seen = dict.fromkeys(cells), {}, {}
         task = ray.remote(play).options(num_cpus=1, num_gpus=self.gpus, max_retries=-1)
         rooms = ("algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py",
-                 "streamnet.py", "errors.py")
+                 "streamnet.py", "errors.py", "start.py")
         code = ray.put(pack(*(ROOT / name for name in rooms)))
 
         def git(*words: str) -> str:
@@ -144,9 +151,15 @@ class RayEngine:
         if commit and git("status", "--porcelain", "--", *rooms):  # as runtime.describe_machine
             commit += "-dirty"
         for cell in cells:
-            if log := cell.claim():
+            try:
+                if not (log := cell.claim()):
+                    continue
                 packed = pack(*cell.folder.glob("*")) if (cell.folder / "checkpoint.pt").is_file() else pack()
-                pending[task.remote(cell.name, cell.script, cell.fresh, code, commit, packed, self.board)] = cell, log
+            except OSError as error:
+                outcomes[cell] = cell.failed(error)
+                continue
+            pending[task.remote(cell.name, cell.script, cell.fresh, code, commit, packed, self.board,
+                                self.timeout)] = cell, log
         while pending:
             done, _ = ray.wait(list(pending), timeout=1)
             for name, starts in ray.get(self.board.news.remote()).items():
@@ -155,17 +168,25 @@ class RayEngine:
                     seen[name] = starts
             for reference in done:
                 cell, log = pending.pop(reference)
-                with log:
-                    try:
-                        returncode, seconds, packed, text = ray.get(reference)
-                        if packed:
-                            unpack(packed, cell.folder)
-                    except ray.exceptions.RayError as error:
-                        returncode, seconds, text = 1, 0.0, f"{error}\n"
-                    log.write(text)
-                outcomes[cell] = returncode
-                if returncode is not None and not (self.stop and returncode):
-                    cell.record(returncode, seconds)
+                try:
+                    with log:
+                        outcomes[cell] = self.bring_back(cell, reference, log)
+                except OSError as error:
+                    outcomes[cell] = cell.failed(error)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         return outcomes
+
+    def bring_back(self, cell: Cell, reference: ray.ObjectRef, log: IO[str]) -> int | None:
+        """Put the run folder and the log of a task that has ended where they belong; returns its exit status. Raises
+        OSError where they cannot be written."""
+        try:
+            returncode, seconds, packed, text = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            returncode, seconds, packed, text = 1, 0.0, b"", f"{error}\n"
+        log.write(text)
+        if packed:
+            unpack(packed, cell.folder)
+        if returncode is not None and not (self.stop and returncode):
+            cell.record(returncode, seconds)
+        return returncode

@@ -4,14 +4,16 @@ A suite (benchmarks/suites/<name>.toml) lists algorithms, environments, seeds an
 With `cross = {gamma = [0.98, 0.99], clip = [0.1, 0.2]}` there is a cell for each combination of these flags.
 Its folder is a function of these four alone, so a suite can be run again at any time: finished cells are skipped, the
 others go on from their last checkpoint, or from the start. Beside a run folder `seed<k>/` stand `seed<k>.log`, what
-the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops every cell with a checkpoint. At the end
-a table compares what is finished with the committed results (benchmarks/verdict.py).
+the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops every cell with a checkpoint; a second
+one kills them. Cells that fail, in whatever way, are named at the end, and the others run on. A table then compares what
+is finished with the committed results (benchmarks/verdict.py).
 """
 import csv
 import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -24,7 +26,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Callable, Literal
 
 import tyro
 
@@ -32,6 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import verdict
+
+
+GRACE = 60  # seconds that a cell has to save, once its time is over
 
 
 def say(line: str) -> None:
@@ -65,15 +70,37 @@ class Cell:
     def beside(self, suffix: str) -> Path:
         return self.folder.with_name(self.folder.name + suffix)
 
+    def ended_well(self) -> bool:
+        """Whether `record` wrote down that its command did."""
+        try:
+            return json.loads(self.beside(".json").read_text())["returncode"] == 0
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+            return False
+
     def finished(self) -> bool:
-        """Its command ended well; or its curve is complete, though the engine was killed, or a film failed."""
+        """Its command ended well; or its curve and its checkpoint are complete, though the engine was killed, or a film
+        failed. A cell with files that cannot be read is not finished."""
         config, curve = self.folder / "config.json", self.folder / "eval.csv"
         if not (config.is_file() and curve.is_file()):  # deleted by hand, to be made again
             return False
-        if self.beside(".json").is_file() and json.loads(self.beside(".json").read_text())["returncode"] == 0:
+        if self.ended_well():
             return True
-        steps = [int(row["step"]) for row in csv.DictReader(curve.open())]
-        return bool(steps) and steps[-1] >= json.loads(config.read_text())["args"]["total_timesteps"]
+        try:
+            total = json.loads(config.read_text())["args"]["total_timesteps"]
+            with curve.open() as file:
+                steps = [int(row["step"]) for row in csv.DictReader(file)]
+            return bool(steps) and steps[-1] >= total and self.saved_step() >= total
+        except (OSError, ValueError, KeyError, TypeError, csv.Error):
+            return False
+
+    def saved_step(self) -> int:
+        """The step of its checkpoint; -1 without a sound one."""
+        import torch  # slow to import, and seldom needed
+
+        try:
+            return torch.load(self.folder / "checkpoint.pt", "cpu", weights_only=True, mmap=True)["step"]
+        except Exception:  # a damaged file raises anything
+            return -1
 
     @property
     def script(self) -> str:
@@ -90,9 +117,9 @@ class Cell:
         return ["--env", self.env, "--seed", str(self.seed), *self.flags]
 
     def command(self) -> list[str]:
-        """What starts it, or continues it from its checkpoint."""
+        """What starts it, or continues it from its checkpoint, its code named (`runtime.cli`)."""
         if (self.folder / "checkpoint.pt").is_file():
-            return [sys.executable, self.script, "--resume", str(self.folder)]
+            return [sys.executable, self.script, "--resume", str(self.folder), *self.fresh]
         return [sys.executable, self.script, *self.fresh, "--run-dir", str(self.folder)]
 
     def claim(self) -> IO[str] | None:
@@ -110,6 +137,8 @@ class Cell:
             log.close()
             return None
         self.beside(".json").unlink(missing_ok=True)
+        if self.beside(".old").exists() and not self.folder.exists():  # killed while it swapped them (cluster.unpack)
+            os.replace(self.beside(".old"), self.folder)
         return log
 
     def record(self, returncode: int, seconds: float) -> None:
@@ -117,7 +146,19 @@ class Cell:
         partial = self.beside(".json.tmp")
         partial.write_text(json.dumps({"returncode": returncode, "seconds": round(seconds)}))
         os.replace(partial, self.beside(".json"))
-        say(("FAILED   " if returncode else "finished ") + f"{self.name} ({seconds:.0f} s)")
+        say(("finished " if not returncode and self.finished() else "FAILED   ") + f"{self.name} ({seconds:.0f} s)")
+
+    def failed(self, error: Exception) -> int:
+        """Exit status of a cell that `error` kept from running, or from being written down: named, and no more."""
+        say(f"FAILED   {self.name} ({str(error).splitlines()[0]})")
+        return 1
+
+    def last_words(self) -> list[str]:
+        """The end of its log; nothing where that cannot be read."""
+        try:
+            return self.beside(".log").read_text(errors="replace").splitlines()[-5:]
+        except OSError:
+            return []
 
 
 @dataclass
@@ -129,6 +170,7 @@ class Args:
     env: str = ""  # only the cells of this environment
     seeds: int = 0  # only seeds up to this one; 0: all
     root: str = ""  # above all cells' folders; empty: runs/bench, or runs/smoke for the suite of that name
+    timeout: float = 0.0  # minutes that a cell may take, then it is asked to save and has failed; 0: no limit
     backend: Literal["local", "ray"] = "local"  # where cells run: here, or as tasks of a Ray cluster (pip install ray)
     ray_address: str = "auto"  # of the cluster; auto: the one that this machine belongs to
     gpus: float = 0.0  # share of a GPU per cell, with --backend ray
@@ -184,21 +226,42 @@ def load_suite(args: Args) -> list[Cell]:
     return sorted(set(cells), key=lambda c: (c.seed, cells.index(c)))
 
 
-class Engine:
-    """Runs cells as child processes in a few threads; a signal goes to all children, and no new one starts."""
+def attend(child: subprocess.Popen, asked: Callable[[], int], timeout: float) -> int:
+    """Exit status of a cell's command, once it has ended. It is told to save and end where `asked()`, how often the
+    engine was asked to stop, is 1, or after `timeout` minutes (0: never). Where that is 2, or GRACE seconds later, it
+    is killed with all that it started. It has to be the leader of a session."""
+    end, told = time.monotonic() + (60 * timeout or math.inf), False
+    while True:
+        try:
+            return child.wait(0.2)
+        except subprocess.TimeoutExpired:
+            late, times = time.monotonic() - end, asked()
+        if times > 1 or late > GRACE:
+            os.killpg(child.pid, signal.SIGKILL)
+        elif not told and (times or late > 0):
+            child.send_signal(signal.SIGTERM)
+            told = True
 
-    def __init__(self, workers: int):
-        self.workers, self.children, self.stop = workers, set(), 0
+
+class Engine:
+    """Runs cells as child processes in a few threads. After a signal no new one starts."""
+
+    def __init__(self, workers: int, timeout: float = 0.0):
+        self.workers, self.timeout = workers, timeout
+        self.stop, self.asked = 0, 0  # the signal that came last; how many came
 
     def ask_to_stop(self, signum: int, _frame) -> None:
-        self.stop = signum
-        for child in list(self.children):
-            child.send_signal(signal.SIGTERM)
+        self.stop, self.asked = signum, self.asked + 1
 
     def run_cell(self, cell: Cell) -> int | None:
-        """Exit status of the cell's command; None if it was not started."""
-        if self.stop:
-            return None
+        """Exit status of the cell's command; None if it was not started. An error of files (a full disk, a folder that
+        is not ours) is this cell's alone."""
+        try:
+            return None if self.stop else self._run_cell(cell)
+        except OSError as error:
+            return cell.failed(error)
+
+    def _run_cell(self, cell: Cell) -> int | None:
         if not (log := cell.claim()):
             return None
         with log:
@@ -211,11 +274,7 @@ class Engine:
             log.flush()
             child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                      env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-            self.children.add(child)
-            if self.stop:  # the signal came between the two lines above
-                child.send_signal(signal.SIGTERM)
-            returncode = child.wait()
-            self.children.discard(child)
+            returncode = attend(child, lambda: self.asked, self.timeout)
         if not (self.stop and returncode):
             cell.record(returncode, time.monotonic() - start)
         return returncode
@@ -234,6 +293,8 @@ def main(args: Args) -> int:
     """0: all cells are finished; 1: some failed, which the last lines name, or run elsewhere; 128 + signal: stopped."""
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, not {args.workers}")
+    if not 0 <= args.timeout < math.inf:
+        raise ValueError(f"--timeout is 0 or more minutes, not {args.timeout}")
     if args.gpus and args.backend == "local":
         raise ValueError("--gpus needs --backend ray; here, a cell takes the GPU that it finds")
     if args.gpus < 0 or args.gpus > 1 and args.gpus % 1:
@@ -253,15 +314,16 @@ def main(args: Args) -> int:
     if args.backend == "ray":
         from benchmarks.cluster import RayEngine  # an optional package
 
-        engine = RayEngine(args.ray_address, args.gpus)
+        engine = RayEngine(args.ray_address, args.gpus, args.timeout)
     else:
-        engine = Engine(args.workers)
+        engine = Engine(args.workers, args.timeout)
     outcomes = engine.run(todo)
-    ended_by_us = (128 + signal.SIGTERM, -signal.SIGTERM) if engine.stop else ()
-    failed = [cell for cell, returncode in outcomes.items() if returncode and returncode not in ended_by_us]
+    ended_by_us = (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL) if engine.stop else ()
+    failed = [cell for cell, returncode in outcomes.items() if returncode is not None
+              and returncode not in ended_by_us and (returncode or not cell.finished())]
     for cell in failed:
-        lines = cell.beside(".log").read_text().splitlines()[-5:]
-        print("\n  ".join([f"\n{cell.name} failed ({outcomes[cell]}); {cell.beside('.log')} ends:", *lines]))
+        how = outcomes[cell] or "0, and left no run"
+        print("\n  ".join([f"\n{cell.name} failed ({how}); {cell.beside('.log')} ends:", *cell.last_words()]))
     if finished := [cell.folder for cell in cells if cell.finished()]:
         print(f"\n{verdict.table(finished)}\n(by chance, a new seed is outside of the range of n in 2 of n + 1 cases)")
     done = sum(cell.finished() for cell in cells)
@@ -273,6 +335,6 @@ def main(args: Args) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(tyro.cli(Args)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(2)

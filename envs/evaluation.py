@@ -1,4 +1,5 @@
 """Evaluation without bias to short episodes, and video without a display."""
+import csv
 import sys
 from pathlib import Path
 from typing import Callable, Sequence
@@ -60,7 +61,7 @@ class Evaluator:
     def report(self, act: Act, step: int, names: Sequence[str] = ()) -> dict[str, float]:
         """What --evaluate does: play, print, film."""
         result = self.play(act)
-        print(f"{self.args.env} after {step} steps:", ", ".join(f"{name} {x:.3f}" for name, x in result.items()))
+        tell(self.args, step, result)
         self.film(act, Path(self.args.evaluate), names)
         return result
 
@@ -72,6 +73,25 @@ class Evaluator:
         record(act, self.args.env, self.args.video, 10_000 * self.args.seed + 7_000, folder / "video", names, self.log,
                self.said, **self.kwargs)
         self.filming = False
+
+
+def tell(args, step: int, result: dict[str, float]) -> None:
+    """Print the `result` of --evaluate, and write it down."""
+    print(f"{args.env} after {step} steps, start states of seed {args.seed}:",
+          ", ".join(f"{name} {x:.3f}" for name, x in result.items()))
+    write_down(args, args.env, step, result)
+
+
+def write_down(args, env: str, step: int, result: dict[str, float]) -> None:
+    """Add the `result` of --evaluate in `env` to evaluation.csv in the run folder, where that can be written."""
+    path = Path(args.evaluate, "evaluation.csv")
+    rows = [] if path.exists() else [["env", "seed", "step", *result]]
+    try:
+        with path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([*rows, [env, args.seed, step, *(
+                f"{x:.6g}" for x in result.values())]])
+    except OSError as error:
+        print(f"note: {path} is not written ({error.strerror})", file=sys.stderr)
 
 
 def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from envs.franka import FrankaVectorEnv
 from envs.franka_button import IDS as BUTTON
 from envs.franka_button import ButtonVectorEnv
 from envs.ids import EnvError, resolve, split_view
-from envs.minigrid import MiniGridVectorEnv, PlainMiniGridVectorEnv, is_grid
+from envs.minigrid import MiniGridVectorEnv, PlainMiniGridVectorEnv, is_grid, shows_grid
 from envs.mobile import IDS as MOBILE
 from envs.mobile import MobileVectorEnv
 from envs.vector import GymVectorEnv, VectorEnv
@@ -109,8 +109,7 @@ def make_plain(env_id: str, resolved: str, num_envs: int, threads: int, fast: bo
             vec = CrafterVectorEnv(resolved, num_envs, **kwargs)
         elif fast and resolved.startswith("BabyAI-Text-"):
             vec = BabyAITextVectorEnv(resolved, num_envs, **kwargs)
-        elif is_grid(resolved):
-            probe = gym.make(resolved, disable_env_checker=True, **kwargs) if fast else None
+        elif is_grid(resolved) and shows_grid(probe := gym.make(resolved, disable_env_checker=True, **kwargs)):
             kind = MiniGridVectorEnv if fast and MiniGridVectorEnv.fits(probe) else PlainMiniGridVectorEnv
             vec = kind(resolved, num_envs, **kwargs)
         else:

@@ -22,7 +22,7 @@ from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava, 
 from minigrid.minigrid_env import MiniGridEnv
 
 from envs.ids import EnvError
-from envs.vector import GymVectorEnv, Observation, VectorEnv
+from envs.vector import GymVectorEnv, Observation, VectorEnv, layers
 
 LEFT, RIGHT, FORWARD, PICKUP, DROP, TOGGLE, DONE = range(7)
 STEPS = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])  # (x, y) of one step in each direction; +1 turns right
@@ -46,12 +46,19 @@ HANDLED[TOGGLE] = np.isin(OBJECT, [KINDS[Door], KINDS[Box]])
 ENDINGS = {MiniGridEnv.step: "", tasks.UnlockEnv.step: "unlock", tasks.DynamicObstaclesEnv.step: "obstacles",
            **{task.step: "pickup" for task in (tasks.UnlockPickupEnv, tasks.BlockedUnlockPickupEnv,
                                                tasks.KeyCorridorEnv, tasks.ObstructedMazeEnv)}}
+UNTOUCHED = {gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, gym.wrappers.TimeLimit}  # what is seen
 INHERITED = ("reset", "gen_obs", "gen_obs_grid", "get_view_exts", "place_obj", "front_pos", "dir_vec", "_reward")
 
 
 def is_grid(env_id: str) -> bool:
     """Whether `env_id` is a task of the minigrid package."""
     return env_id.startswith(("MiniGrid-", "BabyAI-"))
+
+
+def shows_grid(env: gym.Env) -> bool:
+    """Whether `env` observes as its task does; a wrapper around it may make something else of it."""
+    space = env.observation_space
+    return isinstance(space, gym.spaces.Dict) and {"image", "direction"} <= space.spaces.keys()
 
 
 def observation_space(env: gym.Env) -> gym.spaces.Dict:
@@ -190,9 +197,10 @@ class MiniGridVectorEnv(VectorEnv):
 
     @staticmethod
     def fits(env: gym.Env) -> bool:
-        """Whether this class steps the task as its own class does: by its methods, and by the objects of a grid."""
+        """Whether this class steps the task as its own class does: by its methods, by the objects of a grid, and by what
+        is around it, of which only time limits are known here."""
         task = env.unwrapped
-        if task.render_mode or type(task).step not in ENDINGS or task.agent_view_size > 7 or missing_file(env) or any(
+        if {type(layer) for layer in layers(env)} - UNTOUCHED or task.render_mode or type(task).step not in ENDINGS or task.agent_view_size > 7 or missing_file(env) or any(
                 getattr(type(task), name) is not getattr(MiniGridEnv, name) for name in INHERITED):
             return False
         task.reset(seed=0)

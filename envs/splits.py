@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from envs.dynamics import SPLITS, all_tasks
-from envs.evaluation import record
+from envs.evaluation import record, write_down
 from envs.franka import SKILLS
 from envs.ids import announce
 from envs.making import make_vec
@@ -85,12 +85,13 @@ class SplitEvaluator:
     def report(self, player: Player, step: int) -> dict[str, dict[str, float]]:
         """What --evaluate does: play, print a table; where films are asked for, also film and `keep`."""
         results = self.play(player)
-        print(f"{self.args.env} after {step} steps, {self.share} per task")
+        print(f"{self.args.env} after {step} steps, {self.share} per task, start states of seed {self.args.seed}")
         print(f"{'split':10}{'return':>10}{'std':>10}{'success':>10}  best task")
         for split, result in results.items():
             best, _ = self.best(split)
             print(f"{split:10}{result['return_mean']:10.2f}{result['return_std']:10.2f}{result['success_rate']:10.2f}  "
                   f"{json.dumps(best)}")
+            write_down(self.args, f"{self.args.env} {split}", step, result)
         if self.args.video:
             self.keep(Path(self.args.evaluate))
             self.film(player, Path(self.args.evaluate))

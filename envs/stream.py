@@ -20,11 +20,11 @@ import mujoco
 import numpy as np
 
 from envs import foreign
-from envs.evaluation import can_be_filmed, in_learners_units, names_of_actions
+from envs.evaluation import can_be_filmed, in_learners_units, names_of_actions, tell
 from envs.ids import EnvError, resolve, split_view
 from envs.timeline import draw_actions
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
-                         random_state, set_random_state, time_limit)
+                         random_state, set_random_state, time_limit, warn_of_statistics)
 from envs.world import find_renderer
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
@@ -66,6 +66,7 @@ class StreamEnv:
                     self.env = gym.wrappers.AtariPreprocessing(self.env)
         except (gym.error.Error, ImportError) as error:
             raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+        warn_of_statistics(self.env)
         self.close_once = weakref.finalize(self, self.env.close)  # at the latest when the program ends
         self.action_space, space = self.env.action_space, self.env.observation_space
         if isinstance(self.action_space, gym.spaces.Discrete) and self.action_space.start != 0:
@@ -254,7 +255,7 @@ class StreamEvaluator:
     def report(self, act: StreamAct, step: int) -> dict[str, float]:
         """What --evaluate does: play, print, film."""
         result = self.play(act)
-        print(f"{self.args.env} after {step} steps:", ", ".join(f"{name} {x:.3f}" for name, x in result.items()))
+        tell(self.args, step, result)
         self.film(act, Path(self.args.evaluate))
         return result
 

@@ -220,6 +220,7 @@ class GymVectorEnv(VectorEnv):
         self.envs = [narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range)
                      for _ in range(num_envs)]
         super().__init__(self.envs[0], num_envs, time_feature)
+        warn_of_statistics(self.env)
         self.current, self.action_repeat = [None] * num_envs, action_repeat
         self.declared = self.env.observation_space  # without what is added here
         self.close_once = weakref.finalize(self, close_all, self.envs)  # at the latest when the program ends
@@ -295,6 +296,14 @@ def layers(env: gym.Env) -> list[gym.Env]:
         found.append(env)
         env = env.env
     return found
+
+
+def warn_of_statistics(env: gym.Env) -> None:
+    """Say so where a wrapper scales by statistics that it gathers: an evaluation has others than training had."""
+    for layer in layers(env):
+        if any(isinstance(value, gym.wrappers.utils.RunningMeanStd) for value in vars(layer).values()):
+            announce(f"{env.spec.id}: {type(layer).__name__} scales by running statistics, which every copy and every "
+                     "evaluation gathers anew, so evaluations see other numbers than training; let the script scale")
 
 
 def gym_snapshot(env: gym.Env) -> dict:

@@ -79,10 +79,10 @@ def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
 
 
 def flat_name(path: str) -> str:
-    """A file name for the copy of `path`. Where two paths could share it, a/b-c.py and a-b/c.py, or where it would be
-    too long for a file system, a digest of the path is in it."""
+    """A file name for the copy of `path`. Where two paths could share it, a/b.py and a-b.py, or where it would be too
+    long for a file system, a digest of the path is in it."""
     name = path.replace("..", "up").strip("./").replace("/", "-")
-    if len(name) > 150 or "/" in path.strip("./") and "-" in path:
+    if len(name) > 150 or "-" in path or ".." in path:
         return f"{hashlib.sha256(path.encode()).hexdigest()[:8]}-{name[-100:]}"
     return name
 
@@ -134,6 +134,7 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     """
     if kept_in:
         _check_kept(spec, Path(kept_in))
+        _check_stems(spec, Path(kept_in))
         env_id = _trained_in(Path(kept_in)) or env_id
     policies = _load(spec, bare(env_id), action_dim, example, lowest, kept_in)
     if kept_in:
@@ -149,6 +150,15 @@ def _trained_in(folder: Path) -> str:
         return bare(json.loads((folder / "config.json").read_text())["args"]["env"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def _check_stems(spec: str, folder: Path) -> None:
+    """Raise KnowledgeError, before any file is run, unless each gave policies to the run in `folder`."""
+    before = names_of(folder)
+    for path in (item.strip().partition(":")[0] for item in spec.split(",")):
+        if path.endswith(".py") and not any(name.startswith(f"{Path(path).stem}.") for name in before):
+            raise KnowledgeError(f"run {folder} was trained with {', '.join(before[1:]) or 'nothing'}, and nothing of "
+                                 f"that is from {path}; restore what it had, or start a new run")
 
 
 def _check_names(policies: dict[str, Policy], folder: Path) -> None:

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import zipfile
 from dataclasses import fields, replace
@@ -16,6 +17,9 @@ import tyro
 from errors import UserError
 
 MAY_BE_ZERO = {"eval_every", "checkpoint_every", "video"}  # 0 switches these off
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"algos", "benchmarks", "envs", "knowledge", "llm", "runtime", "tests"}  # packages of this repository
+MOST_ENVS = 100_000  # more would take minutes to be made
 RESUMED = ("total_timesteps", "device")  # what --resume may change
 EVALUATED = ("eval_episodes", "video", "device")  # what --evaluate may change
 
@@ -24,7 +28,8 @@ def cli(args_type: type, algo: str, words: Sequence[str] | None = None) -> Any:
     """Arguments from the command line, or from `words`.
 
     With `--resume RUN` or `--evaluate RUN` the arguments of that run are the defaults, so what is not named stays as it
-    was. Raises UserError for both flags at once, and for a folder that is no run of this script.
+    was. Raises UserError for both flags at once, for a folder that is no run of this script, and for one that would run
+    code which is not named on the command line: it may be a stranger's.
     """
     asked = tyro.cli(args_type, args=words)
     if asked.resume and asked.evaluate:
@@ -35,7 +40,37 @@ def cli(args_type: type, algo: str, words: Sequence[str] | None = None) -> Any:
     stored = replace(_stored_args(folder, algo, args_type), resume=asked.resume, evaluate=asked.evaluate)
     if asked.evaluate:
         stored = replace(stored, video=0, device="auto")
-    return tyro.cli(args_type, args=words, default=stored)
+    args = tyro.cli(args_type, args=words, default=stored)
+    if unnamed := [word for name, value in own_code(args).items() if value != getattr(asked, name)
+                   for word in (flag_of(name), value)]:
+        raise UserError(f"{folder} brings or names Python code that is not ours; read it, and if you trust it, name it "
+                        f"again: {'--resume' if asked.resume else '--evaluate'} {shlex.join([folder, *unnamed])}")
+    return args
+
+
+def own_code(args: Any) -> dict[str, str]:
+    """The arguments that run Python code of somebody's own, {field: value}: files that are not sandboxed (`mine.py`,
+    not `llm:mine.py`), and modules that register an environment."""
+    found = {}
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name == "env":
+            module = bare_id(value).rpartition(":")[0]
+            if module and module.split(".")[0] not in ROOMS and not (ROOT / f"{module}.py").is_file():
+                found["env"] = value
+        elif isinstance(value, str) and any(".py" in item and not item.startswith("llm:") for item in value.split(",")):
+            found[field.name] = value
+    return {name: value for name, value in found.items() if name not in ("run_dir", "resume", "evaluate")}
+
+
+def bare_id(env: str) -> str:
+    """An id without how it is seen: mine:FetchPush-v4:pca -> mine:FetchPush-v4."""
+    match = re.fullmatch(r"(.+?-v\d+):.*", env)
+    return match[1] if match else env
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: Sequence[str] = ()
@@ -43,17 +78,18 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
     """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch and numpy.
 
     Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
-    arguments that it was started with: total_timesteps may change with --resume; what is shown, and `anew`, with
-    --evaluate.
+    arguments that it was started with: total_timesteps may change with --resume; what is shown, the seed of start states,
+    and `anew`, with --evaluate.
     Where its --env named the newest of something, `args.env` is then the one that the run had.
     Raises UserError for arguments that cannot work.
     """
     saved = None
     if folder := args.resume or args.evaluate:
         stored, saved = load_run(folder, algo, type(args))
-        _check_kept(args, stored, RESUMED if args.resume else (*EVALUATED, *anew))
+        starts = ("seed",) if hasattr(args, "eval_episodes") else ()  # of the episodes that --evaluate plays
+        _check_kept(args, stored, RESUMED if args.resume else (*EVALUATED, *starts, *anew))
         exact = _read_config(folder, algo).get("exact_env")
-        if isinstance(exact, str) and args.env == stored.env:
+        if isinstance(exact, str) and args.env == stored.env and bare_id(exact) == bare_id(args.env):
             args = replace(args, env=exact)
         if args.resume and saved["step"] >= args.total_timesteps:
             raise UserError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")
@@ -72,7 +108,7 @@ def _check_kept(args: Any, stored: Any, free: Sequence[str]) -> None:
         name, value, had = field.name, getattr(args, field.name), getattr(stored, field.name)
         if name in (*free, "resume", "evaluate") or value == had:
             continue
-        flag = f"--{name.replace('_', '-')} {value}"
+        flag = f"{flag_of(name)} {value}"
         if isinstance(value, bool):
             flag = f"--{'' if value else 'no-'}{name.replace('_', '-')}"
         raise UserError(f"{flag}: a run keeps the arguments that it was started with (here "
@@ -80,10 +116,12 @@ def _check_kept(args: Any, stored: Any, free: Sequence[str]) -> None:
 
 
 def _check_number(name: str, value: float, ranges: dict[str, tuple[float, float]]) -> None:
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_of(name)
     if name == "seed":
         if not 0 <= value < 2 ** 63:
             raise UserError(f"--seed must be 0 or more, and below 2 to the power of 63, not {value}")
+    elif name == "num_envs" and value > MOST_ENVS:
+        raise UserError(f"--num-envs must be at most {MOST_ENVS}, not {value}")
     elif name in ranges or name in MAY_BE_ZERO:
         low, high = ranges.get(name, (0, math.inf))
         if not low <= value <= high or math.isinf(value):
@@ -116,8 +154,8 @@ def _stored_args(folder: str, algo: str, args_type: type) -> Any:
     saved = _read_config(folder, algo)
     names = {field.name for field in fields(args_type)}
     if gone := sorted(saved["args"].keys() - names):
-        raise UserError(f"{folder} was made with --{gone[0].replace('_', '-')}, which algos/{algo}.py does not have; "
-                        f"use its own script (commit {saved.get('commit')}, or algos-{algo}.py in it)")
+        raise UserError(f"{folder} was made with {flag_of(gone[0])}, which algos/{algo}.py does not have; use its own "
+                        f"script (commit {saved.get('commit')}, or algos-{algo}.py in it)")
     if new := sorted(names - saved["args"].keys()):
         print(f"note: {folder} is older than {', '.join(new)}: as by default", file=sys.stderr)
     for name, hint in get_type_hints(args_type).items():
@@ -141,6 +179,9 @@ def _is_of(value: Any, hint: Any) -> bool:
 def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
     """(arguments, checkpoint) of a run folder. Raises UserError if it is none, another algorithm's, or damaged."""
     args, checkpoint = _stored_args(folder, algo, args_type), Path(folder, "checkpoint.pt")
+    for path in (*Path(folder).glob("*"), *Path(folder).glob("[!w]*/*")):  # wandb/ has some
+        if path.is_symlink():  # what is written to it would be written elsewhere
+            raise UserError(f"{path} is a symbolic link; put the file itself there")
     if not checkpoint.is_file():
         raise UserError(f"{folder} has no checkpoint.pt: it has not come to its first one; if no process is at it any "
                         "more, start it anew")

@@ -1,12 +1,15 @@
 """The machine of a run: CPU or GPU, compiler, precision of matrix products."""
+import itertools
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from typing import Any, Callable
 
 import torch
+from tqdm import tqdm
 
 from errors import UserError
 
@@ -23,11 +26,18 @@ def pick_device(name: str, fast_matmul: bool = False) -> torch.device:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has the C++ compiler that it needs on a CPU. If not, a line on stderr says so."""
+    """Whether torch.compile has a C++ compiler that works, which it needs on a CPU. If not, a line on stderr says so."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
-    if device.type != "cpu" or shutil.which(compiler):
+    if device.type != "cpu":
         return True
-    print(f"no C++ compiler ({compiler}): the update is not compiled, training is slower but the same", file=sys.stderr)
+    why = "no C++ compiler"
+    if shutil.which(compiler):
+        probe = subprocess.run([compiler, "-x", "c++", "-c", "-", "-o", os.devnull], input=b"#include <cmath>\n",
+                               capture_output=True)
+        if probe.returncode == 0:
+            return True
+        why = "the C++ compiler does not work"
+    print(f"{why} ({compiler}): the update is not compiled, training is slower but the same", file=sys.stderr)
     return False
 
 
@@ -35,9 +45,11 @@ def compiled(function: Callable, wanted: bool, device: torch.device, fullgraph: 
     """`function` compiled into one graph if that is `wanted` and possible, otherwise `function` itself."""
     if not wanted or not can_compile(device):
         return function
-    graph = torch.compile(function, fullgraph=fullgraph, dynamic=False)
+    graph, calls = torch.compile(function, fullgraph=fullgraph, dynamic=False), itertools.count()
 
     def call(*inputs):
+        if next(calls) == 0:
+            tell_compiling()
         with finishing():  # the first call starts a compiler
             return graph(*inputs)
     return call
@@ -48,9 +60,14 @@ def compile_for(function: Callable, options: dict, *example: Any) -> Callable:
 
     Later arguments must be tensors of the same shapes and types, and everything else must be equal. Nobody checks that:
     the check that torch.compile makes at every call takes half as long as the update of a small network."""
+    tell_compiling()
     graph = torch.compile(function, fullgraph=True, dynamic=False, options=options).aot_compile((example, {}))
     graph.disable_guard_check()
     return graph
+
+
+def tell_compiling() -> None:
+    tqdm.write("compiling the update: up to a minute, at the next start less", file=sys.stderr)  # above a bar
 
 
 @contextmanager

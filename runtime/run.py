@@ -1,5 +1,6 @@
 """A run: its folder, what is due at which step, checkpoints, signals, progress line."""
 import csv
+import errno
 import fcntl
 import json
 import math
@@ -23,22 +24,38 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
+from runtime.args import flag_of, own_code
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
 PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
 CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py", "streamnet.py",
-        "errors.py"]
+        "errors.py", "start.py"]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no more can be written: the disk, a quota, a limit of file sizes
+NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")  # of torch, CPU and GPU
 
 
 @contextmanager
 def exit_codes(algo: str):
-    """End the program with one line on stderr. The exit code is 2 for a UserError. It is 130 for a Ctrl-C that comes
-    before there is a run to save, or for a second one while the run is being saved."""
+    """End the program with one line on stderr. The exit code is 2 for a UserError, a full disk, and too little memory. It
+    is 130 for a Ctrl-C that comes before there is a run to save, or for a second one while the run is being saved."""
     try:
         yield
     except UserError as error:
         print(f"{algo}: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        print(f"{algo}: there is not enough memory; lower what sizes were given, as --hidden, --batch-size, --num-envs",
+              file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"{algo}: {error.strerror}; the last checkpoint is kept: make room, and go on with --resume",
+              file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2)  # files that are closed now would fail once more, each with a traceback
     except KeyboardInterrupt:
         print(f"{algo}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -78,6 +95,7 @@ class Run:
         if args.track:
             wandb.init(project=algo, name=name, dir=str(self.folder), config=asdict(args), sync_tensorboard=True)
         self.start = time.monotonic() - (saved["wall_s"] if saved else 0.0)
+        self.began = time.monotonic()
         self.rows = {}  # of each table, so that a resume can tell whether some are lost
         self.rows_saved = saved.get("rows", {}) if saved else {}
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
@@ -197,7 +215,7 @@ class Run:
                                 f"and begin anew ({self.folder} keeps its last checkpoint)")
 
     def log_evaluation(self, result: dict[str, float], part: str = "") -> None:
-        """Append the result of `envs.evaluate` to eval.csv and show it in the progress line. The result of one `part`
+        """Append the result of `envs.evaluate` to eval.csv and show it, with the steps per second since this start. The result of one `part`
         of the tasks goes to eval-<part>.csv."""
         name = f"eval-{part}" if part else "eval"
         if name not in self.evals:
@@ -210,8 +228,9 @@ class Run:
         line = f"{part} return {result['return_mean']:.2f}".strip()
         line += "" if math.isnan(success) else f", success {success:.2f}"
         self.bar.set_postfix_str(line)
-        if self.bar.disable:  # no terminal
-            print(f"step {self.step}: {line}", file=sys.stderr, flush=True)
+        if (steps := self.step - self.start_step) > 0:
+            line += f" ({steps / (time.monotonic() - self.began):.0f} steps/s)"
+        tqdm.write(f"step {self.step}: {line}", file=sys.stderr)  # a line that stays, above the bar where there is one
 
     def save_if_due(self) -> None:
         """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end."""
@@ -222,7 +241,7 @@ class Run:
                           "numpy_rng": [name, keys.astype(np.int64), *rest], "rows": self.rows}
             for name, part in self.parts.items():
                 checkpoint[name] = part.state_dict() if hasattr(part, "state_dict") else part
-            write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(to_plain(checkpoint), path))
+            write_whole(self.folder / "checkpoint.pt", lambda path: save(to_plain(checkpoint), path))
 
     def finish(self) -> None:
         """Close the files, restore the signal handlers and print the command that comes next. A run that was stopped
@@ -235,6 +254,8 @@ class Run:
         if not self.over:
             what, flags = "saved; continue", ["--resume", str(self.folder)]
         python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+        for name, value in own_code(self.args).items():  # which `runtime.cli` wants to be named
+            flags += [flag_of(name), value]
         print(f"{what} with: {shlex.join([python, os.path.relpath(self.script), *flags])}", file=sys.stderr)
         if not self.over:
             sys.exit(128 + self.signal)
@@ -292,10 +313,21 @@ class Means:
 
 
 def write_whole(path: Path, write) -> None:
-    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file."""
+    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file. Raises
+    OSError where it cannot be written; nothing is left then."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # torch hides the reason
     os.replace(temporary, path)
+
+
+def save(tree: Any, path: Path) -> None:
+    """torch.save, by a file of Python's: with one of its own, torch does not tell why it could not be written."""
+    with path.open("wb") as file:
+        torch.save(tree, file)
 
 
 def to_plain(tree: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmarks.run
 from benchmarks import curves, rules, verdict
 from benchmarks.curves import variant
 from benchmarks.run import Args, Cell, load_suite
@@ -77,6 +78,88 @@ def test_a_stopped_suite_goes_on(tmp_path):
     steps = [int(line.split(",")[0]) for line in (cell.folder / "eval.csv").read_text().splitlines()[1:]]
     assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == 6000
     assert json.loads(cell.beside(".json").read_text())["returncode"] == 0
+
+
+FAKE = """
+import json, os, signal, sys, time
+from pathlib import Path
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder, how = Path(words.get("--resume") or words["--run-dir"]), words.get("--how", "well")
+if "--resume" in words:
+    json.loads((folder / "config.json").read_text())
+if how == "garbled":
+    sys.stdout.buffer.write(b"\\xff\\n")
+    sys.exit(3)
+if how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "hangs":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("hangs", flush=True)
+    time.sleep(600)
+if how != "nothing":
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"args": {"total_timesteps": 100}}')
+    (folder / "eval.csv").write_text("step\\n0\\n100\\n")
+"""
+
+
+def fake_suite(path: Path, **cells: int) -> Path:
+    """A suite of a script that writes a run folder in no time, or fails, {how: how many cells}."""
+    (path / "algos").mkdir()
+    (path / "algos" / "fake.py").write_text(FAKE)
+    (path / "suite.toml").write_text("\n".join(
+        f'[[cell]]\nalgo = "fake"\nenvs = ["Line-v0"]\nseeds = {[*range(1, count + 1)]}\nflags = "--how {how}"\n'
+        for how, count in cells.items()))
+    return path / "suite.toml"
+
+
+def test_bad_cells_stop_no_others(tmp_path, monkeypatch, capsys):
+    """Six cells fail in six ways and are named; the other six finish, though files of four are damaged."""
+    path = fake_suite(tmp_path, well=6, garbled=1, killed=1, hangs=1, nothing=1, locked=1, resumed=1)
+    monkeypatch.setattr(benchmarks.run, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmarks.run, "GRACE", 0)
+    args = Args(suite=str(path), root=str(tmp_path / "runs"), workers=2, timeout=0.05)
+    cells = {(cell.flags[1], cell.seed): cell for cell in load_suite(args)}
+
+    def left_behind(cell: Cell, config: str, curve: str, step: int = 0) -> None:
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "config.json").write_text(config)
+        (cell.folder / "eval.csv").write_text(curve)
+        if step:
+            torch.save({"step": step}, cell.folder / "checkpoint.pt")
+    config, curve = '{"args": {"total_timesteps": 100}}', "step\n0\n100\n"
+    left_behind(cells["well", 2], config, "step\n0\n\0\0\n", 50)  # as a power cut leaves it
+    left_behind(cells["well", 3], "", curve)
+    left_behind(cells["well", 4], config, curve, 50)  # killed between the last row and the last save
+    left_behind(cells["well", 5], config, curve, 100)  # the engine was killed
+    cells["well", 5].beside(".json").write_text("")
+    left_behind(cells["resumed", 1], "", curve, 50)
+    cells["locked", 1].beside(".log").mkdir(parents=True)  # an OSError
+    assert benchmarks.run.main(args) == 1
+    said = capsys.readouterr().out
+    assert "12 cells, 1 finished already" in said and said.endswith("6 of 12 cells finished, 6 failed\n")
+    assert {how for (how, _), cell in cells.items() if cell.finished()} == {"well"}
+    for how, words in {"garbled": "failed (3)", "killed": "failed (-9)", "hangs": "failed (-9)",
+                       "nothing": "failed (0, and left no run)", "locked": "failed (1)", "resumed": "failed (1)"}.items():
+        assert f"\n{cells[how, 1].name} {words}; {cells[how, 1].beside('.log')} ends:" in said
+        assert f"FAILED   {cells[how, 1].name} (" in said
+    assert "Is a directory" in said and "\n  \ufffd\n" in said and said.count("resumes ") == 3
+
+
+def test_a_second_signal_kills_a_cell_that_hangs(tmp_path):
+    path = fake_suite(tmp_path, hangs=2)
+    code = (f"import sys; from pathlib import Path; import benchmarks.run as run; run.ROOT = Path({str(tmp_path)!r}); "
+            f"sys.exit(run.main(run.Args(suite={str(path)!r}, root={str(tmp_path / 'runs')!r})))")
+    engine = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not any("\nhangs" in log.read_text() for log in (tmp_path / "runs").rglob("seed1.log")):
+        assert engine.poll() is None
+        time.sleep(0.02)
+    engine.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        engine.wait(0.5)
+    engine.send_signal(signal.SIGTERM)
+    assert "0 of 2 cells finished; stopped, the same command goes on" in engine.communicate()[0]
+    assert engine.returncode == 128 + signal.SIGTERM
 
 
 def test_a_folder_is_a_function_of_the_cell():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.test_bench import bench, suite
 
-from benchmarks.run import Args, load_suite
+from benchmarks.run import Args, Cell, load_suite
 
 pytest.importorskip("ray", reason="pip install ray==2.60.0")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -31,6 +31,30 @@ def cluster(tmp_path, monkeypatch):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
     yield cluster
     cluster.shutdown()
+
+
+def test_a_driver_killed_while_it_swaps_loses_nothing(tmp_path, monkeypatch):
+    from benchmarks import cluster
+
+    cell, back = Cell("sac", "Line-v0", 1, (), tmp_path), tmp_path / "checkpoint.pt"
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "checkpoint.pt").write_text("old")
+    back.write_text("new")
+    replace = cluster.os.replace
+    for swaps in (0, 1):  # renames that were done before the kill
+        left = iter(range(swaps))
+
+        def cut(*paths):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(*paths)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cluster.os, "replace", cut)
+            cluster.unpack(cluster.pack(back), cell.folder)
+        cell.claim().close()
+        assert (cell.folder / "checkpoint.pt").read_text() == "old"
+    cluster.unpack(cluster.pack(back), cell.folder)
+    assert (cell.folder / "checkpoint.pt").read_text() == "new" and not cell.beside(".old").exists()
 
 
 def test_a_dead_node_costs_nothing(cluster, tmp_path):

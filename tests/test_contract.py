@@ -123,7 +123,9 @@ def words(script, folder, steps=STEPS):
 
 def command(script, *words, log_every=96):
     """What `python algos/<name>.py <words>` does, in this process, with scalars at every 96 steps."""
-    module = import_module(f"algos.{script.name}")
+    module, flags = import_module(f"algos.{script.name}"), script.flags.split()
+    if {"--resume", "--evaluate"} & {*words}:  # files that run code have to be named again
+        words = [*words, *(word for pair in zip(flags, flags[1:]) if pair[1].endswith(".py") for word in pair)]
     with pytest.MonkeyPatch.context() as patch, runtime.exit_codes(module.ALGO):
         patch.setattr(module, "LOG_EVERY", log_every)
         return module.main(runtime.cli(module.Args, module.ALGO, words))
@@ -238,7 +240,9 @@ def test_evaluate_plays_the_checkpoint_and_leaves_no_trace(script, cut, capsys):
     assert f"after {row['step']} {'steps' if script.played else 'rows'}" in capsys.readouterr().out
     assert {name: float(f"{value:.6g}") for name, value in result.items()} == pytest.approx(
         {name: float(row[name]) for name in runtime.EVALUATION}, nan_ok=True)
-    assert contents(cut) == before
+    after = contents(cut)
+    written = after.pop(Path("evaluation.csv"), b"").decode().splitlines()
+    assert after == before and (len(written) > 1 and f",1,{row['step']}," in written[1] or not script.played)
 
 
 def test_another_seed_is_another_run(script, uncut, tmp_path):
@@ -329,7 +333,8 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(script, uncut, cut, tmp_path, 
     before = contents(uncut[0])
     for flags, expected in ((["--resume", str(cut), "--evaluate", str(cut)], "leave one of them out"),
                              (["--resume", str(cut), "--seed", "7"], "--seed 7: a run keeps"),
-                             (["--evaluate", str(cut), "--seed", "7"], "--seed 7: a run keeps"),
+                             (["--evaluate", str(cut), "--gamma", "0.5"] if script.name != "srl" else
+                              ["--evaluate", str(cut), "--seed", "7"], ": a run keeps"),
                              (["--resume", str(uncut[0])], "give it more --total-timesteps")):
         assert expected in refused(script, capsys, *flags)
     assert contents(uncut[0]) == before

@@ -126,6 +126,15 @@ def test_what_an_environment_keeps_comes_back(make, register, tmp_path, capsys):
     assert "cannot be saved" not in capsys.readouterr().err
 
 
+def test_running_statistics_of_a_wrapper_are_named(register, capsys):
+    """An evaluation gathers its own, so it sees other numbers than training did."""
+    env_id = register(lambda: gym.wrappers.NormalizeObservation(Walk()))
+    for make in (lambda: envs.make_vec(env_id, 2), lambda: envs.StreamEnv(env_id)):
+        envs.ids._announced.clear()
+        make()
+        assert f"{env_id}: NormalizeObservation scales by running statistics" in capsys.readouterr().err
+
+
 def test_ends_and_seeds(register):
     """Environments are closed once, those that nobody closes as well; a time is a seed; success may be named only where
     there is one."""

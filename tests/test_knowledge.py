@@ -318,5 +318,6 @@ def test_ids_and_copies_by_any_name():
     ids = ("FetchPush-v4", "gymnasium_robotics:FetchPush-v4", "FetchPush-v4:frame_stack=2", "a:FetchPush-v4:run:x-v1/s")
     assert {knowledge.bare(env_id) for env_id in ids} == {"FetchPush-v4"}
     assert knowledge.bare("toys:Unversioned") == "Unversioned"
-    names = [knowledge.flat_name(path) for path in ("a/b-c.py", "a-b/c.py", "a-b-c.py", "x/" * 200 + "rules.py")]
-    assert len(set(names)) == 4 and max(map(len, names)) < 120 and knowledge.flat_name("/tmp/mine.py") == "tmp-mine.py"
+    names = [knowledge.flat_name(path) for path in ("a/b-c.py", "a-b/c.py", "a-b-c.py", "x/" * 200 + "rules.py",
+                                                        "a/b.py", "a-b.py", "../b.py", "up/b.py")]
+    assert len(set(names)) == 8 and max(map(len, names)) < 120 and knowledge.flat_name("/tmp/mine.py") == "tmp-mine.py"

@@ -9,6 +9,7 @@ from minigrid.core.grid import Grid
 from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava
 from minigrid.envs import EmptyEnv, UnlockEnv, UnlockPickupEnv
 from minigrid.minigrid_env import MiniGridEnv
+from minigrid.wrappers import FlatObsWrapper
 
 import envs
 import knowledge
@@ -125,6 +126,22 @@ def test_other_tasks_are_stepped_as_they_are(env_id):
     vec = envs.make_vec(env_id, 2, max_steps=40)
     assert isinstance(vec, PlainMiniGridVectorEnv) and vec.max_episode_steps == 40
     assert step_beside_gymnasium(vec, env_id, 70, max_steps=40).sum() >= 2
+
+
+def test_wrappers_around_a_task_count(monkeypatch):
+    """The fast class, which steps the bare task, leaves them out; and what they observe need be no grid."""
+    class Cost(gym.RewardWrapper):
+        def reward(self, reward):
+            return reward - 0.01
+    around = {"MiniGrid-ZooCost-v0": Cost, "MiniGrid-ZooFlat-v0": lambda task: FlatObsWrapper(task)}
+    for env_id, wrapper in around.items():
+        monkeypatch.setitem(gym.registry, env_id, gym.envs.registration.EnvSpec(
+            env_id, lambda wrapper=wrapper, **kwargs: wrapper(EmptyEnv(size=5, **kwargs))))
+    vec = envs.make_vec("MiniGrid-ZooCost-v0", 2)
+    assert step_beside_gymnasium(vec, "MiniGrid-ZooCost-v0", 120).sum() >= 1
+    vec.reset(1)
+    assert vec.step(np.zeros(2, np.int64))[1].tolist() == [-0.01, -0.01]
+    assert len(envs.make_vec("MiniGrid-ZooFlat-v0", 2).reset(1).shape) == 2
 
 
 @pytest.mark.parametrize("env_id, fast", [

@@ -3,6 +3,9 @@
 test_contract.py has what every script does with it.
 """
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -48,6 +51,17 @@ def test_a_run_goes_on_with_the_arguments_that_it_has(run):
     assert runtime.checked(args, "sac", sac.RANGES)[1]["step"] == 48
 
 
+def test_an_evaluation_can_start_elsewhere_and_is_written_down(run, tmp_path, monkeypatch, capsys):
+    folder, seeds, play = change(run, tmp_path), [], envs.evaluation.evaluate
+    monkeypatch.setattr(envs.evaluation, "evaluate", lambda *given: seeds.append(given[3]) or play(*given))
+    for seed in ("1", "7"):
+        sac.main(runtime.cli(sac.Args, "sac", ["--evaluate", folder, "--seed", seed]))
+        assert f"after 48 steps, start states of seed {seed}:" in capsys.readouterr().out
+    head, *rows = (row.split(",") for row in (Path(folder) / "evaluation.csv").read_text().splitlines())
+    assert head == ["env", "seed", "step", *runtime.EVALUATION] and [row[1] for row in rows] == ["1", "7"]
+    assert seeds == [15_000, 75_000]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--gamma", "0.95"], "--gamma 0.95: a run keeps"),  # the script's default is another value than the run's, too
     (["--compile"], "--compile: a run keeps"), (["--no-normalize"], "--no-normalize: a run keeps"),
@@ -76,6 +90,41 @@ def test_a_config_with_values_that_no_flag_allows(args, run, tmp_path):
         runtime.cli(sac.Args, "sac", ["--resume", change(run, tmp_path, **args)])
 
 
+def test_a_strangers_run_executes_nothing_before_it_is_named(tmp_path, monkeypatch, capsys):
+    """Neither rules that it brings nor modules that it names; and it writes into itself alone."""
+    monkeypatch.chdir(tmp_path)
+    folder, mark = tmp_path / "run", tmp_path / "executed"
+    Path("mine.py").write_text("def still(obs):\n    return obs['observation'][:, :2] * 0\n")
+    sac_kian.main(sac_kian.Args(**SMALL, knowledge="mine.py", run_dir=str(folder)))
+    assert f"--evaluate {folder} --video 2 --knowledge mine.py" in capsys.readouterr().err
+    evil = f"open({str(mark)!r}, 'w')\n" + Path("mine.py").read_text()
+    (folder / "mine.py").write_text(evil)
+    Path("evil.py").write_text(evil)
+    config = json.loads((folder / "config.json").read_text())
+
+    def go_on(how: str, *flags: str, exact: str = "", **changed):
+        stranger = config | {"args": config["args"] | changed} | ({"exact_env": exact} if exact else {})
+        (folder / "config.json").write_text(json.dumps(stranger))
+        more = ["--total-timesteps", "96"] if how == "--resume" else []
+        sac_kian.main(runtime.cli(sac_kian.Args, "sac_kian", [how, str(folder), *flags, *more]))
+    for how in ("--resume", "--evaluate"):
+        for changed, named in (({}, "--knowledge mine.py"),
+                               ({"knowledge": "none", "env": "evil:Point-v0"}, "--env evil:Point-v0"),
+                               ({"knowledge": "none", "init_from": "x,mine.py"}, "--init-from x,mine.py")):
+            with pytest.raises(runtime.UserError, match=f"name it again: {how} {folder} {named}$"):
+                go_on(how, **changed)
+        with pytest.raises(runtime.UserError, match="was trained with mine.still, and nothing of that is from evil.py"):
+            go_on(how, "--knowledge", "evil.py", knowledge="evil.py")
+    (folder / "checkpoint.pt.tmp").symlink_to(tmp_path / "mine.py")
+    with pytest.raises(runtime.UserError, match="checkpoint.pt.tmp is a symbolic link"):
+        go_on("--resume", "--knowledge", "mine.py")
+    (folder / "checkpoint.pt.tmp").unlink()
+    assert not mark.exists()
+    go_on("--resume", "--knowledge", "mine.py", exact="evil:Point-v0")
+    assert mark.exists()  # the copy, which was named; the module was not imported
+    assert "evil" not in sys.modules
+
+
 def test_a_folder_of_runs_names_its_last_one(run):
     with pytest.raises(runtime.UserError, match=f"no config.json; the last one in it is {run}$"):
         runtime.cli(sac.Args, "sac", ["--resume", str(run.parent)])
@@ -88,7 +137,7 @@ def test_ranges():
             runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
     assert torch.initial_seed() == 2 ** 63 - 1  # the last one: `checked` seeds torch
     for name, values in (("gamma", [1.01]), ("num_envs", [0]), ("seed", [2 ** 63]), ("her_goals", [float("inf")]),
-                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1])):
+                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1]), ("num_envs", [10 ** 8])):
         for value in values:
             with pytest.raises(runtime.UserError, match=f"--{name.replace('_', '-')} must be"):
                 runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
@@ -117,13 +166,47 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
     assert f"note: {script} has changed since this run began" in capsys.readouterr().err
 
 
+NO_MEMORY = "x: there is not enough memory; lower what sizes were given, as --hidden, --batch-size, --num-envs"
+
+
 @pytest.mark.parametrize("error, code, line", [
+    (MemoryError(), 2, NO_MEMORY), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, NO_MEMORY),
     (runtime.UserError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
     (KeyboardInterrupt(), 130, "x: interrupted")])
 def test_one_line_and_an_exit_code(error, code, line, capsys):
     with pytest.raises(SystemExit) as end, runtime.exit_codes("x"):
         raise error
     assert end.value.code == code and capsys.readouterr().err == line + "\n"
+
+
+def test_a_ctrl_c_while_torch_is_imported_is_one_line():
+    """Also where a library makes another error of it."""
+    code = "import start\ntry: raise KeyboardInterrupt\nexcept KeyboardInterrupt as error: raise {} from error"
+    for error, said in (("error", "interrupted\n"), ("ImportError('mujoco')", "interrupted\n")):
+        done = subprocess.run([sys.executable, "-c", code.format(error)], cwd=ROOT, capture_output=True, text=True)
+        assert done.stderr == said and done.returncode
+
+
+def test_an_unknown_renderer_is_one_line():
+    """mujoco cannot be imported then."""
+    done = subprocess.run([sys.executable, "algos/sac.py", "--help"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "MUJOCO_GL": "bogus"})
+    assert done.returncode == 2 and done.stderr.startswith("MUJOCO_GL is bogus") and done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, tmp_path, monkeypatch, capsys):
+    folder = Path(change(run, tmp_path))
+    before = (folder / "checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as end, runtime.exit_codes("sac"):
+            sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(folder), "--total-timesteps", "60"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("sac: File too large; the last")
+    assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("log_every, words", [(4, "critic_loss is nan at step"), (1000, "lower")])
@@ -226,6 +309,9 @@ except KeyboardInterrupt:
 
 
 def test_no_compiler_is_said_and_runs(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", shutil.which("false"))
+    assert runtime.compiled(len, True, torch.device("cpu")) is len
+    assert "the C++ compiler does not work" in capsys.readouterr().err
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "/nowhere")
     assert runtime.compiled(len, True, torch.device("cpu")) is len

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import gymnasium as gym
@@ -660,6 +661,13 @@ def test_no_compiler_is_said_and_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     train(stream_td, tmp_path / "run", compile=True, total_timesteps=300)
     assert "no C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("low, high, said", [(100, 200, True), (-3, -2.5, True), (0, 10, False), (-2, 2, False)])
+def test_a_box_beside_the_gaussian_is_said(low, high, said, capsys):
+    env = SimpleNamespace(kind="vector", size=3, shape=(3,), frames=1, action_space=gym.spaces.Box(low, high, (2,)))
+    stream_ac.make_agent(stream_ac.Args(), env)
+    assert ("RescaleAction" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("script, kwargs, words", [
