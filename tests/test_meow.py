@@ -271,7 +271,8 @@ def test_a_curve_with_the_presets_of_its_environment_is_named_by_nothing_else():
         assert curves.variant({"algo": "meow", "args": args}) == name
 
 
-BANDIT = dict(sigma_max=2.0, gamma=0.0, tau=0.005, batch_size=128, shift_hidden="32x2", hidden="32x2", learning_rate=3e-3)
+BANDIT = dict(sigma_max=2.0, gamma=0.0, tau=0.005, batch_size=128, shift_hidden="32x2", hidden="32x2",
+              learning_rate=3e-3)
 
 
 def learn_bandit(args: Args, updates: int, uniform: bool) -> tuple[float, torch.Tensor, float]:
