@@ -47,7 +47,12 @@ def verdict(folder: Path, results: Path = RESULTS) -> list[str]:
 
 
 def table(folders: list[Path]) -> str:
-    """The verdicts of finished runs, in columns."""
-    rows = [["", "environment", "step", "fresh", "range of committed seeds", "verdict"], *map(verdict, folders)]
+    """The verdicts of finished runs, in columns. A run with files that cannot be read is named, and stops no others."""
+    rows = [["", "environment", "step", "fresh", "range of committed seeds", "verdict"]]
+    for folder in folders:
+        try:
+            rows.append(verdict(folder))
+        except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
+            rows.append([str(folder), "", "", "", "", f"cannot be read ({type(error).__name__})"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
