@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Callable
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm
 
 from errors import UserError
@@ -42,16 +43,23 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiled(function: Callable, wanted: bool, device: torch.device, fullgraph: bool = True) -> Callable:
-    """`function` compiled into one graph if that is `wanted` and possible, otherwise `function` itself."""
+    """`function` compiled into one graph if that is `wanted` and possible, otherwise `function` itself. What the compiler
+    fails with, at the first call, is one line."""
     if not wanted or not can_compile(device):
         return function
     graph, calls = torch.compile(function, fullgraph=fullgraph, dynamic=False), itertools.count()
 
     def call(*inputs):
+        nonlocal graph
         if next(calls) == 0:
             tell_compiling()
         with finishing():  # the first call starts a compiler
-            return graph(*inputs)
+            try:
+                return graph(*inputs)
+            except BackendCompilerFailed as error:  # before anything was computed
+                tell_failed(error)
+                graph = function
+                return function(*inputs)
     return call
 
 
@@ -61,13 +69,22 @@ def compile_for(function: Callable, options: dict, *example: Any) -> Callable:
     Later arguments must be tensors of the same shapes and types, and everything else must be equal. Nobody checks that:
     the check that torch.compile makes at every call takes half as long as the update of a small network."""
     tell_compiling()
-    graph = torch.compile(function, fullgraph=True, dynamic=False, options=options).aot_compile((example, {}))
+    try:
+        graph = torch.compile(function, fullgraph=True, dynamic=False, options=options).aot_compile((example, {}))
+    except BackendCompilerFailed as error:
+        tell_failed(error)
+        return function
     graph.disable_guard_check()
     return graph
 
 
 def tell_compiling() -> None:
     tqdm.write("compiling the update: up to a minute, at the next start less", file=sys.stderr)  # above a bar
+
+
+def tell_failed(error: BackendCompilerFailed) -> None:
+    why = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+    tqdm.write(f"the update is not compiled ({why}): training is slower but the same", file=sys.stderr)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
 import envs
@@ -316,6 +317,16 @@ def test_no_compiler_is_said_and_runs(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     assert runtime.compiled(len, True, torch.device("cpu")) is len
     assert "no C++ compiler (no-such-compiler)" in capsys.readouterr().err
+
+
+def test_a_compiler_that_fails_is_one_line_and_runs(monkeypatch, capsys):
+    def fails(*_inputs):
+        raise BackendCompilerFailed("inductor", RuntimeError("C++ compile error\n80 lines of it"), None)
+    monkeypatch.setattr(torch, "compile", lambda *_given, **_kwargs: fails)
+    call = runtime.compiled(len, True, torch.device("cuda"))
+    assert [call("abc"), call("ab")] == [3, 2]
+    assert capsys.readouterr().err.splitlines()[1:] == ["the update is not compiled (RuntimeError: C++ compile error): "
+                                                        "training is slower but the same"]
 
 
 def test_means_are_since_the_last_time():
