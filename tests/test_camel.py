@@ -1,4 +1,7 @@
 """CAMEL-style masks: boxes, maps and schedule against hand numbers; where nothing is masked, TD3 bit for bit."""
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import knowledge
 from algos import camel, td3
 from buffers import Batch
 from envs import unflatten
+from tests.tasks import SIGNAL_AT
 from tests.test_sandbox import pytestmark as needs_seccomp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,6 +269,18 @@ def test_a_generated_policy_resumes_exactly_though_it_fails_in_some_states(tmp_p
     for part in ("agent", "buffer", "loop"):
         for a, b in zip(flat(uncut[part]), flat(resumed[part]), strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@needs_seccomp
+def test_ctrl_c_saves_a_run_with_generated_code(tmp_path):
+    """A terminal signals the whole group: the process of the code has to live until the run has saved."""
+    (tmp_path / "said.py").write_text("def policy(obs):\n    return [0.5, 0]\n")
+    words = ["--env", POINT["env"], "--knowledge", f"llm:{tmp_path / 'said.py'}", "--run-dir", str(tmp_path / "run"),
+             *"--total-timesteps 4000 --hidden 8x1 --no-compile --eval-every 0 --eval-episodes 1".split()]
+    done = subprocess.run([sys.executable, "algos/camel.py", *words], cwd=ROOT, capture_output=True, text=True,
+                          start_new_session=True, env={**os.environ, SIGNAL_AT: "100 SIGINT"})
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("saved; continue with"), done.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
 def test_a_control_needs_no_knowledge_and_says_so(tmp_path):
