@@ -53,6 +53,8 @@ def test_box_and_maps(policies, half_width, low, high, clipped, spread):
     assert near(camel.masked(x, state, YES, FULL, camel.Args()), [clipped])
     assert near(camel.masked(x, state, YES, FULL, camel.Args(mask_mode="affine")), [spread])
     assert torch.equal(camel.masked(x, state, ~YES, FULL, camel.Args()), x)
+    inside = torch.tensor([clipped])  # what is clipped stays where it is
+    assert torch.equal(camel.masked(inside, state, YES, FULL, camel.Args()), inside)
 
 
 def test_a_policy_that_fails_is_left_out():
@@ -166,6 +168,8 @@ def test_an_actor_outside_of_the_box_is_led_back():
     assert free == pytest.approx(-rate, abs=1e-6) and logged["outside"].item() == 0
     pulled = slope(0.5, 1.0, True, center_coef=3.0)[0]
     assert pulled == pytest.approx((-1 + 3 * 2 * (raw - 0.75)) * rate, abs=1e-6)
+    assert slope(0.5, 1.0, False, center_coef=3.0)[0] == pytest.approx(-rate, abs=1e-6)  # not masked: not pulled
+    assert slope(-1.0, 1.0, True, center_coef=3.0)[0] == pytest.approx(-rate, abs=1e-6)  # no box: no middle
     affine, logged = slope(0.0, 0.5, True, mask_mode="affine", center_coef=3.0)  # the middle is its output 0
     assert affine == pytest.approx((-0.25 + 3 * 2 * (0.25 * raw) * 0.25) * rate, abs=1e-6)
     assert logged["outside"].item() == 0
@@ -197,7 +201,7 @@ def plain(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("flags", [
     dict(mask_steps=0, mask_mode="step"), dict(mask_steps=0, mask_mode="affine"),
     dict(half_width=2.0), dict(half_width=2.0, mask_mode="shrink"), dict(half_width=2.0, mask_mode="affine"),
-    dict(half_width=2.0, center="zero"), dict(knowledge="none"), dict(mask_steps=0, center="random")],
+    dict(half_width=2.0, center="zero"), dict(half_width=2.0, center_coef=1.0), dict(knowledge="none", center_coef=1.0), dict(mask_steps=0, center="random")],
     ids=lambda flags: " ".join(map(str, flags.values())))
 def test_without_a_mask_it_is_td3_bit_for_bit(flags, plain, tmp_path):
     """152 updates with hindsight: networks, moments and the actions in the buffer are the same bits."""
