@@ -7,7 +7,8 @@ is claimed. `diff algos/td3.py algos/camel.py` shows all of it:
 
     box:     low = min_k p_k(s) - w, high = max_k p_k(s) + w, within [-1, 1], of policies p_k and half-width w
     map:     clip(x, low, high) of the actor's output x, or affine, middle of the box + x (high - low) / 2
-    epsilon: 1 - step / mask_steps: the share of episodes that are masked; in shrink and affine, how far the box still is from full
+    epsilon: 1 - step / mask_steps: the share of episodes that are masked; in shrink and affine, how far the box still
+             is from full
 
 Acting, targets and the actor's objective use the same map with the same epsilon: TD3 on the masked task at epsilon 1,
 plain TD3 at 0. docs/camel.md has the measurements.

@@ -2,7 +2,7 @@
 
     python -m llm.lesr --env Hopper-v4 --iterations 2 --candidates 2 --total-timesteps 20000     # recordings, no key
     python -m llm.lesr --env Hopper-v4 --iterations 3 --candidates 6 --total-timesteps 800000 --workers 2 \\
-        --mode record --model NAME --base-url http://127.0.0.1:8080/v1                           # as in the paper
+        --mode record --model NAME --base-url http://127.0.0.1:8080/v1                           # the authors' example
 
 Wang et al. (ICML 2024, arXiv 2407.13237). Each iteration asks for `--candidates` pairs of functions, `revise_state` and
 `intrinsic_reward`, checks them in the sandbox, trains algos/lesr.py with each through benchmarks/run.py, and reports
@@ -38,8 +38,8 @@ from llm.write_policies import task_for
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = ["revise_state", "intrinsic_reward"]
 RANDOM = 256  # states that a pair is tried on: normal ones, and zeros
-LARGEST_REWARD = 100.0  # in these, as in the paper; at a start, all but still, Walker2d's pair gives more
-TRIES = 49  # answers that are read in one iteration, as in the paper
+LARGEST_REWARD = 100.0  # in these; on real states there is no bound: Walker2d's pair exceeds it when nearly still
+TRIES = 49  # answers that are read in one iteration, as in the authors' code
 EVALUATIONS = 10  # the last ones, whose mean is what a pair is worth
 MANY_PARTS = ("AntMaze", "Fetch", "Adroit", "PointMaze", "HandManipulate")  # tasks whose model is told to coordinate
 FIXED = ["env", "model", "temperature", "max_tokens", "candidates", "total_timesteps", "seeds", "eval_every", "flags",
@@ -50,9 +50,9 @@ FIXED = ["env", "model", "temperature", "max_tokens", "candidates", "total_times
 class Args(client.Args):
     """Let a language model write state features and an intrinsic reward, train with them, and let it improve them."""
     env: str = "Hopper-v4"  # environment id, with a description in llm/prompts/tasks
-    iterations: int = 2  # times that it writes pairs (paper: 3)
-    candidates: int = 2  # pairs per iteration (paper: 6)
-    total_timesteps: int = 100_000  # environment steps of training with each pair (paper: 800,000)
+    iterations: int = 2  # times that it writes pairs (authors' example: 3)
+    candidates: int = 2  # pairs per iteration (authors' example: 6)
+    total_timesteps: int = 100_000  # environment steps of training with each pair (authors' example: 800,000)
     seeds: int = 1  # trainings with each pair
     eval_every: int = 5000  # environment steps between evaluations, the last ten of which count
     flags: str = ""  # more flags of algos/lesr.py: --flags="--intrinsic-weight 0.01 --no-compile"
