@@ -277,7 +277,8 @@ def test_rules_are_measured_before_any_learning(tmp_path):
     for _ in range(2):
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = list(csv.DictReader((tmp_path / "rules.csv").open()))
-    assert [(row["who"], row["episodes"]) for row in found] == [("fetch.move_to_goal", "4"), ("uniform actions", "4")]
+    assert [(row["who"], row["episodes"]) for row in found] == [("fetch.move_to_goal", "4"), ("uniform actions", "4"),
+                                                               ("doing nothing", "4")]
     assert found[0]["success_rate"] == "1" and float(found[1]["return_mean"]) < float(found[0]["return_mean"])
     wrong = subprocess.run([*command[:3], "CartPole-v1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "no rules are registered" in wrong.stderr and len(wrong.stderr.splitlines()) == 1

@@ -361,7 +361,7 @@ def test_a_run_loses_nothing_by_signals(tmp_path):
                                  (400, "SIGTERM", 143, ["--resume", str(folder)]),
                                  (300, "SIGINT", 130, ["--resume", str(folder)])):
         done = subprocess.run([*program, *more], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, SIGNAL_AT: f"{at} {name}"})
+                              start_new_session=True, env={**os.environ, SIGNAL_AT: f"{at} {name}"})
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
         assert code < 0 or f"{program[1]} --resume {folder}" in done.stderr.splitlines()[-1]
     command(script, "--resume", str(folder), log_every=1000)
