@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-SUITE ?= cpu
+SUITE ?= quick
 WORKERS ?= 1
 ALGO ?=
 ENV ?=
@@ -45,7 +45,7 @@ twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=
 speed: setup  ## updates/s and steps/s: ALGO=sac, td3, ppo beside stable-baselines3; stream, bk beside plain code
 	$(BIN)/python benchmarks/speed.py $(or $(ALGO),sac) $(ARGS)
 
-bench: setup  ## run what is not finished of SUITE=smoke|cpu|sami|srl|barrier|paper, WORKERS=2 at a time, ALGO=sac_kian only
+bench: setup  ## every headline in an hour, beside the committed number; SUITE=cpu|bk|forms|sami|..., WORKERS=2, ALGO=sac_kian
 	$(BIN)/python benchmarks/run.py --suite $(SUITE) --workers $(WORKERS) $(if $(ALGO),--algo $(ALGO)) $(ARGS)
 
 report: setup  ## tables and figures in docs/ and README, and report.html, from benchmarks/results/

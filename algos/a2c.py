@@ -325,10 +325,10 @@ def main(args: Args) -> dict[str, float]:
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        obs = envs.to_tensors(obs)
+        found = agent(look(envs.to_tensors(obs))).policy
+        best = evaluator.noted(found.log_probs) if discrete else evaluator.noted(found.mean, found.log_std.exp())
         if args.eval_select == "sample":
-            return envs.to_env(vec, agent(look(obs)).policy.draw(evaluator.generator))
-        best = policy(obs)
+            return envs.to_env(vec, found.draw(evaluator.generator))
         return envs.to_env(vec, best.argmax(1) if discrete else best)
 
     if args.evaluate:

@@ -6,7 +6,7 @@ environment, whatever the task. Shaping adds what a step gains of it (Ng et al. 
 
     r'_t = ext_coef r_t + shape_coef (gamma phi(h_{t+1}) - phi(h_t)) / scale,   phi = 0 where the task has ended
 
-Departures: --shaping official is the released code, in which the reward comes one step late, (10 r_t + gamma phi(h_t) -
+Departures: --shaping official is the released form, in which the reward comes one step late, (10 r_t + gamma phi(h_t) -
 phi(h_{t-1})), flows from one episode into the next and has a scale that wanders. No language model is asked here, or at
 any time in training: knowledge/label_code.py is the stage before. docs/background_knowledge.md has the measurements.
 Everything else is PPO with advantages normalised per batch: `diff algos/ppo.py algos/bk_code.py`.
@@ -353,7 +353,7 @@ def main(args: Args) -> dict[str, float]:
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        log_probs = policy(envs.to_tensors(obs))
+        log_probs = evaluator.noted(policy(envs.to_tensors(obs)))
         if args.eval_select == "sample":
             log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
         action = log_probs.argmax(1)

@@ -8,7 +8,7 @@ Nothing is asked here: knowledge/label_goals.py is the stage before, knowledge/g
 of BK-Code: `diff algos/bk_code.py algos/bk_goal.py`.
 
 Texts are embedded by hashed words, which needs no model; --knowledge goals-minilm takes all-MiniLM-L6-v2
-(requirements-minilm.txt). docs/background_knowledge.md has both.
+(requirements-minilm.txt). docs/background_knowledge.md says how far what both say is nearness to objects.
 
 python algos/bk_goal.py --env BabyAI-Text-GoToLocal-RedBall-S20
 """
@@ -352,7 +352,7 @@ def main(args: Args) -> dict[str, float]:
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        log_probs = policy(envs.to_tensors(obs))
+        log_probs = evaluator.noted(policy(envs.to_tensors(obs)))
         if args.eval_select == "sample":
             log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
         action = log_probs.argmax(1)

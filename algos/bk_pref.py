@@ -7,8 +7,8 @@ potential. Nothing is asked or learned of preferences here: knowledge/label_pref
 knowledge/train_preferences.py are the stage before, knowledge/preferences.py is the model. Shaping is that of BK-Code:
 `diff algos/bk_code.py algos/bk_pref.py`.
 
-The shipped model was trained on labels of a rule, not of a language model: docs/background_knowledge.md says what
-labels of a small one are worth.
+The shipped model was trained on labels of a rule, not of a language model: docs/background_knowledge.md says how often
+it tells the rule's choice.
 
 python algos/bk_pref.py --env BabyAI-Text-GoToLocal-RedBall-S20
 """
@@ -352,7 +352,7 @@ def main(args: Args) -> dict[str, float]:
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        log_probs = policy(envs.to_tensors(obs))
+        log_probs = evaluator.noted(policy(envs.to_tensors(obs)))
         if args.eval_select == "sample":
             log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
         action = log_probs.argmax(1)

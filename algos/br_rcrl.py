@@ -347,8 +347,7 @@ def main(args: Args) -> dict[str, float]:
 
     def choose(obs: torch.Tensor | dict[str, torch.Tensor], c: float = args.c) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = normalizer(offline.features(obs)).to(device)
-        decision = decide(agent["params"], inputs, noise, there, replace(args, c=c), discrete)
-        return tree_map(lambda x: x.cpu(), decision)
+        return tree_map(lambda x: x.cpu(), decide(agent["params"], inputs, noise, there, replace(args, c=c), discrete))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
         """The action (B, d), or log-probabilities (B, A): what the run leaves as policy.pt2."""
@@ -357,10 +356,11 @@ def main(args: Args) -> dict[str, float]:
     def act(obs: envs.Observation, c: float = args.c) -> np.ndarray:
         """What evaluations play: of discrete actions the likeliest."""
         output, k = choose(envs.to_tensors(obs), c)
-        wanted = scale["low"] + (k + 0.5) / args.bins * (scale["high"] - scale["low"])
-        told = {"asked_bin": k.float(), "asked_return": wanted, "clamped": (output.abs() >= 1).float()}
-        asked.add({name: x.mean() for name, x in told.items()})
-        return output.argmax(1).numpy() if discrete else vec.to_box(output.numpy())
+        center = scale["low"] + (k + 0.5) / args.bins * (scale["high"] - scale["low"])
+        told = {"br": {"asked_bin": k.float(), "asked_return": center}, "rcrl": {"asked_return": scale["query"]}}
+        clamped = {} if discrete else {"clamped": (output.abs() >= 1).float()}
+        asked.add({name: x.mean() for name, x in (told.get(args.mode, {}) | clamped).items()})
+        return evaluator.noted(output).argmax(1).numpy() if discrete else vec.to_box(output.numpy())
 
     def returns_by_c() -> torch.Tensor:
         return torch.tensor([evaluator.play(lambda obs: act(obs, c))["return_mean"] for c in CURVE])

@@ -7,7 +7,8 @@ is claimed. `diff algos/td3.py algos/camel.py` shows all of it:
 
     box:     low = min_k p_k(s) - w, high = max_k p_k(s) + w, within [-1, 1], of policies p_k and half-width w
     map:     clip(x, low, high) of the actor's output x, or affine, middle of the box + x (high - low) / 2
-    epsilon: 1 - step / mask_steps: the share of episodes that are masked, or how little of its way the box has grown
+    epsilon: 1 - step / mask_steps: the share of episodes that are masked; in shrink and affine, how far the box still
+             is from full
 
 Acting, targets and the actor's objective use the same map with the same epsilon: TD3 on the masked task at epsilon 1,
 plain TD3 at 0. docs/camel.md has the measurements.
@@ -36,7 +37,7 @@ from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
-NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (paper: c)
+NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (TD3's paper: c)
 
 
 @dataclass
@@ -60,10 +61,10 @@ class Args:
     # twin end
 
     # algorithm
-    hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (paper: 400 and 300)
-    batch_size: int = 256  # transitions per update (paper: 100)
+    hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (TD3's paper: 400 and 300)
+    batch_size: int = 256  # transitions per update (TD3's paper: 100)
     buffer_size: int = 1_000_000  # transitions that are kept
-    learning_rate: float = 3e-4  # Adam, for actor and critics (paper: 1e-3)
+    learning_rate: float = 3e-4  # Adam, for actor and critics (TD3's paper: 1e-3)
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # Polyak step of the target networks, per update
     updates_per_step: float = 1.0  # updates per environment step
@@ -81,7 +82,7 @@ class Args:
     mask_mode: Literal["episode", "step", "shrink", "affine", "adaptive"] = "episode"  # adaptive: falls faster
     mask_steps: int = 60_000  # environment steps until epsilon is 0: no mask, or in shrink and affine all of [-1, 1]
     box_coef: float = 1.0  # weight of the actor's squared distance to the box, where it is masked
-    center_coef: float = 0.0  # weight of its squared distance to the middle of the box, times epsilon
+    center_coef: float = 0.0  # weight of its squared distance to the middle of that box, times epsilon
 
 
 # limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
@@ -168,7 +169,8 @@ def actor_loss(actor: dict, critic: dict, obs: Seen, mask: torch.Tensor, epsilon
     q = mlp(first, "q", critic_inputs(obs, action)).mean()
     wanted = action if args.mask_mode == "affine" else raw  # in coordinates of actions
     outside = (wanted - action).square().sum(1).mean()  # 0 where nothing is masked, and inside of the box
-    off_center = (wanted - (obs.low + obs.high) / 2).square().sum(1).mean()
+    held = mask & (obs.high - obs.low < 2)  # (B, d): without a box there is no middle to be led to
+    off_center = torch.where(held, wanted - (obs.low + obs.high) / 2, 0).square().sum(1).mean()
     loss = -q + args.box_coef * outside + args.center_coef * epsilon * off_center
     return loss, {"q": q, "outside": outside, "clipped": (wanted != action).float().mean()}
 
@@ -235,7 +237,7 @@ def compare(run: runtime.Run, loop: dict, epsilon: float, alone: float, with_mas
 
 
 def draw_masks(epsilon: float, shape: tuple[int, ...], count: int, args: Args) -> torch.Tensor:
-    """Who is masked, bool. From chance of its own, by `count`: with epsilon 0 all else is drawn as TD3 draws it."""
+    """Who is masked, bool. Has its own generator, seeded by `count`, so all other random numbers are TD3's."""
     if args.mask_mode in GROWS:
         return torch.full(shape, epsilon > 0)
     generator = torch.Generator().manual_seed((args.seed * 2 ** 34 + count) % 2 ** 63)

@@ -1,13 +1,13 @@
-"""CCM: TESAC whose contexts also tell tasks apart, by contrast.
+"""CCM: TESAC whose contexts also tell buckets of tasks apart, by contrast.
 
 The base of SaCCM in Yu, Dunion, Li, Albrecht, "Skill-aware Mutual Information Optimisation for Zero-shot Generalisation
 in Reinforcement Learning" (NeurIPS 2024, arXiv 2406.04815), after Fu et al. (2021), whose exploration it leaves out.
-Queries q = psi(trajectories of one task), positive keys k+ = psi'(the same), negative keys k- = psi'(trajectories of
-another task), with psi' the momentum encoder; similarities are cosines over T = 0.1. `--estimator sigmoid` compares all
-pairs, as the paper's code does; `softmax` is InfoNCE with K samples. Parent: algos/tesac.py
+Queries q = psi(trajectories of one bucket), positive keys k+ = psi'(the same), negative keys k- = psi'(trajectories of
+another bucket), with psi' the momentum encoder; similarities are cosines over T = 0.1. `--estimator sigmoid` compares
+all pairs, as the paper's code does; `softmax` is InfoNCE with K samples. Parent: algos/tesac.py
 
-Departures: those of the parent; 4 random windows of each trajectory, which leaves means over pairs unbiased; one sum of
-both losses and one step, not two in turn. docs/sami.md has the measurements.
+Departures: those of the parent; 4 random windows of each trajectory, so that one of 32 positive pairs is a window with
+itself; one sum of both losses and one step, not two in turn. docs/sami.md has what is exact, and the measurements.
 
 python algos/ccm.py --env CrippledHalfCheetah-dyn-v0
 """
@@ -33,7 +33,7 @@ from networks import adam, adam_state, init_mlp, mlp
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
 TEMPERATURE = 0.1  # of similarities
-RECENT = 100  # trajectories of a task that are compared, the last ones: what the paper's buffer holds
+RECENT = 100  # trajectories of a bucket that are compared, the last ones: what the paper's buffer holds
 
 
 @dataclass
@@ -278,14 +278,14 @@ def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args)
 
 
 def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Episodes (n,) of a random task, then of another one, and the weight () of comparing them: kappa, 0 while only one
-    task has been played."""
-    n, tasks = args.contrast_trajectories, buffer.task.bincount().nonzero()[:, 0].tolist()
-    if len(tasks) < 2:
+    """Episodes (n,) of a random bucket, then of another one, and the weight () of comparing them: kappa, 0 while only
+    one has been played."""
+    n, buckets = args.contrast_trajectories, buffer.task.bincount().nonzero()[:, 0].tolist()
+    if len(buckets) < 2:
         return torch.zeros(n, dtype=torch.long), torch.tensor(0.0)
     drawn = []
-    for i, count in zip(torch.randperm(len(tasks)).tolist(), (n - negatives(args), negatives(args))):
-        recent = buffer.latest(tasks[i], RECENT)
+    for i, count in zip(torch.randperm(len(buckets)).tolist(), (n - negatives(args), negatives(args))):
+        recent = buffer.latest(buckets[i], RECENT)
         drawn.append(recent[torch.randint(len(recent), (count,))])
     return torch.cat(drawn), torch.tensor(args.kappa)
 

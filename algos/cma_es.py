@@ -237,7 +237,7 @@ def main(args: Args) -> dict[str, float]:
 
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        return to_env(outputs_of(envs.flatten(obs)))
+        return to_env(evaluator.noted(outputs_of(envs.flatten(obs)), scores="output"))
 
     if args.evaluate:
         return evaluator.report(act, saved["step"])

@@ -281,7 +281,8 @@ def main(args: Args) -> dict[str, float]:
 
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play: the greedy action."""
-        return q_values(agent["online"], envs.flatten(obs).to(device)).argmax(1).cpu().numpy()
+        q = q_values(agent["online"], envs.flatten(obs).to(device))
+        return evaluator.noted(q, scores="Q").argmax(1).cpu().numpy()
 
     if args.evaluate:
         return evaluator.report(act, saved["step"])

@@ -29,12 +29,13 @@ import envs
 import runtime
 from buffers import Batch, ReplayBuffer
 from errors import UserError
-from knowledge.features import load_features
+from knowledge.features import keep_features, load_features
 from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
-NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (paper: c)
+LONGEST = 1000  # steps of an episode without a time limit whose slopes are measured together
+NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (TD3's paper: c)
 
 
 @dataclass
@@ -58,10 +59,10 @@ class Args:
     # twin end
 
     # algorithm
-    hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (paper: 400 and 300)
-    batch_size: int = 256  # transitions per update (paper: 100)
+    hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (TD3's paper: 400 and 300)
+    batch_size: int = 256  # transitions per update (TD3's paper: 100)
     buffer_size: int = 1_000_000  # transitions that are kept
-    learning_rate: float = 3e-4  # Adam, for actor and critics (paper: 1e-3)
+    learning_rate: float = 3e-4  # Adam, for actor and critics (TD3's paper: 1e-3)
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # Polyak step of the target networks, per update
     updates_per_step: float = 1.0  # updates per environment step
@@ -101,6 +102,7 @@ class Smoothness:
     RATE = 0.005  # of the running mean
 
     def __init__(self, num_envs: int, limit: int, d: int):
+        """`limit`: steps; a longer episode counts as several."""
         self.open = torch.zeros(num_envs, limit, d + 1)  # states and rewards of open episodes
         self.lengths = torch.zeros(num_envs, dtype=torch.long)
         self.constants = torch.zeros(d, dtype=torch.float64)
@@ -111,7 +113,8 @@ class Smoothness:
         row = torch.cat([x, torch.from_numpy(reward).float()[:, None]], 1)
         self.open[torch.arange(len(x)), self.lengths] = row
         self.lengths += 1
-        for i in ended.nonzero()[0].tolist():
+        full = (self.lengths == self.open.shape[1]).numpy()
+        for i in (ended | full).nonzero()[0].tolist():
             episode = self.open[i, :self.lengths[i]]
             self.constants += self.RATE * (lipschitz(episode[:, :-1], episode[:, -1]) - self.constants)
             self.episodes += 1
@@ -122,6 +125,19 @@ class Smoothness:
         scale = 1 - (1 - self.RATE) ** self.episodes if self.episodes else 1.0
         rows = [f"{i},{c:.6g},{c / scale:.6g}" for i, c in enumerate(self.constants.tolist())]
         path.write_text("\n".join(["number,lipschitz,unbiased", *rows]) + "\n")
+
+
+def log_rewards(scalars: runtime.Means, sums: torch.Tensor, reward: np.ndarray, intrinsic: np.ndarray,
+                ended: np.ndarray, args: Args) -> None:
+    """Add one step's r and G, both (num_envs,), and their sizes to `scalars`; where an episode ended, also the size of
+    its sum of w G, as a share of that of its sum of r. `sums` (num_envs, 2) has both sums of the open episodes."""
+    both = torch.from_numpy(np.stack([reward, intrinsic], 1)).float()  # (num_envs, 2)
+    sums += both * torch.tensor([1, args.intrinsic_weight])
+    names = ("reward", "intrinsic_reward")
+    scalars.add(dict(zip(names, both.mean(0))) | {f"abs_{name}": x for name, x in zip(names, both.abs().mean(0))})
+    for r, added in sums[ended].abs().tolist():
+        scalars.add({"intrinsic_share": torch.tensor(added / (r + 1e-5))})
+    sums[ended] = 0.0
 
 
 def decide(actor: dict, obs: torch.Tensor) -> torch.Tensor:
@@ -197,14 +213,14 @@ def main(args: Args) -> dict[str, float]:
                         "the old ones; use --her-goals 0")
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
-    features = load_features(args.features, envs.resolve(args.env), envs.flatten(obs))
+    features = load_features(args.features, envs.resolve(args.env), envs.flatten(obs), args.resume or args.evaluate)
     revised = features.revise(envs.flatten(obs))
     f = revised.shape[1] if args.see_features else n
     agent = make_agent(args, f, d, device)
     normalizer = envs.Normalizer(f, args.normalize)
     buffer, relabelled = make_buffer(args, vec, f, d, g)
-    smoothness = Smoothness(args.num_envs, envs.time_limit_of(vec), revised.shape[1])
-    loop = {"revised": revised, "updates_owed": 0.0, "updates": 0}
+    smoothness = Smoothness(args.num_envs, vec.max_episode_steps or LONGEST, revised.shape[1])
+    loop = {"revised": revised, "updates_owed": 0.0, "updates": 0, "sums": torch.zeros(args.num_envs, 2)}
     scalars = runtime.Means()  # since the last log
     parts = {"agent": agent, "normalizer": normalizer, "vec": vec, "buffer": buffer, "loop": loop, "scalars": scalars,
              "smoothness": vars(smoothness)}
@@ -231,6 +247,7 @@ def main(args: Args) -> dict[str, float]:
 
     # train
     run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
+    keep_features(args.features, run.folder)
     learn = runtime.compiled(update, args.compile, device)
     if not saved:
         run.log_evaluation(evaluator.play(act))  # the untrained agent
@@ -262,7 +279,7 @@ def main(args: Args) -> dict[str, float]:
             scalars.add(learn(agent, *inputs, loop["updates"] % args.policy_delay == 0, args))
 
         # log, evaluate, save
-        scalars.add({"reward": torch.tensor(reward.mean()), "intrinsic_reward": torch.tensor(intrinsic.mean())})
+        log_rewards(scalars, loop["sums"], reward, intrinsic, terminated | truncated, args)
         if run.due(LOG_EVERY):
             run.log(scalars.take())
         if run.due(args.eval_every) or run.over:

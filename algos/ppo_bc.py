@@ -273,7 +273,7 @@ def main(args: Args) -> dict[str, float]:
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
         output = agent(look(envs.to_tensors(obs)))
-        log_probs = output.log_probs.cpu()
+        log_probs = evaluator.noted(output.log_probs.cpu())
         if args.eval_select == "sample":
             log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
         action = log_probs.argmax(1)

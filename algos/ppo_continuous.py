@@ -264,9 +264,9 @@ def main(args: Args) -> dict[str, float]:
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play."""
-        if args.eval_select == "mean":
-            return vec.to_box(policy(obs).numpy())
-        return envs.to_env(vec, agent(look(obs)).policy.draw(evaluator.generator))
+        found = agent(look(obs)).policy
+        mean = evaluator.noted(found.mean, found.log_std.exp())
+        return envs.to_env(vec, mean if args.eval_select == "mean" else found.draw(evaluator.generator))
 
     if args.evaluate:
         return evaluator.report(act, saved["step"])

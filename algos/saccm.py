@@ -1,8 +1,8 @@
-"""SaCCM: CCM that tells good behaviour from poor behaviour, not a task from another.
+"""SaCCM: CCM that tells good behaviour from poor behaviour, not a bucket of tasks from another.
 
 Yu, Dunion, Li, Albrecht, "Skill-aware Mutual Information Optimisation for Zero-shot Generalisation in Reinforcement
-Learning" (NeurIPS 2024, arXiv 2406.04815). Positive trajectories are of one task, and better than the negative
-ones, which are the worst of all tasks; algos/satesac.py has them of one task. Queries q = psi(good), positive keys
+Learning" (NeurIPS 2024, arXiv 2406.04815). Positive trajectories are of one bucket of tasks, and better than the
+negative ones, which are the worst of all; algos/satesac.py has both of one. Queries q = psi(good), positive keys
 k+ = psi'(good), negative keys k- = psi'(poor), with psi' the momentum encoder; similarities are cosines over T = 0.1.
 The weight is clip(kappa * gap of the mean rewards, 0, 1). Parent: algos/ccm.py
 
@@ -32,7 +32,7 @@ from networks import adam, adam_state, init_mlp, mlp
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
 TEMPERATURE = 0.1  # of similarities
-RECENT = 100  # trajectories of a task that are compared, the last ones: what the paper's buffer holds
+RECENT = 100  # trajectories of a bucket that are compared, the last ones: what the paper's buffer holds
 
 
 @dataclass
@@ -283,15 +283,15 @@ def return_gap_weight(positive: torch.Tensor, negative: torch.Tensor, kappa: flo
 
 
 def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Episodes (n,) of a random task that are better than the following ones, which are the worst of a draw over all
-    tasks, and the weight () of comparing them: 0 where all are alike."""
-    n, tasks = args.contrast_trajectories, buffer.task.bincount().nonzero()[:, 0].tolist()
-    recent = {task: buffer.latest(task, RECENT) for task in tasks}
-    each = max(n // len(tasks), 1)
+    """Episodes (n,) of a random bucket that are better than the following ones, which are the worst of a draw over all
+    buckets, and the weight () of comparing them: 0 where all are alike."""
+    n, buckets = args.contrast_trajectories, buffer.task.bincount().nonzero()[:, 0].tolist()
+    recent = {bucket: buffer.latest(bucket, RECENT) for bucket in buckets}
+    each = max(n // len(buckets), 1)
     drawn = torch.cat([episodes[torch.randint(len(episodes), (each,))] for episodes in recent.values()])
     poor = drawn[buffer.mean_reward[drawn].argsort(stable=True)][:negatives(args)]
-    for i in torch.randperm(len(tasks)).tolist():
-        better = recent[tasks[i]][buffer.mean_reward[recent[tasks[i]]] > buffer.mean_reward[poor].max()]
+    for i in torch.randperm(len(buckets)).tolist():
+        better = recent[buckets[i]][buffer.mean_reward[recent[buckets[i]]] > buffer.mean_reward[poor].max()]
         if len(better):
             good = better[torch.randint(len(better), (n - len(poor),))]
             gap = return_gap_weight(buffer.mean_reward[good], buffer.mean_reward[poor], args.kappa)

@@ -2,13 +2,13 @@
 
 Yu, Dunion, Li, Albrecht, "Skill-aware Mutual Information Optimisation for Zero-shot Generalisation in Reinforcement
 Learning" (NeurIPS 2024, arXiv 2406.04815). Skill-aware noise contrastive estimation (SaNCE): of trajectories of one
-task, those with the higher rewards show a good skill, the others a poor one. Queries q = psi(good), positive keys
-k+ = psi'(good), negative keys k- = psi'(poor), with psi' the momentum encoder; similarities are cosines over T = 0.1.
-`--estimator sigmoid` compares all pairs, as the paper's code does; `softmax` is the paper's estimator of K samples. Its
-weight is clip(kappa * gap of the mean rewards, 0, 1). Parent: algos/tesac.py
+bucket of tasks, those with the higher rewards show a good skill, the others a poor one. Queries q = psi(good), positive
+keys k+ = psi'(good), negative keys k- = psi'(poor), with psi' the momentum encoder; similarities are cosines over
+T = 0.1. `--estimator sigmoid` compares all pairs, as the paper's code does; `softmax` is the paper's estimator of K
+samples. Its weight is clip(kappa * gap of the mean rewards, 0, 1). Parent: algos/tesac.py
 
-Departures: those of the parent; 4 random windows of each trajectory, which leaves means over pairs unbiased; one sum of
-both losses and one step, not two in turn. docs/sami.md has the measurements.
+Departures: those of the parent; 4 random windows of each trajectory, so that one of 32 positive pairs is a window with
+itself; one sum of both losses and one step, not two in turn. docs/sami.md has what is exact, and the measurements.
 
 python algos/satesac.py --env CrippledHalfCheetah-dyn-v0
 """
@@ -34,7 +34,7 @@ from networks import adam, adam_state, init_mlp, mlp
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
 TEMPERATURE = 0.1  # of similarities
-RECENT = 100  # trajectories of a task that are compared, the last ones: what the paper's buffer holds
+RECENT = 100  # trajectories of a bucket that are compared, the last ones: what the paper's buffer holds
 
 
 @dataclass
@@ -285,9 +285,9 @@ def return_gap_weight(positive: torch.Tensor, negative: torch.Tensor, kappa: flo
 
 
 def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Episodes (n,) of a random task, the better half first (SaNCE), and the weight () of comparing them."""
-    tasks = buffer.task.bincount().nonzero()[:, 0]
-    recent = buffer.latest(int(tasks[torch.randint(len(tasks), ())]), RECENT)
+    """Episodes (n,) of a random bucket, the better half first (SaNCE), and the weight () of comparing them."""
+    buckets = buffer.task.bincount().nonzero()[:, 0]
+    recent = buffer.latest(int(buckets[torch.randint(len(buckets), ())]), RECENT)
     drawn = recent[torch.randint(len(recent), (args.contrast_trajectories,))]
     drawn = drawn[buffer.mean_reward[drawn].argsort(descending=True, stable=True)]
     if args.fixed_weight:

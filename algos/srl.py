@@ -71,6 +71,7 @@ class Args:
     # method
     losses: str = "autoencoder"  # one or more of autoencoder, vae, inverse, forward, reward, priors
     code: int = 32  # numbers of a code
+    split: bool = False  # each loss has a part of the code to itself, of equal size, and sees zeros in the others
     beta: float = 1.0  # weight of the VAE's divergence
     reconstruction_weight: float = 1.0  # of autoencoder or vae in the sum of losses
     inverse_weight: float = 2.0
@@ -121,9 +122,12 @@ class Decoder(nn.Sequential):
 class Model(nn.Module):
     """The encoder, and what the losses need beside it."""
 
-    def __init__(self, losses: list[str], width: int, num_actions: int):
+    def __init__(self, losses: list[str], width: int, num_actions: int, split: bool = False):
         super().__init__()
         self.losses, self.width, self.num_actions = losses, width, num_actions
+        whose = torch.arange(width) * len(losses) // width  # (width,), which loss has this number of a code
+        masks = (whose == torch.arange(len(losses)).unsqueeze(1)) | torch.tensor(not split)
+        self.register_buffer("masks", masks.float(), persistent=False)  # (losses, width)
         self.encoder = Encoder(2 * width if "vae" in losses else width)
         if "autoencoder" in losses or "vae" in losses:
             self.decoder = Decoder(width)
@@ -138,6 +142,14 @@ class Model(nn.Module):
     def code(self, picture: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 64, 64, 3) -> codes (B, n); of a VAE the means."""
         return self.encoder(picture)[:, :self.width]
+
+    def part(self, name: str, code: torch.Tensor) -> torch.Tensor:
+        """Codes (B, n) as a loss sees them."""
+        return code * self.masks[self.losses.index(name)]
+
+    def decode(self, code: torch.Tensor) -> torch.Tensor:
+        """Codes (B, n) -> pictures (B, 3, 64, 64)."""
+        return self.decoder(self.part("vae" if "vae" in self.losses else "autoencoder", code))
 
 
 def scaled(picture: torch.Tensor) -> torch.Tensor:
@@ -193,25 +205,29 @@ def srl_loss(model: Model, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
     n, both = model.width, torch.cat([batch.picture, batch.next_picture])  # (2B, 64, 64, 3)
     output, terms = model.encoder(both), {}
     codes = output[:, :n]
-    code, next_code = codes.chunk(2)  # (B, n)
-    pair = torch.cat([code, next_code], 1)  # (B, 2n)
+
+    def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return model.part(name, codes).chunk(2)  # codes and next codes (B, n)
     if "autoencoder" in model.losses:
-        terms["autoencoder"] = reconstruction(model.decoder(codes), both), args.reconstruction_weight
+        terms["autoencoder"] = reconstruction(model.decode(codes), both), args.reconstruction_weight
     if "vae" in model.losses:
         log_var = output[:, n:].clamp(-20, 10)
         drawn = codes + (0.5 * log_var).exp() * torch.randn_like(codes)
         pixels = both[0].numel()  # squares are summed over pixels, as a likelihood is, and all is divided by them
-        error = reconstruction(model.decoder(drawn), both) + args.beta * kl(codes, log_var) / pixels
+        divergence = kl(model.part("vae", codes), model.part("vae", log_var))  # that of zeros is 0
+        error = reconstruction(model.decode(drawn), both) + args.beta * divergence / pixels
         terms["vae"] = error, args.reconstruction_weight
     if "inverse" in model.losses:
-        terms["inverse"] = inverse(model.inverse(pair), batch.action), args.inverse_weight
+        logits = model.inverse(torch.cat(pair("inverse"), 1))  # of (B, 2n)
+        terms["inverse"] = inverse(logits, batch.action), args.inverse_weight
     if "forward" in model.losses:
+        code, next_code = pair("forward")
         inputs = torch.cat([code, F.one_hot(batch.action, model.num_actions).float()], 1)  # (B, n + A)
         terms["forward"] = forward(code, model.change(inputs), next_code), args.forward_weight
     if "reward" in model.losses:
-        terms["reward"] = reward(model.reward(pair), batch.reward), args.reward_weight
+        terms["reward"] = reward(model.reward(torch.cat(pair("reward"), 1)), batch.reward), args.reward_weight
     if "priors" in model.losses:
-        terms["priors"] = priors(code, next_code, batch.action, batch.reward).sum(), args.priors_weight
+        terms["priors"] = priors(*pair("priors"), batch.action, batch.reward).sum(), args.priors_weight
     loss = sum(weight * term for term, weight in terms.values())
     return loss, {"loss": loss, **{f"{name}_loss": term for name, (term, _) in terms.items()}}
 
@@ -283,7 +299,7 @@ class Frames:
             shares = -sum(losses).reshape(1) / len(self.held)
             scalars = {"held_out_loss": -float(shares)}
         if hasattr(model, "decoder"):
-            errors = [reconstruction(model.decoder(z.to(device)), self.columns.picture[rows].to(device)) * len(rows)
+            errors = [reconstruction(model.decode(z.to(device)), self.columns.picture[rows].to(device)) * len(rows)
                       for z, rows in zip(held_code.split(256), self.held.split(256))]
             scalars["reconstruction"] = float(sum(errors) / len(self.held))
         result = {"episodes": self.held_episodes, "return_mean": float(shares.mean()),
@@ -300,7 +316,7 @@ class Frames:
 
         rows = self.held[torch.linspace(0, len(self.held) - 1, count).long()]
         picture = self.columns.picture[rows]  # (count, 64, 64, 3)
-        decoded = model.decoder(model.code(picture.to(device))).clamp(0, 1).permute(0, 2, 3, 1).cpu()
+        decoded = model.decode(model.code(picture.to(device))).clamp(0, 1).permute(0, 2, 3, 1).cpu()
         both = torch.stack([picture, (255 * decoded).to(torch.uint8)])  # (2, count, 64, 64, 3)
         sheet = both.permute(0, 2, 1, 3, 4).reshape(2 * 64, count * 64, 3)
         path = folder / "video" / "decoded.png"
@@ -316,6 +332,9 @@ def check(args: Args) -> list[str]:
         raise runtime.UserError(f"--losses {args.losses}: {unknown[0]!r} is unknown; known are {', '.join(LOSSES)}")
     if len(set(losses)) < len(losses) or {"autoencoder", "vae"} <= set(losses):
         raise runtime.UserError(f"--losses {args.losses} asks for one thing twice; autoencoder and vae are two of one")
+    if args.split and not 1 < len(losses) <= args.code:
+        raise runtime.UserError(f"--split: {args.code} numbers cannot be divided among {len(losses)} losses; name two "
+                                "losses or more, and give each of them a number")
     return losses
 
 
@@ -329,7 +348,7 @@ def main(args: Args) -> dict[str, float]:
     if shape != (64, 64, 3):
         raise envs.EnvError(f"{args.env} observes {shape} numbers; pictures of 64 x 64 x 3 are needed")
     frames = Frames(vec, args)  # the same ones after a resume
-    model = Model(losses, args.code, num_actions)
+    model = Model(losses, args.code, num_actions, args.split)
     if hasattr(model, "decoder"):
         model.decoder.mean.copy_(frames.mean_picture())
     model.to(device)

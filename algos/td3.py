@@ -29,7 +29,7 @@ from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
-NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (paper: c)
+NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (TD3's paper: c)
 
 
 @dataclass
@@ -53,10 +53,10 @@ class Args:
     # twin end
 
     # algorithm
-    hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (paper: 400 and 300)
-    batch_size: int = 256  # transitions per update (paper: 100)
+    hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (TD3's paper: 400 and 300)
+    batch_size: int = 256  # transitions per update (TD3's paper: 100)
     buffer_size: int = 1_000_000  # transitions that are kept
-    learning_rate: float = 3e-4  # Adam, for actor and critics (paper: 1e-3)
+    learning_rate: float = 3e-4  # Adam, for actor and critics (TD3's paper: 1e-3)
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # Polyak step of the target networks, per update
     updates_per_step: float = 1.0  # updates per environment step

@@ -1,5 +1,4 @@
-"""What external policies are worth before any learning: success and return of each alone, of chance, and of simple
-mixtures.
+"""What external policies are worth before any learning: each alone, chance, doing nothing, and simple mixtures.
 
     python benchmarks/rules.py --env FetchPush-v2                       # the policies that --knowledge auto takes
     python benchmarks/rules.py --env FetchPickAndPlace-v2 --knowledge mine.py,fetch.carry_to_goal
@@ -66,7 +65,8 @@ def contenders(names: list[str], d: int) -> dict[str, Callable[[torch.Tensor], t
 
     mixtures = {"one drawn per step": drawn, "the last that moves, else the first": in_turns} if len(names) > 1 else {}
     return {name: alone(i) for i, name in enumerate(names)} | {
-        "uniform actions": lambda advice: 2 * torch.rand(len(advice), d) - 1} | mixtures
+        "uniform actions": lambda advice: 2 * torch.rand(len(advice), d) - 1,
+        "doing nothing": lambda advice: torch.zeros(len(advice), d)} | mixtures
 
 
 def rows_of(path: Path) -> list[list[str]]:

@@ -1,11 +1,12 @@
-"""Run the cells of a suite that are not finished yet, several at a time: make bench SUITE=cpu WORKERS=2
+"""Run the cells of a suite that are not finished yet, several at a time: make bench SUITE=quick WORKERS=2
 
 A suite (benchmarks/suites/<name>.toml) lists algorithms, environments, seeds and flags; a cell is one command of it.
 With `cross = {gamma = [0.98, 0.99], clip = [0.1, 0.2]}` there is a cell for each combination of these flags.
 Its folder is a function of these four alone, so a suite can be run again at any time: finished cells are skipped, the
 others go on from their last checkpoint, or from the start. Beside a run folder `seed<k>/` stand `seed<k>.log`, what
 the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops every cell with a checkpoint; a second
-one kills them. Cells that fail, in whatever way, are named at the end, and the others run on.
+one kills them. Cells that fail, in whatever way, are named at the end, and the others run on. A table then compares what
+is finished with the committed results (benchmarks/verdict.py).
 """
 import csv
 import fcntl
@@ -31,6 +32,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import verdict
 
 
 GRACE = 60  # seconds that a cell has to save, once its time is over
@@ -161,7 +164,7 @@ class Cell:
 @dataclass
 class Args:
     """Run what is not finished of a benchmark suite."""
-    suite: str = "cpu"  # name in benchmarks/suites, or a path to a .toml file
+    suite: str = "quick"  # name in benchmarks/suites, or a path to a .toml file
     workers: int = 1  # cells at a time, one thread each; at most the number of cores is sensible
     algo: str = ""  # only the cells of this algorithm
     env: str = ""  # only the cells of this environment
@@ -321,6 +324,8 @@ def main(args: Args) -> int:
     for cell in failed:
         how = outcomes[cell] or "0, and left no run"
         print("\n  ".join([f"\n{cell.name} failed ({how}); {cell.beside('.log')} ends:", *cell.last_words()]))
+    if finished := [cell.folder for cell in cells if cell.finished()]:
+        print(f"\n{verdict.table(finished)}\n(by chance, a new seed is outside of the range of n in 2 of n + 1 cases)")
     done = sum(cell.finished() for cell in cells)
     print(f"\n{done} of {len(cells)} cells finished" + (f", {len(failed)} failed" if failed else "")
           + ("; stopped, the same command goes on" if engine.stop else ""))

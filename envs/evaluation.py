@@ -1,7 +1,5 @@
 """Evaluation without bias to short episodes, and video without a display."""
 import csv
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Callable, Sequence
@@ -10,12 +8,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from envs.captions import action_words
 from envs.crafter_text import is_crafter
 from envs.encoders import adopt_encoder
 from envs.ids import EnvError, resolve
 from envs.making import make_vec
 from envs.minigrid import is_grid
+from envs.timeline import Said, draw_actions, draw_timeline
 from envs.vector import Observation, VectorEnv
+from envs.world import find_renderer
 
 Act = Callable[[Observation], np.ndarray]  # a batch of observations -> (num_envs, d) actions
 ENDLESS = 100_000  # steps after which an episode without a time limit is taken to have no end
@@ -37,10 +38,19 @@ class Evaluator:
 
     def _begin(self) -> None:
         self.generator, self.log = torch.Generator().manual_seed(self.args.seed), []
+        self.said, self.filming = [], False
 
     def note(self, weights: torch.Tensor, who: int | torch.Tensor) -> None:
         """Keep for the film the weights (n,) of the policies in the first environment, and which of them acts there."""
         self.log.append((weights.tolist(), int(who)))
+
+    def noted(self, values: torch.Tensor, std: torch.Tensor | None = None, scores: str = "") -> torch.Tensor:
+        """Keep for the film what a policy says in the first environment: log-probabilities (B, A), or mean actions
+        (B, d) in [-1, 1], with the deviations `std` (B, d) of a Gaussian; or, where `scores` names them, other numbers
+        (B, A) of actions, as Q. Returns `values`."""
+        if self.filming:
+            self.said.append(Said(values[0].tolist(), None if std is None else std[0].tolist(), scores))
+        return values
 
     def play(self, act: Act, twice: bool = False) -> dict[str, float]:
         """`args.eval_episodes` episodes, or twice as many, from the same start states every time; see `evaluate`."""
@@ -56,10 +66,13 @@ class Evaluator:
         return result
 
     def film(self, act: Act, folder: Path, names: Sequence[str] = ()) -> None:
-        """Film `args.video` episodes into the run `folder`; with `names`, draw the attention that `act` notes."""
+        """Film `args.video` episodes into the run `folder`, and draw what `act` notes of actions; with `names`, also
+        the attention."""
         self._begin()
+        self.filming = True
         record(act, self.args.env, self.args.video, 10_000 * self.args.seed + 7_000, folder / "video", names, self.log,
-               **self.kwargs)
+               self.said, **self.kwargs)
+        self.filming = False
 
 
 def tell(args, step: int, result: dict[str, float]) -> None:
@@ -118,8 +131,9 @@ def evaluate(act: Act, vec: VectorEnv, episodes: int, seed: int) -> dict[str, fl
 
 
 def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names: Sequence[str] = (),
-           log: Sequence[tuple[list[float], int]] = (), **kwargs) -> None:
+           log: Sequence[tuple[list[float], int]] = (), said: Sequence[Said] = (), **kwargs) -> None:
     """Play and film `episodes` episodes into `folder/episode-<k>.mp4`; episode k starts as a reset with `seed + k`.
+    Draw `folder/actions-<k>.png` from the actions, and from `said`, to which `act` may append at every step.
 
     With `names`, also draw `folder/attention-<k>.png` from `log`, to which `act` appends at every step the weights of
     these policies and the index of the one that acts. `kwargs` go to the environment. Without any working renderer, say
@@ -142,48 +156,36 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
         print(f"no film: {error}", file=sys.stderr)
         return
     for k in range(episodes):
-        obs, ended, frames, first = vec.reset(seed + k), False, [], len(log)
+        obs, ended, frames, actions, first, first_said = vec.reset(seed + k), False, [], [], len(log), len(said)
         while not ended:
             frames.append(vec.render())
-            obs, _, terminated, truncated, _ = vec.step(act(obs))
+            actions.append(act(obs))
+            obs, _, terminated, truncated, _ = vec.step(actions[-1])
             ended = bool(terminated[0] or truncated[0])
         imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=vec.env.metadata.get("render_fps", 25))
+        draw_actions(frames, in_learners_units(np.concatenate(actions), vec.action_space), said[first_said:],
+                     names_of_actions(resolved, vec.action_space), folder / f"actions-{k}.png", crop=not painted)
         if names and len(log) > first:  # a policy may act without attention
             weights, acting = zip(*log[first:])
-            draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png", crop=not grid)
+            draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png", crop=not painted)
     vec.close()
     print(f"filmed into {folder}", file=sys.stderr)
 
 
-def draw_timeline(frames: Sequence[np.ndarray], weights: Sequence[list[float]], acting: Sequence[int],
-                  names: Sequence[str], path: Path, crop: bool) -> None:
-    """Draw who decides when: a strip of the frames, below it the weights (T, n) of `names` stacked to 1, and a band of
-    who acts (T,), indices into `names`. The three share one time axis, in environment steps. `crop` shows the middle
-    of each frame, which is larger then: where a robot works, but not all of a grid."""
-    import matplotlib
+def in_learners_units(actions: np.ndarray, space: gym.Space) -> np.ndarray:
+    """Actions (T, d) of a space as those in [-1, 1] that learners have; discrete ones (T,) as they are."""
+    if isinstance(space, gym.spaces.Discrete):
+        return actions
+    return 2 * (actions - space.low) / (space.high - space.low) - 1
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    steps, shown = len(weights), ((np.arange(8) + 0.5) * len(frames) / 8).astype(int)
-    colors = [plt.get_cmap("tab10")(i % 10) for i in range(len(names))]
-    margin, gap = (frames[0].shape[1] // 5, 0) if crop else (0, 0.03)
-    tall = 1.8 * frames[0].shape[0] / (frames[0].shape[1] - 2 * margin)  # a strip of frames in their proportions
-    figure, (strip, area, band) = plt.subplots(3, 1, figsize=(10, 3.1 + 0.7 * tall), height_ratios=[tall, 4, 0.5],
-                                               sharex=True, constrained_layout=True)
-    for k, frame in enumerate(frames[i] for i in shown):
-        left, right = (k + gap) * steps / 8, (k + 1 - gap) * steps / 8
-        strip.imshow(frame[:, margin:frame.shape[1] - margin], extent=(left, right, 0, 1), aspect="auto")
-        strip.text((k + 0.04) * steps / 8, 0.04, f"step {shown[k]}", color="white", fontsize=8)
-    strip.set_axis_off()
-    area.stackplot(np.arange(steps) + 0.5, np.asarray(weights).T, labels=names, colors=colors, alpha=0.85)
-    area.set(xlim=(0, steps), ylim=(0, 1), ylabel="attention weight")
-    area.legend(loc="upper right", fontsize=8)
-    for step, who in enumerate(acting):
-        band.axvspan(step, step + 1, color=colors[who])
-    band.set(xlabel="environment step", yticks=[], ylabel="acts")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def names_of_actions(env_id: str, space: gym.Space) -> list[str]:
+    """What discrete actions are called: numbers where they have no words."""
+    count = int(getattr(space, "n", 0))
+    try:
+        return list(action_words(env_id)[:count])
+    except EnvError:
+        return [str(k) for k in range(count)]
 
 
 def can_be_filmed(env_id: str, painted: bool) -> bool:
@@ -200,18 +202,3 @@ def can_be_filmed(env_id: str, painted: bool) -> bool:
               "libosmesa6", file=sys.stderr)
         return False
     return True
-
-
-def find_renderer() -> str | None:
-    """Name of a MuJoCo renderer that works without a display ("egl", "osmesa"), set in MUJOCO_GL; None if none does.
-
-    A failed attempt poisons a process (PyOpenGL fixes its platform at import), so each is tried in one of its own.
-    """
-    chosen = os.environ.get("MUJOCO_GL")
-    for name in [chosen] if chosen else ["egl", "osmesa"]:
-        probe = f"from mujoco.{name} import GLContext; c = GLContext(64, 64); c.make_current(); c.free()"
-        if subprocess.run([sys.executable, "-c", probe], env={**os.environ, "MUJOCO_GL": name},
-                          capture_output=True).returncode == 0:
-            os.environ["MUJOCO_GL"] = name
-            return name
-    return None

@@ -124,12 +124,17 @@ SCENE = """<mujoco model="franka">
 
 @cache
 def build(name: str, visible: bool = False) -> mujoco.MjModel:
-    """The model of a task, compiled once and shared: who changes it, changes a copy.
+    """The model of a task, compiled once and shared: who changes it, changes a copy. See `assemble`."""
+    return assemble(TASKS[name], visible).compile()
+
+
+def assemble(task: Task, visible: bool) -> mujoco.MjSpec:
+    """The scene of a task, to be changed and compiled.
 
     Only the `visible` one has the meshes that are looked at: MuJoCo clears a flag for each of their 270,000 nodes in
     every simulated step, which takes a quarter of its time. The dynamics are the same to the last bit.
     """
-    task, folder = TASKS[name], assets()
+    folder = assets()
     files = {key: quoteattr(str(folder / file)) for key, file in
              (("assets", "assets.xml"), ("chain", "chain.xml"), ("actuators", "actuator.xml"), ("meshes", "meshes"))}
     spec = mujoco.MjSpec.from_string(SCENE.format(
@@ -177,7 +182,18 @@ def build(name: str, visible: bool = False) -> mujoco.MjModel:
                             friction=(1, 0.05, 0.001), condim=4, contype=1, conaffinity=0, mass=0)
     grip = spec.body("panda0_link7").add_body(name="ee", pos=(0, 0, 0.2099), quat=(0.92388, 0, 0, -0.382683))
     grip.add_site(name="ee", size=(0.005, 0, 0), group=3)
-    return spec.compile()
+    return spec
+
+
+def settle(data: mujoco.MjData) -> np.ndarray:
+    """Put the arm of fresh `data` at rest, from where every episode starts; returns the gripper's place (3,) there."""
+    model = data.model
+    arm = [int(model.joint(f"robot:panda0_joint{k}").qposadr[0]) for k in range(1, 8)]
+    data.qpos[arm] = NEUTRAL
+    mujoco.mj_kinematics(model, data)
+    data.mocap_pos[0] = home = data.site_xpos[model.site("ee").id].copy()
+    mujoco.mj_step(model, data, nstep=200)
+    return home
 
 
 def compute_reward(achieved_goal: np.ndarray, desired_goal: np.ndarray, dense: bool) -> np.ndarray:
@@ -219,24 +235,16 @@ class World:
                      for side in ("left", "right")]
         self.object_qpos = int(model.jnt_qposadr[model.body_jntadr[self.object]])
         self.fingers = [int(model.joint(f"robot:panda0_finger_joint{k}").qposadr[0]) for k in (1, 2)]
-        self.home_qpos, self.home = self._settle()
+        rest = mujoco.MjData(model)
+        rest.qpos[self.object_qpos] = 1.7  # out of the way
+        self.home = settle(rest)
+        self.home_qpos = rest.qpos.copy()
         self.goal, self.ee_pos, self.object_pos = (np.zeros((num, 3)) for _ in range(3))
         self.ee_vel, self.object_vel = np.zeros((num, 6)), np.zeros((num, 6))  # angular, linear
         self.object_mat, self.width, self.ctrl = np.zeros((num, 3, 3)), np.zeros(num), np.zeros(num)
         self.physics = np.tile([self.task.mass, self.task.friction], (num, 1))
         self.skill, self.episode_skill = np.ones((2, num), np.int64)
         self.set_physics({key: value for key, value in (("mass", mass), ("friction", friction)) if value is not None})
-
-    def _settle(self) -> tuple[np.ndarray, np.ndarray]:
-        """Joints (nq,) and place of the gripper (3,) at rest, from where every episode starts."""
-        model, data = self.base, mujoco.MjData(self.base)
-        arm = [int(model.joint(f"robot:panda0_joint{k}").qposadr[0]) for k in range(1, 8)]
-        data.qpos[arm] = NEUTRAL
-        data.qpos[self.object_qpos] = 1.7  # out of the way
-        mujoco.mj_kinematics(model, data)
-        data.mocap_pos[0] = home = data.site_xpos[self.ee].copy()
-        mujoco.mj_step(model, data, nstep=200)
-        return data.qpos.copy(), home
 
     def set_physics(self, options: dict | None) -> None:
         """Give the simulators the `mass` (kg) and the `friction` of `options`, each a number or one per simulator

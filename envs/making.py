@@ -16,6 +16,8 @@ from envs.encoders import COPIES, exact, make_encoder
 from envs.fetch import FetchVectorEnv
 from envs.franka import IDS as FRANKA
 from envs.franka import FrankaVectorEnv
+from envs.franka_button import IDS as BUTTON
+from envs.franka_button import ButtonVectorEnv
 from envs.ids import EnvError, resolve, split_view
 from envs.minigrid import MiniGridVectorEnv, PlainMiniGridVectorEnv, is_grid, shows_grid
 from envs.mobile import IDS as MOBILE
@@ -97,6 +99,8 @@ def make_plain(env_id: str, resolved: str, num_envs: int, threads: int, fast: bo
             vec = FrankaTasksVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif fast and resolved in FRANKA:
             vec = FrankaVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
+        elif fast and resolved in BUTTON:
+            vec = ButtonVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif fast and resolved in MOBILE:
             vec = MobileVectorEnv(resolved, num_envs, goal_range=goal_range, **kwargs)
         elif action_repeat > 1 and (is_crafter(resolved) or is_grid(resolved)):

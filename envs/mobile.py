@@ -30,6 +30,7 @@ STEP, REACHED, LINE, BEFORE = 0.1, 0.4, 0.1, 0.2  # m: a step; at a target, at a
 LOW, HIGH = np.array([0.425, 0.2]), np.array([3.575, 3.8])  # where the middle of the robot may be
 STREAK = 10  # steps at the target that are a success
 MOVES = np.array([[-STEP, 0], [STEP, 0], [0, -STEP], [0, STEP]])
+ACTION_WORDS = ("x-", "x+", "y-", "y+")
 FIRST, SECOND = (3.6, 3.0), (0.4, 3.0)  # targets that are not drawn
 
 SIDE = 5.081  # m that a picture shows: a camera 4.4 m above the middle, 60 degrees wide

@@ -20,10 +20,12 @@ import mujoco
 import numpy as np
 
 from envs import foreign
-from envs.evaluation import can_be_filmed, find_renderer, tell
+from envs.evaluation import can_be_filmed, in_learners_units, names_of_actions, tell
 from envs.ids import EnvError, resolve, split_view
+from envs.timeline import draw_actions
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
                          random_state, set_random_state, time_limit, warn_of_statistics)
+from envs.world import find_renderer
 
 TIME_LIMIT = 1000  # what the time feature takes where a task names no limit; it is that of every dm_control task
 CLASSIC, CLASSIC_LIMIT = ("CartPole", "Acrobot", "MountainCar"), 10_000  # as published: good agents should not meet it
@@ -258,7 +260,8 @@ class StreamEvaluator:
         return result
 
     def film(self, act: StreamAct, folder: Path) -> None:
-        """Film `args.video` episodes into the run `folder`; without a working renderer, say what to install."""
+        """Film `args.video` episodes into the run `folder`, and draw the actions; without a working renderer, say what
+        to install."""
         env_id, folder = self.args.env, folder / "video"
         if self.args.video < 1:
             return
@@ -271,22 +274,27 @@ class StreamEvaluator:
         folder.mkdir(parents=True, exist_ok=True)
         env = StreamEnv(env_id, render_mode="rgb_array", **self.kwargs)
         for k in range(self.args.video):
-            frames = []
-            self._episode(act, env, 10_000 * self.args.seed + 7_000 + k, frames)
+            frames, actions = [], []
+            self._episode(act, env, 10_000 * self.args.seed + 7_000 + k, frames, actions)
             if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
                 frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]
             imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=env.env.metadata.get("render_fps", 25))
+            draw_actions(frames, in_learners_units(np.array(actions), env.action_space), (),
+                         names_of_actions(env_id, env.action_space), folder / f"actions-{k}.png", crop=False)
         env.close()
         print(f"filmed into {folder}", file=sys.stderr)
 
     @staticmethod
-    def _episode(act: StreamAct, env: StreamEnv, seed: int, frames: list | None = None) -> tuple[float, int]:
-        """Return and length of an episode; its pictures go to `frames`."""
+    def _episode(act: StreamAct, env: StreamEnv, seed: int, frames: list | None = None, actions: list | None = None
+                 ) -> tuple[float, int]:
+        """Return and length of an episode; its pictures go to `frames`, what was done to `actions`."""
         obs, state, over, total, length = env.reset(seed), None, False, 0.0, 0
         while not over:
             if frames is not None:
                 frames.append(np.asarray(env.env.render()))
             action, state = act(obs, state)
+            if actions is not None:
+                actions.append(action)
             obs, reward, _, _, over = env.step(action, serve=True)
             total, length = total + reward, length + 1
             over = over or length == env.evaluation_limit

@@ -2,7 +2,15 @@
 
 A world has `aim(action)` (num, d), `advance(i)`, `observe()`, `info()`, `snapshot(i)` and `restore(i, snapshot)`.
 """
+import atexit
+import os
+import subprocess
+import sys
+import weakref
+from functools import cache
+
 import gymnasium as gym
+import mujoco
 import numpy as np
 
 from envs.foreign import check_action
@@ -15,6 +23,47 @@ def check_actions(action: np.ndarray, shape: tuple[int, int]) -> None:
     if action.shape != shape:
         raise EnvError(f"actions have shape {action.shape}; this task takes {shape}: one row per copy")
     check_action(action)
+
+
+@cache
+def find_renderer() -> str | None:
+    """Name of a MuJoCo renderer that works without a display ("egl", "osmesa"), set in MUJOCO_GL; None if none does.
+
+    A failed attempt poisons a process (PyOpenGL fixes its platform at import), so each is tried in one of its own.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    for name in [chosen] if chosen else ["egl", "osmesa"]:
+        probe = f"from mujoco.{name} import GLContext; c = GLContext(64, 64); c.make_current(); c.free()"
+        if subprocess.run([sys.executable, "-c", probe], env={**os.environ, "MUJOCO_GL": name},
+                          capture_output=True).returncode == 0:
+            os.environ["MUJOCO_GL"] = name
+            return name
+    return None
+
+
+class Camera:
+    """Small pictures of simulators of one `model`, as its camera `name` sees them: without shadows, reflections and
+    smoothing, and of the shapes that collide, so that one takes about 1 ms. Raises EnvError where nothing can draw."""
+
+    def __init__(self, model: mujoco.MjModel, name: str, size: int):
+        if not find_renderer():
+            raise EnvError("neither EGL nor OSMesa works here, which draw the pictures; on Debian or Ubuntu: apt-get "
+                           "install libegl1 libgl1 libosmesa6")
+        from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer  # it opens a context of OpenGL
+
+        model.vis.quality.offsamples, model.vis.global_.offwidth, model.vis.global_.offheight = 0, size, size
+        self.viewer, self.camera = OffScreenViewer(model, mujoco.MjData(model), size, size), model.camera(name).id
+        self.viewer.vopt.geomgroup[3] = 1
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.viewer.scn.flags[flag] = 0
+        viewer = weakref.ref(self.viewer)
+        atexit.register(lambda: viewer() and viewer().free())  # later, OpenGL is gone, and complains
+
+    def __call__(self, data: mujoco.MjData) -> np.ndarray:
+        """Picture (size, size, 3) uint8 of a simulator."""
+        self.viewer.make_context_current()
+        self.viewer.data = data
+        return self.viewer.render("rgb_array", self.camera)
 
 
 class WorldEnv(gym.Env):
@@ -40,6 +89,8 @@ class WorldEnv(gym.Env):
             from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
             self.renderer = MujocoRenderer(model, data, width=self.size[0], height=self.size[1], camera_name=camera)
+        if self.renderer.viewer is not None and self.render_mode != "human":
+            self.renderer.viewer.make_context_current()  # a `Camera` of this process may have drawn since
         return self.renderer.render(self.render_mode)
 
     def close(self) -> None:

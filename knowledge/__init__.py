@@ -22,7 +22,7 @@ from types import ModuleType
 
 import torch
 
-from knowledge import fetch, franka, generated, minigrid, run  # noqa: F401  (importing a family registers its rules)
+from knowledge import fetch, franka, generated, minigrid, qualities, run  # noqa: F401  (a family registers its rules)
 from knowledge.keys import NAMES, names_of, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of, group, groups_for, rule, rules_for
 

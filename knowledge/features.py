@@ -5,6 +5,8 @@ features. `intrinsic_reward(x)` takes what the first one returned and gives a nu
 
 On tasks with goals a state is the achieved goal, the desired goal, the observation, and what is left of the episode, 1
 to 0. The pairs that ship are in knowledge/pairs.py.
+
+A run keeps a copy of the file that its pair is in, and goes on with that copy.
 """
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
+from knowledge import flat_name
 from knowledge.pairs import PAIRS, Pair
 from knowledge.registry import KnowledgeError
 from llm.lesr import FUNCTIONS, objection, trial_states
@@ -26,22 +29,46 @@ class Features(NamedTuple):
     reward: Callable[[torch.Tensor], torch.Tensor]  # (B, n + m) -> (B,)
 
 
-def load_features(spec: str, env_id: str, example: torch.Tensor) -> Features:
+def load_features(spec: str, env_id: str, example: torch.Tensor, kept_in: str = "") -> Features:
     """The pair that `spec` names: `none` (states as they are, reward 0), `auto` (the one that ships for the task),
     `mine.py` with torch functions of batches, or `llm:mine.py` with functions of single states, run in the sandbox.
 
-    `example` (B, n): states to try it on. Raises KnowledgeError, one line, for what cannot be used.
+    `example` (B, n): states to try it on. `kept_in`: folder of a run that is resumed or evaluated, whose copy of the
+    file is used; a line on stderr says where the file differs. Raises KnowledgeError, one line, for what cannot be
+    used.
     """
     if spec == "none":
         return Features(lambda s: s, lambda x: torch.zeros(x.shape[0]))
     if spec == "auto":
         features = _shipped(env_id, example.shape[1])
-    elif spec.startswith("llm:"):
-        features = _generated(Path(spec.removeprefix("llm:")))
     else:
-        features = _from_file(Path(spec))
+        path = Path(spec.removeprefix("llm:"))
+        file = _kept(path, kept_in) if kept_in else path
+        features = _generated(path, file) if spec.startswith("llm:") else _from_file(path, file)
     _try(features, spec, example)
     return features
+
+
+def keep_features(spec: str, folder: Path) -> None:
+    """Write the file that `spec` names into the run folder, unless it is there already."""
+    path = Path(spec.removeprefix("llm:"))
+    if spec not in ("none", "auto") and not _copy(path, folder).exists():
+        _copy(path, folder).write_bytes(path.read_bytes())
+
+
+def _copy(path: Path, folder: Path) -> Path:
+    """Where a run has its copy of `path`."""
+    return folder / flat_name(str(path))
+
+
+def _kept(path: Path, kept_in: str) -> Path:
+    """The copy of `path` that a run has; `path` where it has none, as runs of before."""
+    copy = _copy(path, Path(kept_in))
+    if not copy.is_file():
+        return path
+    if path.is_file() and path.read_bytes() != copy.read_bytes():
+        print(f"note: {path} is not what run {kept_in} began with; its copy {copy} is used", file=sys.stderr)
+    return copy
 
 
 def _shipped(env_id: str, n: int) -> Features:
@@ -66,15 +93,16 @@ def _of_whole_states(pair: Pair, n: int) -> Features:
                     lambda x: pair.reward(torch.cat([its_state(x[:, :n]), x[:, n:]], 1)))
 
 
-def _from_file(path: Path) -> Features:
-    if path.suffix != ".py" or not path.is_file():
+def _from_file(path: Path, file: Path) -> Features:
+    """Of `file`, which is `path` or a copy of it."""
+    if path.suffix != ".py" or not file.is_file():
         raise KnowledgeError(f"features {path}: there is no such Python file; --features takes auto, none, a .py file, "
                              "or llm: and one")
     module = ModuleType(f"knowledge.file.{path.stem}")
-    module.__file__ = str(path.absolute())
+    module.__file__ = str(path.absolute())  # of the copy, too: a file may read what lies beside it
     sys.modules[module.__name__] = module
     try:
-        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+        exec(compile(file.read_bytes(), file, "exec"), vars(module))
         return Features(module.revise_state, module.intrinsic_reward)
     except AttributeError as error:
         raise KnowledgeError(f"features {path}: it has to define revise_state and intrinsic_reward") from error
@@ -83,11 +111,12 @@ def _from_file(path: Path) -> Features:
         raise KnowledgeError(f"features {path} fail to import: {line}; correct it") from error
 
 
-def _generated(path: Path) -> Features:
-    if not path.is_file():
+def _generated(path: Path, file: Path) -> Features:
+    """Of `file`, which is `path` or a copy of it."""
+    if not file.is_file():
         raise KnowledgeError(f"features llm:{path}: there is no such file; check the path")
     try:
-        box = Sandbox(path.read_text(errors="replace"), FUNCTIONS)
+        box = Sandbox(file.read_text(errors="replace"), FUNCTIONS)
     except SandboxError as error:
         raise KnowledgeError(f"features llm:{path}: {error}") from None
 
@@ -108,8 +137,9 @@ def _try(features: Features, spec: str, example: torch.Tensor) -> None:
     """Raise KnowledgeError unless a pair works on states of the environment, on random ones and on zeros."""
     states = torch.cat([example, torch.from_numpy(trial_states(example.shape[1])).float()])
     try:
-        x, again = features.revise(states.clone()), features.revise(states.clone())
-        made = [made.detach().numpy() for made in (x, again, features.reward(x.clone()))]
+        x, x_again = features.revise(states.clone()), features.revise(states.clone())
+        reward, reward_again = features.reward(x.clone()), features.reward(x.clone())
+        made = [made.detach().numpy() for made in (x, x_again, reward, reward_again)]
     except KnowledgeError:
         raise
     except Exception as error:  # a user's code raises anything

@@ -75,7 +75,7 @@ def main(args: Args) -> Path:
                 {"role": "system", "content": task},
                 {"role": "user", "content": "Write the function."}]
     if args.mode != "replay":
-        print(f"about {args.iterations} to {2 * args.iterations} calls; --max-calls is {args.max_calls}")
+        print(f"{args.iterations} calls, at most {args.iterations * TRIES}; --max-calls is {args.max_calls}")
     final, versions = "", []
     for number in tqdm(range(args.iterations), desc="versions", disable=None):
         messages = labelling.pruned(messages, args.budget)

@@ -4,7 +4,7 @@ A potential is a function `potential(history) -> (B,)` of a batch of histories (
 of the task, unless its name says so. `load` finds one by name or by file, as `--knowledge` has it:
 
     code, pref, goals, goals-minilm    shipped: knowledge/shipped/ and the page say who wrote or labelled them
-    near, target                       registered below
+    near, target, fetch.v4, ...        registered below
     mine.py, mine.py:name              a Python file of yours with `def potential(history)`, trusted as your program
     llm:FILE.py                        code with `compute_reward(obs, past_obs, past_actions)`, in the sandbox
     pref:FILE.pt                       a model of knowledge/train_preferences.py
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from knowledge import code, goals, preferences
+from knowledge import code, fetch, goals, preferences, qualities
 from knowledge.dataset import Dataset, shipped_for
 from knowledge.history import History, Potential
 from knowledge.registry import KnowledgeError
@@ -93,6 +93,7 @@ def near_target(env_id: str) -> Potential:
     return near
 
 
+@potential("minigrid.official", ("MiniGrid-DoorKey",))
 @potential("target", ("MiniGrid-UnlockPickup", "MiniGrid-BlockedUnlockPickup", "MiniGrid-DoorKey",
                       "MiniGrid-KeyCorridor"))
 def stages_of_a_locked_door(env_id: str) -> Potential:
@@ -134,6 +135,50 @@ def stages_of_a_crafter_task(env_id: str) -> Potential:
             return gathering
         return torch.where(has_table, 4 + torch.where(wood > 0, 1 + nearness(table, (4, 3)), trees), gathering)
     return stage
+
+
+STRIDE = 0.05  # metres; the gripper of Fetch goes no further in a step
+
+
+@potential("fetch.v4", ("FetchReach", "FetchPush", "FetchSlide", "FetchPickAndPlace"))
+def steps_to_go(env_id: str) -> Potential:
+    """Progress of the rules of `fetch.v4`: minus the steps that are left of their ways, of the gripper to the object,
+    or to the point behind it where it is pushed, and of the object to the goal."""
+    def left(history: History) -> torch.Tensor:
+        obs = {name: history.last(name) for name in ("observation", "desired_goal")}
+        p, o, g = fetch.read(obs)
+        if env_id.startswith("FetchReach"):
+            way = (g - p).norm(dim=1)
+        elif env_id.startswith("FetchPickAndPlace"):
+            way = (o - p).norm(dim=1) + (g - o).norm(dim=1)
+        else:
+            way = fetch.behind(obs, 0.08).norm(dim=1) + (g - o).norm(dim=1)
+        return -way / STRIDE
+    return left
+
+
+def half(phi: Potential, drawn: Callable, size: float) -> Potential:
+    """Right where rules that are right half of the time are, elsewhere a number between 0 and `size` by chance."""
+    def weak(history: History) -> torch.Tensor:
+        coin, number = drawn({name: x[:, -1] for name, x in history.obs.items()}, 2).unbind(1)
+        return torch.where(coin < 0.5, phi(history), size * number)
+    return weak
+
+
+def mirrored(phi: Potential) -> Potential:
+    """The further away, the better."""
+    return lambda history: -phi(history)
+
+
+def register_qualities(name: str, drawn: Callable, size: float) -> None:
+    """`<name>-half` and `<name>-mirrored` of a potential whose values are between 0 and `size`."""
+    for prefix, make in _potentials[name].items():
+        potential(f"{name}-half", (prefix,))(lambda env_id, make=make: half(make(env_id), drawn, size))
+        potential(f"{name}-mirrored", (prefix,))(lambda env_id, make=make: mirrored(make(env_id)))
+
+
+register_qualities("fetch.v4", qualities.of_arm, -12.0)
+register_qualities("minigrid.official", qualities.of_grid, 3.0)
 
 
 class Checked:

@@ -3,7 +3,7 @@
     args = client.Args(mode="record", model="my-model", base_url="http://127.0.0.1:8080/v1")
     chat = Client(args, "llm/recordings/policies.jsonl")    # args: client.Args, or a dataclass that inherits it
     messages = [{"role": "user", "content": client.prompt("policy", task="...")}]
-    chat.estimate([messages] * 5)                     # one line: calls, tokens; raises UserError above --max-calls
+    chat.estimate([messages] * 5, most=15)            # one line: calls, tokens; raises UserError above --max-calls
     reply = chat.ask(messages, sample=0)              # Reply(text, truncated, source, model, key)
     for reply in chat.ask_all(conversations): ...     # in order, --workers at a time
     chat.write_by_hand(messages, answer, sample)      # what a person wrote, for the tests and for examples
@@ -143,9 +143,10 @@ class Client:
         params = {"temperature": self.args.temperature, "max_tokens": self.args.max_tokens, "sample": sample}
         return (extra or {}) | params
 
-    def estimate(self, conversations: list[list[Message]], extra: dict | None = None) -> int:
+    def estimate(self, conversations: list[list[Message]], extra: dict | None = None, most: int = 0) -> int:
         """Say on stderr what these questions will cost, one line, and return how many calls they are. Equal ones count
-        as samples 0, 1, ... Raises UserError where they are more than --max-calls."""
+        as samples 0, 1, ... Where answers are checked and asked again, `most` calls can come of it. Raises UserError
+        where the questions alone are more than --max-calls."""
         seen, missing = {}, []
         for messages in conversations:
             text = json.dumps(messages)
@@ -155,8 +156,11 @@ class Client:
         if self.args.mode == "replay" or not missing:
             return 0
         replies = len(missing) * min(self.args.max_tokens, TOKENS_PER_REPLY)
+        again = ""
+        if most > len(missing):
+            again = f"; at most {min(most, self.args.max_calls - self.calls)} calls where answers cannot be used"
         print(f"{len(conversations)} questions, {len(missing)} calls to {self.args.model} at {self.server}: about "
-              f"{sum(missing):,} tokens in, {replies:,} out", file=sys.stderr)
+              f"{sum(missing):,} tokens in, {replies:,} out{again}", file=sys.stderr)
         if len(missing) > self.args.max_calls - self.calls:
             raise UserError(f"{len(missing)} calls are more than --max-calls {self.args.max_calls}; raise it, or ask "
                             "less")

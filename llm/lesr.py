@@ -2,7 +2,7 @@
 
     python -m llm.lesr --env Hopper-v4 --iterations 2 --candidates 2 --total-timesteps 20000     # recordings, no key
     python -m llm.lesr --env Hopper-v4 --iterations 3 --candidates 6 --total-timesteps 800000 --workers 2 \\
-        --mode record --model NAME --base-url http://127.0.0.1:8080/v1                           # as in the paper
+        --mode record --model NAME --base-url http://127.0.0.1:8080/v1                           # the authors' example
 
 Wang et al. (ICML 2024, arXiv 2407.13237). Each iteration asks for `--candidates` pairs of functions, `revise_state` and
 `intrinsic_reward`, checks them in the sandbox, trains algos/lesr.py with each through benchmarks/run.py, and reports
@@ -38,8 +38,8 @@ from llm.write_policies import task_for
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = ["revise_state", "intrinsic_reward"]
 RANDOM = 256  # states that a pair is tried on: normal ones, and zeros
-LARGEST_REWARD = 100.0  # in these, as in the paper; at a start, all but still, Walker2d's pair gives more
-TRIES = 49  # answers that are read in one iteration, as in the paper
+LARGEST_REWARD = 100.0  # in these; on real states there is no bound: Walker2d's pair exceeds it when nearly still
+TRIES = 49  # answers that are read in one iteration, as in the authors' code
 EVALUATIONS = 10  # the last ones, whose mean is what a pair is worth
 MANY_PARTS = ("AntMaze", "Fetch", "Adroit", "PointMaze", "HandManipulate")  # tasks whose model is told to coordinate
 FIXED = ["env", "model", "temperature", "max_tokens", "candidates", "total_timesteps", "seeds", "eval_every", "flags",
@@ -50,9 +50,9 @@ FIXED = ["env", "model", "temperature", "max_tokens", "candidates", "total_times
 class Args(client.Args):
     """Let a language model write state features and an intrinsic reward, train with them, and let it improve them."""
     env: str = "Hopper-v4"  # environment id, with a description in llm/prompts/tasks
-    iterations: int = 2  # times that it writes pairs (paper: 3)
-    candidates: int = 2  # pairs per iteration (paper: 6)
-    total_timesteps: int = 100_000  # environment steps of training with each pair (paper: 800,000)
+    iterations: int = 2  # times that it writes pairs (authors' example: 3)
+    candidates: int = 2  # pairs per iteration (authors' example: 6)
+    total_timesteps: int = 100_000  # environment steps of training with each pair (authors' example: 800,000)
     seeds: int = 1  # trainings with each pair
     eval_every: int = 5000  # environment steps between evaluations, the last ten of which count
     flags: str = ""  # more flags of algos/lesr.py: --flags="--intrinsic-weight 0.01 --no-compile"
@@ -91,10 +91,11 @@ def trial_states(n: int) -> np.ndarray:
     return np.concatenate([np.random.default_rng(0).standard_normal((RANDOM - 2, n)), np.zeros((2, n))])
 
 
-def objection(states: np.ndarray, x: np.ndarray, again: np.ndarray, reward: np.ndarray) -> str:
-    """What is wrong with a pair that made x, and when asked once more `again`, of states (B, n), and gave reward for
-    x; empty where nothing is. The last RANDOM states are those of `trial_states`. A pair with a memory would depend on
-    the order in which it is asked."""
+def objection(states: np.ndarray, x: np.ndarray, x_again: np.ndarray, reward: np.ndarray, reward_again: np.ndarray
+              ) -> str:
+    """What is wrong with a pair that made x of states (B, n), gave reward for x, and was asked both again; empty where
+    nothing is. The last RANDOM states are those of `trial_states`. A pair with a memory would depend on the order in
+    which it is asked."""
     n = states.shape[1]
     if x.ndim != 2 or len(x) != len(states) or x.shape[1] < n:
         return f"revise_state has to return the {n} numbers of a state and then features, (B, n + m) of a batch"
@@ -104,8 +105,10 @@ def objection(states: np.ndarray, x: np.ndarray, again: np.ndarray, reward: np.n
         return "revise_state has to begin with the state, unchanged"
     if not (np.isfinite(x).all() and np.isfinite(reward).all()):
         return "they are not finite for random states or zeros"
-    if not np.array_equal(x, again):
-        return "revise_state has a memory: twice the same states gave different features"
+    if not np.array_equal(x, x_again):
+        return "revise_state has a memory, or draws random numbers: twice the same states gave different features"
+    if not np.array_equal(reward, reward_again):
+        return "intrinsic_reward has a memory, or draws random numbers: twice the same states gave different rewards"
     if np.abs(reward[-RANDOM:]).max() > LARGEST_REWARD:
         return f"the reward is beyond +-{LARGEST_REWARD:g} for random states"
     return ""
@@ -122,10 +125,11 @@ def gate(reply: str, n: int) -> str:
         return found
 
     with Sandbox(code, FUNCTIONS) as box:
-        x, again = call("revise_state", states, None), call("revise_state", states[::-1], None)[::-1]
+        x, x_again = call("revise_state", states, None), call("revise_state", states[::-1], None)[::-1]
         if x.ndim != 2 or x.shape[1] <= n:
             raise SandboxError(f"revise_state has to return the {n} numbers of s and at least one feature, an array")
-        if wrong := objection(states, x, again, call("intrinsic_reward", x, ())):
+        reward, reward_again = call("intrinsic_reward", x, ()), call("intrinsic_reward", x[::-1], ())[::-1]
+        if wrong := objection(states, x, x_again, reward, reward_again):
             raise SandboxError(wrong)
     return code
 
@@ -195,7 +199,7 @@ class Writer:
         messages, self.tries = [{"role": "user", "content": question}], 0
         files = [folder / f"candidate-{number}.py" for number in range(1, self.args.candidates + 1)]
         missing = {i: file for i, file in enumerate(files) if not file.is_file()}
-        self.chat.estimate([messages] * len(missing))
+        self.chat.estimate([messages] * len(missing), most=TRIES)
         if self.args.mode == "replay":
             for i in missing:
                 self.chat.ask(messages, i)  # what is not recorded is an error before anything is written
@@ -426,7 +430,9 @@ def summarise(args: Args, out: Path, n: int, iterations: list[list[Candidate]], 
          f"seeds: {args.seeds}, flags: {args.flags or 'none'}.\n\n{table}\n\n" + "\n".join(reports))
     if not best.trouble:
         keep(out / "best.py", best.code)
-        keep(out / "final.toml", suite_of(args, [out / "best.py"], 5, 1_000_000, args.flags))
+        final = out / f"best-{digest(best.code)[:8]}.py"  # best.py may change, and runs are known by what they name
+        keep(final, best.code)
+        keep(out / "final.toml", suite_of(args, [final], 5, 1_000_000, args.flags))
 
 
 if __name__ == "__main__":

@@ -275,7 +275,8 @@ class Sandbox:
         serve = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from llm.sandbox import serve; serve({self.memory})"
         self._process = subprocess.Popen(
             [sys.executable, "-s", "-P", "-c", serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=keep | quiet, cwd=os.sep, bufsize=0)
+            stderr=subprocess.DEVNULL, env=keep | quiet, cwd=os.sep, bufsize=0,
+            start_new_session=True)  # a Ctrl-C goes to all of a terminal's group; the run that saves still needs it
         for pipe in (self._process.stdin, self._process.stdout):
             os.set_blocking(pipe.fileno(), False)
         try:
@@ -535,6 +536,8 @@ def _shut_in(memory: int) -> str:
     import numpy.polynomial
     import numpy.random  # noqa: F401  (numpy imports these when first used, which then would fail)
 
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which a cluster sends to every process of a job
+        signal.signal(signum, signal.SIG_IGN)  # it ends when its pipe does
     signal.alarm(0)
     np.seterr(all="ignore")
     warnings.simplefilter("ignore")

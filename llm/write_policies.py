@@ -108,7 +108,7 @@ def write(args: Args) -> Path:
     extra = {"grammar": Path(args.grammar).read_text()} if args.grammar else None
     chat = client.Client(args, args.recordings)
     messages = question(task)
-    chat.estimate([messages] * args.candidates, extra)
+    chat.estimate([messages] * args.candidates, extra, most=args.candidates * (args.repairs + 1))
     policies, kept = [], 0
     for sample in range(args.candidates):
         if args.mode == "replay" and sample and chat.key(messages, sample, extra) not in chat.recorded:
@@ -121,8 +121,7 @@ def write(args: Args) -> Path:
     if not kept:
         raise UserError(f"none of {len(policies)} answers of {args.model} can be used; {args.recordings} has them; ask "
                         "for more --candidates, or another --model")
-    tag = "" if args.model == client.HANDWRITTEN else "-" + re.sub(r"[^a-z0-9.]+", "-", args.model.lower()).strip("-")
-    out = Path(args.out or ROOM / "policies" / f"{name}{tag}.json")
+    out = Path(args.out or ROOM / "policies" / f"{name}{tag_of(args.model)}.json")
     text = json.dumps({"task": name, "envs": task["envs"], "prompt": messages, "policies": policies}, indent=1)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
@@ -131,6 +130,15 @@ def write(args: Args) -> Path:
     short = out.stem if out.parent == ROOM / "policies" and out.suffix == ".json" else str(out)
     print(f"wrote {out}: use it as --knowledge llm:{short}")
     return out
+
+
+def tag_of(model: str) -> str:
+    """What of a file's name says the model: -NAME. What cannot stand in one is replaced, and a digest tells it apart
+    from names that would look the same."""
+    if model == client.HANDWRITTEN:
+        return ""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
+    return f"-{model}" if plain == model else f"-{plain}-{digest(model)[:6]}".replace("--", "-")
 
 
 def candidate(chat: client.Client, messages: list[client.Message], sample: int, task: dict[str, Any], tries: int,

@@ -13,7 +13,8 @@ import envs
 from envs import offline
 
 NUMBERS = gym.spaces.Box(-1, 1, (2,), np.float64)
-SIGNAL_AT = "POINT_SIGNAL_AT"  # environment variable: "100 SIGINT" sends this signal at the hundredth step
+SIGNAL_AT = "POINT_SIGNAL_AT"  # environment variable: "100 SIGINT" sends this signal at the hundredth step, to the
+# whole process group, as a terminal does
 
 
 class Point(gym.Env):
@@ -39,7 +40,7 @@ class Point(gym.Env):
         Point.steps += 1
         at, _, name = os.environ.get(SIGNAL_AT, "").partition(" ")
         if str(Point.steps) == at:
-            os.kill(os.getpid(), signal.Signals[name])
+            os.killpg(os.getpgrp(), signal.Signals[name])
         self.position = np.clip(self.position + action, -1, 1)
         reward = float(self.compute_reward(self.position, self.goal, {}))
         return self.look(), reward, False, False, {"is_success": np.abs(self.position - self.goal).max() <= 0.15}

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import benchmarks.run
-from benchmarks import rules
+from benchmarks import curves, rules, verdict
+from benchmarks.curves import variant
 from benchmarks.run import Args, Cell, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def test_runs_once_and_names_failures(tmp_path):
     assert plan.returncode == 0 and not (tmp_path / "runs").exists()
     first = bench(path, "--workers", "2")
     output = first.communicate()[0]
-    assert first.returncode == 1 and "1 of 2 cells finished, 1 failed" in output
+    assert first.returncode == 1 and "1 of 2 cells finished, 1 failed" in output and "nothing committed" in output
     assert "knowledge 'no.such.rule' is unknown" in output  # the failed cell's last lines
     config, = (tmp_path / "runs").glob("*/*/*/seed1/config.json")
     assert json.loads(config.read_text())["threads"] == 1
@@ -185,6 +186,43 @@ def test_shipped_suites_are_valid(name):
             tyro.cli(importlib.import_module(f"algos.{cell.algo}").Args, args=cell.fresh)
 
 
+def test_every_quick_cell_has_a_committed_curve_to_be_compared_with():
+    """By the name of its settings, and one that comes as far as the cell does."""
+    import importlib
+    from dataclasses import asdict
+
+    import tyro
+
+    for cell in load_suite(Args(suite="quick")):
+        args = asdict(tyro.cli(importlib.import_module(f"algos.{cell.algo}").Args, args=cell.fresh))
+        args = {k: v for k, v in args.items() if v is not None}  # of PRESETS
+        method, rows = verdict.committed(cell.env, variant({"algo": cell.algo, "args": args}), curves.RESULTS)
+        assert rows and max(int(row["step"]) for row in rows) >= args["total_timesteps"], cell.name
+
+
+def test_a_fresh_run_is_judged_by_the_range_of_the_committed_seeds(tmp_path):
+    """At the step that it has reached, by the score of the method, returns where nothing else is known."""
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    (tmp_path / "paper.toml").write_text('[method.mine]\nscore = "success_rate"\n')
+    rows = [("sac", seed, step, score, -9) for seed, step, score in (
+        (1, 0, 0), (1, 100, 0.5), (1, 200, 0.9), (2, 100, 0.7), (2, 200, 1), (3, 100, 0.1))] + [
+        ("sac --gamma 0.9", 1, 100, "nan", -5.0)]
+    (tmp_path / "results" / "mine" / "Pendulum-v1.csv").write_text("\n".join(
+        ["variant,seed,step,success_rate,return_mean", *(",".join(map(str, row)) for row in rows)]))
+
+    def judged(step, success, value=-9.0, gamma=0.95):
+        (tmp_path / "config.json").write_text(json.dumps({"algo": "sac", "args": {"env": "Pendulum-v1", "seed": 1,
+                                                                                  "gamma": gamma}}))
+        (tmp_path / "eval.csv").write_text(f"step,success_rate,return_mean\n0,0,0\n{step},{success},{value}\n")
+        return verdict.verdict(tmp_path, tmp_path / "results")[2:]
+    assert judged(100, 0.6) == ["100", "success 0.6", "0.1 to 0.7 (3 seeds)", "inside"]
+    assert judged(150, 0.7)[2:] == ["0.5 to 0.7 (2 seeds)", "inside"]  # of those that came as far
+    assert judged(200, 0.8)[2:] == ["0.9 to 1 (2 seeds)", "below"] and judged(100, 0.8)[3] == "above"
+    assert judged(300, 1)[2:] == ["", "nothing committed"] == judged(100, 1, gamma=0.5)[2:]
+    assert judged(100, "nan", -4, 0.9) == ["100", "return -4", "-5 (one seed)", "above, of one seed"]
+    assert verdict.table([tmp_path]).splitlines()[1].startswith("sac --gamma 0.9  Pendulum-v1")
+
+
 def test_a_cross_is_every_combination(tmp_path):
     (tmp_path / "cross.toml").write_text("""[[cell]]
         algo = "ppo"
@@ -239,7 +277,8 @@ def test_rules_are_measured_before_any_learning(tmp_path):
     for _ in range(2):
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = list(csv.DictReader((tmp_path / "rules.csv").open()))
-    assert [(row["who"], row["episodes"]) for row in found] == [("fetch.move_to_goal", "4"), ("uniform actions", "4")]
+    assert [(row["who"], row["episodes"]) for row in found] == [("fetch.move_to_goal", "4"), ("uniform actions", "4"),
+                                                               ("doing nothing", "4")]
     assert found[0]["success_rate"] == "1" and float(found[1]["return_mean"]) < float(found[0]["return_mean"])
     wrong = subprocess.run([*command[:3], "CartPole-v1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "no rules are registered" in wrong.stderr and len(wrong.stderr.splitlines()) == 1

@@ -68,6 +68,25 @@ def test_shaping_changes_no_optimal_policy_unless_ends_have_a_potential():
     assert q_of_a_chain(phi, True).argmax(1).tolist() == [0] * 4  # the trap
 
 
+def test_shaping_is_another_start_of_the_critic():
+    """With V - c phi as the critic of shaped rewards, advantages are those of V and the task's rewards: what shaping
+    does, it does until the critic has learned -c phi (Wiewiora 2003)."""
+    torch.manual_seed(0)
+    phi, value, reward = torch.randn(7, 1), torch.randn(7, 1), torch.randn(6, 1)
+    terminated, truncated = column(0., 0., 1., 0., 0., 0.), column(0., 0., 0., 0., 1., 0.)
+    ended = terminated + truncated
+    after, final_value = torch.randn(2, 6, 1)  # potential and value of the true next observation, where an episode ends
+    next_phi = torch.where(ended > 0, after, phi[1:])
+    args = bk_code.Args(shape_coef=0.7)
+    shaped, _ = bk_code.Shaping(1.0, 1)(reward, phi[:-1], next_phi, terminated, args)
+    rest = args.gamma * truncated * final_value
+    plain = bk_code.gae(reward + rest, value[:-1], value[-1], ended, args.gamma, args.gae_lambda)
+    value = value - 0.7 * phi
+    rest = args.gamma * truncated * (final_value - 0.7 * after)
+    assert torch.allclose(bk_code.gae(shaped + rest, value[:-1], value[-1], ended, args.gamma, args.gae_lambda), plain,
+                          atol=1e-5)
+
+
 def test_corrected_form_by_hand():
     args = bk_code.Args(shape_coef=1.0)
     learned, added = bk_code.Shaping(1.0, 1)(column(0., 0., 0.), column(1., 2., .5), column(2., 9., 1.5),
@@ -124,6 +143,11 @@ def test_curiosity_and_its_statistics():
     assert twice.flatten().tolist() == pytest.approx([4.0] * 4, rel=1e-3)
 
 
+@pytest.mark.parametrize("shape, num_actions, count", [((7, 7, 3), 7, 19_384), ((64, 64, 3), 20, 151_221)])
+def test_networks_have_the_size_that_the_page_names(shape, num_actions, count):
+    assert sum(p.numel() for p in bk_code.Agent(shape, num_actions, False).parameters()) == count
+
+
 # runs
 
 def rows(folder, name="eval.csv", drop="wall_s"):
@@ -143,7 +167,8 @@ def test_without_shaping_it_is_ppo(tmp_path):
 
 def test_released_form_resumes(tmp_path):
     """A scale that wanders is kept; the other settings are in test_contract.py."""
-    settings = SMALL | dict(knowledge="near", shaping="official", ext_coef=10.0, shape_coef=1.0, critic_sees_phi=True)
+    settings = SMALL | dict(knowledge="near", shaping="official", bootstrap=False, ext_coef=10.0, shape_coef=1.0,
+                            critic_sees_phi=True)
     bk_code.main(bk_code.Args(**settings, run_dir=str(tmp_path / "whole")))
     bk_code.main(bk_code.Args(**settings | {"total_timesteps": 256}, run_dir=str(tmp_path / "cut")))
     bk_code.main(bk_code.Args(**settings | {"run_dir": str(tmp_path / "cut")}, resume=str(tmp_path / "cut")))
@@ -179,7 +204,7 @@ def test_what_cannot_be_shaped(tmp_path):
 
 # the stages, one after the other
 
-def test_the_three_stages(tmp_path):
+def test_the_three_stages(tmp_path, monkeypatch):
     """Collect, label, train: what a user does, in small."""
     pretraining = SMALL | {"env": "BabyAI-Text-GoToLocal-Pretraining-S20"}
     ppo_rnd.main(ppo_rnd.Args(**pretraining, collect=3, ext_coef=0.0, run_dir=str(tmp_path / "rnd")))
@@ -203,11 +228,13 @@ def test_the_three_stages(tmp_path):
     for script, knowledge in ((bk_code, f"llm:{made['code']}"), (bk_pref, f"pref:{made['pref']}"),
                               (bk_goal, f"goals:{made['goals']}")):
         folder = tmp_path / script.ALGO
+        monkeypatch.setattr(script, "LOG_EVERY", 128)
         result = script.main(script.Args(**SMALL, knowledge=knowledge, run_dir=str(folder)))
         assert result.keys() == set(runtime.EVALUATION) and np.isfinite(result["return_mean"])
         script.main(script.Args(**SMALL, knowledge=knowledge, run_dir=str(folder), evaluate=str(folder)))
-        names = {row["name"] for row in rows(folder, "scalars.csv")}
-        assert "eval/success_rate" in names
+        scalars = {row["name"]: float(row["value"]) for row in rows(folder, "scalars.csv")}
+        assert {"eval/success_rate", "policy_loss", "value_loss", "phi_invalid"} <= scalars.keys()
+        assert np.isfinite(list(scalars.values())).all() and scalars["phi_invalid"] == 0
 
 
 def test_command_line_of_a_stage(capsys, monkeypatch, tmp_path):

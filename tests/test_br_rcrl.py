@@ -144,12 +144,17 @@ def test_the_best_outcomes_are_asked_for_and_reached():
 
 
 def test_nce_correct_narrows_the_behaviour():
-    """True deviation .35: without the correction beta is wider."""
-    std = {}
+    """True deviation .35: without the correction beta is wider, and the actions earn the same."""
+    std, earned, obs = {}, {}, torch.linspace(-1, 1, 100)[:, None]
+    noise = draw_search(256, 1, torch.Generator().manual_seed(0))
     for correct in (False, True):
-        agent = learn_toy(replace(TOY, nce_correct=correct, hidden="32x2"), 0.35, 800)
-        std[correct] = behaviour(agent["params"], torch.linspace(-1, 1, 100)[:, None])[1].exp().mean().item()
-    assert std[True] == pytest.approx(0.36, abs=0.03) and std[False] > std[True] + 0.03
+        args = replace(TOY, nce_correct=correct, hidden="32x2")
+        agent = learn_toy(args, 0.35, 800)
+        std[correct] = behaviour(agent["params"], obs)[1].exp().mean().item()
+        action, _ = decide(agent["params"], obs, noise, SCALE, args, discrete=False)
+        earned[correct] = reward_of(obs, action).mean().item()
+    assert std == {True: pytest.approx(0.36, abs=0.02), False: pytest.approx(0.43, abs=0.02)}
+    assert earned[True] == pytest.approx(earned[False], abs=0.1)
     torch.manual_seed(0)
     args = replace(TOY, nce_correct=True)
     batch, params = Batch(*(x[:128] for x in toy(0.35, args))), make_agent(args, 1, 1, False, CPU)["params"]
@@ -376,7 +381,13 @@ def test_every_mode_trains_and_leaves_its_policy(discrete, kwargs, cartpole, tmp
     result = br_rcrl.main(args)
     rows = list(csv.DictReader((tmp_path / "run" / "scalars.csv").open()))
     names = {row["name"] for row in rows}
-    assert {"eval/normalized", "asked_bin", "asked_return"} <= names and math.isfinite(result["return_mean"])
+    assert "eval/normalized" in names and math.isfinite(result["return_mean"])
+    asked = {"br": {"asked_bin", "asked_return"}, "rcrl": {"asked_return"}, "bc": set()}[args.mode]
+    assert names & {"asked_bin", "asked_return", "clamped"} == asked | (set() if discrete else {"clamped"})
+    if args.mode == "rcrl":
+        told, = (float(row["value"]) for row in rows if row["name"] == "asked_return" and row["step"] == "40")
+        _, scale = prepare(offline.load_for(args.dataset, envs.make_vec(env_id, 1)), args)
+        assert told == pytest.approx(scale["quantiles"][round(100 * args.query)].item(), rel=1e-5)
     assert ("return_by_c/0.05" in names) == args.curve
     name = curves.variant(json.loads((tmp_path / "run" / "config.json").read_text()))
     assert name.startswith(f"br_rcrl {'CartPole-v1' if discrete else 'point'} --batch-size 16")

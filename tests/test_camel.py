@@ -1,4 +1,8 @@
 """CAMEL-style masks: boxes, maps and schedule against hand numbers; where nothing is masked, TD3 bit for bit."""
+import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +12,8 @@ import torch
 import knowledge
 from algos import camel, td3
 from buffers import Batch
-from envs import unflatten
+from envs import Evaluator, flatten, unflatten
+from tests.tasks import SIGNAL_AT
 from tests.test_sandbox import pytestmark as needs_seccomp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +54,8 @@ def test_box_and_maps(policies, half_width, low, high, clipped, spread):
     assert near(camel.masked(x, state, YES, FULL, camel.Args()), [clipped])
     assert near(camel.masked(x, state, YES, FULL, camel.Args(mask_mode="affine")), [spread])
     assert torch.equal(camel.masked(x, state, ~YES, FULL, camel.Args()), x)
+    once = camel.masked(x, state, YES, FULL, camel.Args())
+    assert torch.equal(camel.masked(once, state, YES, FULL, camel.Args()), once)
 
 
 def test_a_policy_that_fails_is_left_out():
@@ -162,6 +169,8 @@ def test_an_actor_outside_of_the_box_is_led_back():
     assert free == pytest.approx(-rate, abs=1e-6) and logged["outside"].item() == 0
     pulled = slope(0.5, 1.0, True, center_coef=3.0)[0]
     assert pulled == pytest.approx((-1 + 3 * 2 * (raw - 0.75)) * rate, abs=1e-6)
+    assert slope(0.5, 1.0, False, center_coef=3.0)[0] == pytest.approx(-rate, abs=1e-6)  # not masked: not pulled
+    assert slope(-1.0, 1.0, True, center_coef=3.0)[0] == pytest.approx(-rate, abs=1e-6)  # no box: no middle
     affine, logged = slope(0.0, 0.5, True, mask_mode="affine", center_coef=3.0)  # the middle is its output 0
     assert affine == pytest.approx((-0.25 + 3 * 2 * (0.25 * raw) * 0.25) * rate, abs=1e-6)
     assert logged["outside"].item() == 0
@@ -176,9 +185,13 @@ RULES = dict(knowledge=str(ROOT / "tests" / "tasks.py") + ":approach")
 
 
 def trained(script, folder: Path, **flags) -> dict:
-    """The checkpoint of a run of `script` on Point."""
-    script.main(script.Args(**{**POINT, "run_dir": str(folder), **flags}))
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    """The checkpoint of a run of `script` on Point, and as `losses` what it logged."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "LOG_EVERY", 40)
+        script.main(script.Args(**{**POINT, "run_dir": str(folder), **flags}))
+    rows = [(row["step"], row["name"], row["value"]) for row in csv.DictReader((folder / "scalars.csv").open())]
+    losses = [row for row in rows if row[1] in ("critic_loss", "target_q", "actor_loss", "q")]
+    return torch.load(folder / "checkpoint.pt", weights_only=True) | {"losses": losses}
 
 
 def flat(tree: dict) -> list[torch.Tensor]:
@@ -193,16 +206,17 @@ def plain(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("flags", [
     dict(mask_steps=0, mask_mode="step"), dict(mask_steps=0, mask_mode="affine"),
     dict(half_width=2.0), dict(half_width=2.0, mask_mode="shrink"), dict(half_width=2.0, mask_mode="affine"),
-    dict(half_width=2.0, center="zero"), dict(knowledge="none"), dict(mask_steps=0, center="random")],
+    dict(half_width=2.0, center="zero"), dict(half_width=2.0, center_coef=1.0), dict(knowledge="none", center_coef=1.0),
+    dict(mask_steps=0, center="random")],
     ids=lambda flags: " ".join(map(str, flags.values())))
 def test_without_a_mask_it_is_td3_bit_for_bit(flags, plain, tmp_path):
-    """152 updates with hindsight: networks, moments and the actions in the buffer are the same bits."""
+    """152 updates with hindsight: networks, moments and the actions in the buffer are the same bits, losses alike."""
     ours = trained(camel, tmp_path / "run", **(RULES | flags))
     assert ours["agent"]["count"]["critic"] == plain["agent"]["count"]["critic"] == 152
     assert all(torch.equal(a, b) for a, b in zip(flat(ours["agent"]), flat(plain["agent"]), strict=True))
     outcomes = [rows.split([*widths, 4], 1)[-1] for rows, widths in  # action, reward, terminated
                 ((ours["buffer"]["rows"][:, :F + 8], [F, 4]), (plain["buffer"]["rows"][:, :F + 4], [F]))]
-    assert torch.equal(*outcomes)
+    assert torch.equal(*outcomes) and sorted(ours["losses"]) == sorted(plain["losses"]) and len(plain["losses"]) > 24
 
 
 def test_masks_change_it(plain, tmp_path):
@@ -210,22 +224,60 @@ def test_masks_change_it(plain, tmp_path):
     assert not torch.equal(flat(ours["agent"])[0], flat(plain["agent"])[0])
 
 
-@pytest.mark.parametrize("mode", ["episode", "step"])
+@pytest.mark.parametrize("mode", ["episode", "step", "shrink", "affine"])
 def test_what_is_masked_is_in_the_box(mode, tmp_path):
     """Epsilon stays at 1 (nearly), so all actions are in their box, also those with a lot of noise; the box is that of
     the policy in each state, and of the state after it. Uniform actions do not pile up on its faces."""
     rows = trained(camel, tmp_path / "run", mask_steps=10 ** 12, mask_mode=mode, exploration_noise=5.0, half_width=0.25,
                    **RULES)["buffer"]["rows"]
     obs, low, high, action, _, next_obs, next_low, next_high = rows.split([F, 2, 2, 2, 2, F, 2, 2], 1)
-    assert len(rows) >= 350 and ((low <= action) & (action <= high)).all()
+    assert len(rows) >= 350 and ((low <= action + 1e-6) & (action <= high + 1e-6)).all()
     policies = knowledge.load(RULES["knowledge"], POINT["env"], 2, unflatten(obs[:2], 2))
     for x, found in ((obs, (low, high)), (next_obs, (next_low, next_high))):
         centers = knowledge.advise(policies, unflatten(x, 2), 2)
         assert all(torch.equal(a, b) for a, b in zip(camel.box_around(centers, 0.25), found))
-    on_a_face = (action == low) | (action == high)
+    on_a_face = ((action - low).abs() < 1e-6) | ((action - high).abs() < 1e-6)
     assert not on_a_face[:96].any() and on_a_face[150:].float().mean() > 0.5
     uniform = ((action - low) / (high - low))[:96]
     assert uniform.mean() == pytest.approx(0.5, abs=0.1) and uniform.std() == pytest.approx(12 ** -0.5, abs=0.05)
+
+
+def test_a_box_that_grows(tmp_path):
+    """`shrink`: the smallest box at the start, all of [-1, 1] from the end of the masks on."""
+    saved = trained(camel, tmp_path / "run", mask_mode="shrink", mask_steps=200, half_width=0.05, exploration_noise=5.0,
+                    learning_starts=400, her_goals=0, **RULES)
+    _, low, high, action, _ = saved["buffer"]["rows"].split([F, 2, 2, 2, F + 6], 1)
+    epsilon = (1 - torch.arange(0, 400, 4).repeat_interleave(4)[:, None] / 200).clamp(min=0)
+    within = (action >= -1 + epsilon * (low + 1) - 1e-6) & (action <= 1 - epsilon * (1 - high) + 1e-6)
+    outside = (action < low) | (action > high)
+    assert len(action) == 400 and within.all() and not outside[:4].any() and outside[40:].any()
+
+
+def test_adaptive_masks_fall_faster_where_they_are_no_better(tmp_path):
+    """No goal is ever reached, so all returns are equal: each of four evaluations takes a tenth off."""
+    saved = trained(camel, tmp_path / "run", env="tests.tasks:Hopeless-v0", mask_mode="adaptive", mask_steps=10 ** 12,
+                    eval_every=100, **RULES)
+    assert saved["loop"]["cap"] == pytest.approx(0.9 ** 4) and saved["loop"]["gaps"] == [0.0] * 4
+
+
+def test_evaluations_play_without_masks_and_with_them(tmp_path, monkeypatch):
+    played, play = {True: [], False: []}, Evaluator.play
+
+    def watched(self, act, **more):
+        def acts(obs):
+            action = act(obs)
+            played[bool(getattr(act, "keywords", {}))].append((flatten(obs), torch.as_tensor(action) / 0.3))
+            return action
+        return play(self, acts, **more)
+    monkeypatch.setattr(Evaluator, "play", watched)
+    trained(camel, tmp_path / "run", mask_steps=10 ** 12, half_width=0.05, **RULES)
+    policies = knowledge.load(RULES["knowledge"], POINT["env"], 2, unflatten(played[False][0][0], 2))
+    inside = {}
+    for mask, seen in played.items():
+        obs, action = (torch.cat(parts) for parts in zip(*seen))
+        low, high = camel.box_around(knowledge.advise(policies, unflatten(obs, 2), 2), 0.05)
+        inside[mask] = ((low <= action + 1e-5) & (action <= high + 1e-5)).all(1)
+    assert inside[True].all() and inside[False].float().mean() < 0.5
 
 
 def test_nobody_is_asked_when_no_mask_can_come_any_more(tmp_path, monkeypatch):
@@ -265,6 +317,18 @@ def test_a_generated_policy_resumes_exactly_though_it_fails_in_some_states(tmp_p
     for part in ("agent", "buffer", "loop"):
         for a, b in zip(flat(uncut[part]), flat(resumed[part]), strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@needs_seccomp
+def test_ctrl_c_saves_a_run_with_generated_code(tmp_path):
+    """A terminal signals the whole group: the process of the code has to live until the run has saved."""
+    (tmp_path / "said.py").write_text("def policy(obs):\n    return [0.5, 0]\n")
+    words = ["--env", POINT["env"], "--knowledge", f"llm:{tmp_path / 'said.py'}", "--run-dir", str(tmp_path / "run"),
+             *"--total-timesteps 4000 --hidden 8x1 --no-compile --eval-every 0 --eval-episodes 1".split()]
+    done = subprocess.run([sys.executable, "algos/camel.py", *words], cwd=ROOT, capture_output=True, text=True,
+                          start_new_session=True, env={**os.environ, SIGNAL_AT: "100 SIGINT"})
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("saved; continue with"), done.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
 def test_a_control_needs_no_knowledge_and_says_so(tmp_path):

@@ -663,6 +663,29 @@ def test_dqn_targets_and_loss():
     assert numbers(error) == pytest.approx([-.698, 1.6029701, -.4], abs=1e-6)
 
 
+def test_the_algorithm_of_2015():
+    """Its flags leave r + gamma max Q'(s', a), the same weight for all, and uniform draws whatever the errors are."""
+    args = dqn.Args(double=False, dueling=False, priority_alpha=0.0, n_step=1, hidden="8x1")
+    torch.manual_seed(0)
+    agent = dqn.make_agent(args, 2, 3, torch.device("cpu"))
+    assert not any(name.startswith("value") for name in agent["online"])
+    agent["target"] = {name: p + 0.3 * torch.randn_like(p) for name, p in agent["target"].items()}
+    buffer = dqn.PrioritisedBuffer(4, 2, args.priority_alpha)
+    for i in range(4):
+        buffer.add(torch.randn(2), i % 3, i - 1.0, 0.0 if i == 3 else 0.99, torch.randn(2))
+    buffer.set_errors(np.arange(4), np.array([0.1, 5.0, 1.0, 0.0]))
+    index, weight = buffer.draw(np.full(400, 0.5), 0.7)
+    assert np.bincount(index).tolist() == [100] * 4 and (weight == 1).all()
+    batch = buffer.rows
+    with torch.no_grad():
+        q = dqn.q_values(agent["online"], batch.obs)[range(4), batch.action]
+        error = (q - batch.reward - batch.discount * dqn.q_values(agent["target"], batch.next_obs).amax(1)).abs()
+    assert 0 < (error < 1).sum() < 4  # both sides of the kink
+    expected = torch.where(error < 1, error ** 2 / 2, error - 0.5).mean()
+    scalars, errors = dqn.update(agent, batch, torch.ones(4), args)
+    assert scalars["critic_loss"].item() == pytest.approx(expected.item()) and torch.allclose(errors, error)
+
+
 def pushed(n, ends, rewards):
     """(reward, discount, step of obs, step of next_obs) of all transitions. In `ends`: T terminates, L is a limit."""
     window, found = dqn.NStep(1, n, 0.99), []

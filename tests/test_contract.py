@@ -81,13 +81,18 @@ SCRIPTS = [
     Script("ppo_continuous", f"--env Pendulum-v1 {PPO}", OF_PPO, refuses="CartPole-v1"),
     Script("ppo_kian", GRID, f"{OF_PPO} attention/inner key_norm/", refuses="Pendulum-v1", leaves=BOTH),
     Script("ppo_kogun", GRID, OF_PPO, refuses="Pendulum-v1"),
+    Script("ppo_mask", f"{GRID} --mask-steps 400", f"{OF_PPO} epsilon", refuses="Pendulum-v1"),
     Script("ppo_pixels", f"--env MobileRobot-v0:pixels {PPO}", OF_PPO, refuses="CartPole-v1"),
     Script("ppo_rnd", f"{TEXT} --collect 2", f"{OF_PPO} predictor_loss curiosity", refuses="Pendulum-v1"),
     Script("sac", POINT, SAC, refuses="CartPole-v1"),
+    Script("sac_bc", f"{POINT} {RULES}", f"{SAC} bc_loss imitated", refuses="CartPole-v1"),
+    Script("sac_demos", f"{POINT} {RULES} --demos 8", f"{SAC} demos", refuses="CartPole-v1"),
     Script("sac_handover", f"{POINT} {RULES}", f"{SAC} attention/inner selected/tasks.go_right return_gap",
            refuses="CartPole-v1", leaves=BOTH),
     Script("sac_kian", f"{POINT} {RULES}", f"{SAC} attention/inner attention/tasks.approach selected/ key_norm/",
            refuses="CartPole-v1", leaves=BOTH),
+    Script("sac_kogun", f"{POINT} {RULES}", SAC, refuses="CartPole-v1"),
+    Script("sac_shaping", f"{POINT} --knowledge tests/potential.py", f"{SAC} phi", refuses="CartPole-v1"),
     Script("saccm", SPLITS, f"{OF_SPLITS} nce_loss weight", **WINDOWS),
     Script("satesac", SPLITS, f"{OF_SPLITS} nce_loss weight", **WINDOWS),
     Script("srl", "--env MobileRobot-v0 --losses vae,inverse,forward,reward,priors --frames 200 --episode-steps 10 "
@@ -356,7 +361,7 @@ def test_a_run_loses_nothing_by_signals(tmp_path):
                                  (400, "SIGTERM", 143, ["--resume", str(folder)]),
                                  (300, "SIGINT", 130, ["--resume", str(folder)])):
         done = subprocess.run([*program, *more], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, SIGNAL_AT: f"{at} {name}"})
+                              start_new_session=True, env={**os.environ, SIGNAL_AT: f"{at} {name}"})
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
         assert code < 0 or f"{program[1]} --resume {folder}" in done.stderr.splitlines()[-1]
     command(script, "--resume", str(folder), log_every=1000)

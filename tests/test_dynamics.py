@@ -122,11 +122,12 @@ def test_scales_change_what_happens():
         env = envs.make("HalfCheetah-dyn-v0")
         env.reset(seed=5, options=options)
         rng = np.random.default_rng(2)
-        for _ in range(50):
+        for _ in range(20):
             env.step(rng.uniform(-1, 1, 6))
         ends.append(env.unwrapped.world.data[0].qpos.copy())
     assert np.array_equal(ends[0], ends[3])
-    assert np.abs(ends[1] - ends[0]).max() > 0.1 and np.abs(ends[2] - ends[0]).max() > 0.1
+    apart = [np.abs(end - ends[0]).max() for end in ends[1:3]]
+    assert apart == pytest.approx([0.66, 0.40], abs=0.01)  # 1 s later, in radians or m; measured, no hand number
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("Crippled")])

@@ -118,6 +118,20 @@ def test_every_rule_is_in_the_box_and_row_by_row(task, dtype):
         torch.testing.assert_close(action, torch.cat(rows), msg=name)
 
 
+def test_qualities():
+    """Half of all goals are right, and for the others an action is random; the mirrored rule is the opposite."""
+    obs = {name: 0.3 * x for name, x in batch(4000).items()}
+    right, half, mirrored = (load(f"fetch.v4{suffix}", example=obs) for suffix in ("", "-half", "-mirrored"))
+    for name, rule in right.items():
+        assert torch.equal(mirrored[f"{name}-mirrored"](obs), -rule(obs))
+        weak = half[f"{name}-half"](obs)
+        is_right = (weak == rule(obs)).all(1)
+        assert is_right.float().mean().item() == pytest.approx(0.5, abs=0.03)
+        assert weak[~is_right].mean(0).abs().max() < 0.07 and weak[~is_right].std(0).sub(3 ** -0.5).abs().max() < 0.03
+        moved = obs | {"observation": obs["observation"].roll(1, 0)}  # a goal is right or wrong wherever the gripper is
+        assert torch.equal((half[f"{name}-half"](moved) == rule(moved)).all(1), is_right)
+
+
 # ---- names ---------------------------------------------------------------------------------------
 
 

@@ -128,7 +128,10 @@ REWARD = "def intrinsic_reward(x):\n    return x[:, -1].clamp(max=9)\n"
     (GOOD.replace("[s, ", "[s + 1, ") + REWARD, "has to begin with the state"),
     (GOOD.replace("** 2", "/ 0") + REWARD, "not finite"),
     (GOOD + "def intrinsic_reward(x):\n    return 1e4 * x[:, 0]\n", "beyond"),
-    (GOOD.replace("** 2", "* torch.rand(len(s), 1)") + REWARD, "has a memory"),
+    (GOOD.replace("** 2", "* torch.rand(len(s), 1)") + REWARD, "revise_state has a memory, or draws random numbers"),
+    (GOOD + "def intrinsic_reward(x):\n    return torch.rand(len(x))\n", "intrinsic_reward has a memory, or draws"),
+    (GOOD + "calls = []\n\n\ndef intrinsic_reward(x):\n    calls.append(1)\n    return 0 * x[:, 0] + len(calls)\n",
+     "intrinsic_reward has a memory"),
     (GOOD.replace("s[:, :1]", "s[:, 99]") + REWARD, "fail: IndexError")])
 def test_pairs_that_cannot_be_used(source, words, tmp_path):
     file = tmp_path / "mine.py"
@@ -197,6 +200,81 @@ def test_none_is_td3_on_goals_with_hindsight_too(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_none_is_td3_without_a_time_limit_too(tmp_path):
+    """No episode has to be stored whole."""
+    gym.register("Endless-v0", Endless)
+    few = SMALL | dict(env="Endless-v0", total_timesteps=220)
+    td3.main(td3.Args(**few, her_goals=0, run_dir=str(tmp_path / "td3")))
+    lesr.main(lesr.Args(**few, features="none", run_dir=str(tmp_path / "lesr")))
+    theirs, ours = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("td3", "lesr"))
+    assert torch.equal(theirs["buffer"]["rows"], ours["buffer"]["rows"])
+    for name, p in theirs["agent"]["target"].items():
+        assert torch.equal(ours["agent"]["target"][name], p), name
+    del gym.registry["Endless-v0"]
+
+
+def test_an_episode_without_end_is_measured_in_pieces():
+    """Rises of 1 within pieces of two steps; the rise of 9 between two pieces does not count."""
+    smoothness = Smoothness(1, 2, 1)
+    for t, reward in enumerate([0.0, 1.0, 10.0, 11.0]):
+        smoothness.add(torch.full((1, 1), float(t)), np.array([reward]), np.array([False]))
+    assert smoothness.episodes == 2 and smoothness.lengths.item() == 0
+    assert smoothness.constants.item() == pytest.approx((1 - 0.995 ** 2) / 1.01)
+
+
+def test_what_a_run_says_of_its_rewards():
+    """Two environments, w .5: r 1 and -3, G 4 and -2, then the same with the other sign; the second one ends."""
+    scalars, sums, args = runtime.Means(), torch.zeros(2, 2), lesr.Args(intrinsic_weight=0.5)
+    lesr.log_rewards(scalars, sums, np.array([1.0, -3.0]), np.array([4.0, -2.0]), np.array([False, False]), args)
+    assert {k: x.item() for k, x in scalars.take().items()} == dict(
+        reward=-1, intrinsic_reward=1, abs_reward=2, abs_intrinsic_reward=3)
+    lesr.log_rewards(scalars, sums, np.array([-1.0, -3.0]), np.array([-4.0, 4.0]), np.array([False, True]), args)
+    assert scalars.take()["intrinsic_share"].item() == pytest.approx(1 / 6, abs=1e-5)  # |.5 (-2 + 4)| / |-6|
+    assert not sums.any()
+
+
+@pytest.mark.parametrize("kind", ["", "llm:"])
+def test_a_run_keeps_its_features(kind, tmp_path, monkeypatch, capsys):
+    """The file changes, then is gone, and the command is given in another folder: evaluation and resume stay."""
+    monkeypatch.chdir(tmp_path)
+    said = GOOD + REWARD
+    if kind:
+        said = ("import numpy as np\n\n\ndef revise_state(s):\n    return np.append(s, s[0] ** 2)\n\n\n"
+                "def intrinsic_reward(x):\n    return min(x[-1], 9.0)\n")
+    for name in ("whole", "cut"):
+        (tmp_path / "mine.py").write_text(said)
+        lesr.main(lesr.Args(**SMALL | dict(total_timesteps=260 if name == "whole" else 130, features=f"{kind}mine.py"),
+                            run_dir=str(tmp_path / name)))
+    evaluated = [lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole")]))]
+    capsys.readouterr()
+    (tmp_path / "mine.py").write_text(said.replace("** 2", "* 3"))
+    evaluated.append(lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole")])))
+    assert "mine.py is not what run" in capsys.readouterr().err
+    (tmp_path / "mine.py").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluated.append(lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole")])))
+    assert len({str(result) for result in evaluated}) == 1
+    lesr.main(runtime.cli(lesr.Args, "lesr", ["--resume", str(tmp_path / "cut"), "--total-timesteps", "260"]))
+    saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut")]
+    assert torch.equal(saved[0]["buffer"]["rows"], saved[1]["buffer"]["rows"])
+
+
+class Endless(gym.Env):
+    """No time limit: episodes end by themselves, after two to five steps."""
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = self.np_random.integers(2, 6)
+        return self.np_random.random(2), {}
+
+    def step(self, action):
+        self.left -= 1
+        return self.np_random.random(2), float(action[0]), bool(self.left == 0), False, {}
+
+
 class Ramp(gym.Env):
     """The state 0, .1, .2, ... and the reward 1, for ever; every third episode ends by itself after two steps."""
     observation_space = gym.spaces.Box(-np.inf, np.inf, (17,), np.float64)
@@ -213,8 +291,11 @@ class Ramp(gym.Env):
         return np.arange(17) / 10, 1.0, self.episode % 3 == 0 and self.t == 2, False, {}
 
 
-def test_what_is_stored_and_how_often_is_updated(tmp_path):
-    """r + w G at the state of the hand number; only an end of the task is stored as one; half as many actor steps."""
+def test_what_is_stored_and_how_often_is_updated(tmp_path, monkeypatch):
+    """r + w G at the state of the hand number; only an end of the task is stored as one; half as many steps of the
+    actor and of the targets."""
+    moved, lerp = [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: moved.append(args[2]) or lerp(*args))
     gym.register("HalfCheetah-v77", Ramp, max_episode_steps=5)
     lesr.main(lesr.Args(**SMALL | dict(env="HalfCheetah-v77", total_timesteps=300), run_dir=str(tmp_path / "run")))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -225,7 +306,7 @@ def test_what_is_stored_and_how_often_is_updated(tmp_path):
     terminated = [0] * 5 + [0] * 5 + [0, 1]  # of three episodes
     assert rows[:, f + d + 1].tolist() == (terminated * 25)[:300]
     count = saved["agent"]["count"]
-    assert count["critic"] == 100 and count["actor"] == 50
+    assert count["critic"] == 100 and count["actor"] == 50 and moved.count(lesr.Args.tau) == 50
     del gym.registry["HalfCheetah-v77"]
 
 

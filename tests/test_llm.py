@@ -290,6 +290,12 @@ def test_estimate_before_the_first_call(server, tmp_path, capsys):
     assert asked.estimate([HELLO, HELLO, long]) == 2  # the first is recorded, the second is sample 1
     assert "3 questions, 2 calls to m at http://127.0.0.1" in (said := capsys.readouterr().err)
     assert "1,112 tokens in, 1,000 out" in said
+    assert said.endswith("out\n")
+    asked.estimate([HELLO, long], most=2)  # the first is recorded
+    assert "1 calls to m" in (said := capsys.readouterr().err)
+    assert said.endswith("500 out; at most 2 calls where answers cannot be used\n")
+    asked.estimate([long], most=9)
+    assert "; at most 3 calls where" in capsys.readouterr().err  # what --max-calls leaves
     with pytest.raises(UserError, match="5 calls are more than --max-calls 4"):
         asked.estimate([long] * 5)
     assert len(server.requests) == 1

@@ -43,7 +43,8 @@ def pair(extra="s[5] ** 2", reward="min(s[11], 9.0)", head="", state="s"):
     (pair(reward="101.0"), r"beyond \+-100"), (pair(reward="s[:2]"), r"returns shape \(2,\)"),
     (pair(state="2 * s"), "has to begin with the state, unchanged"), (pair(extra=""), "at least one feature"),
     (pair(state="s[:3]"), "has to return the 11 numbers of s"),
-    (pair(head="seen = []\n", extra="[seen.append(1), len(seen)][1]"), "has a memory")])
+    (pair(head="seen = []\n", extra="[seen.append(1), len(seen)][1]"), "revise_state has a memory"),
+    (pair(head="seen = []\n", reward="[seen.append(1), len(seen) / 99][1]"), "intrinsic_reward has a memory")])
 def test_gate_refuses(reply, reason):
     with pytest.raises(SandboxError, match=reason) as error:
         lesr.gate(reply, 11)
@@ -162,7 +163,8 @@ def test_a_model_is_told_and_asked_again(server, bench, tmp_path, capsys):  # no
     assert (out / "best.py").read_text() == (out / "iteration-1" / "candidate-2.py").read_text()
     assert "Return: 6.00" in (out / "iteration-2" / "feedback.md").read_text()
     final, = tomllib.loads((out / "final.toml").read_text())["cell"]
-    assert final["seeds"] == [1, 2, 3, 4, 5] and "loop/best.py --total-timesteps 1000000" in final["flags"]
+    assert final["seeds"] == [1, 2, 3, 4, 5]
+    assert re.search(r"loop/best-\w{8}\.py --total-timesteps 1000000", final["flags"])
     kept = json.loads((out / "iteration-1" / "candidate-1.json").read_text())
     assert kept["source"] == "api" and kept["model"] == "My/Model"
     assert not any(KEY in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
@@ -175,6 +177,10 @@ def test_a_model_is_told_and_asked_again(server, bench, tmp_path, capsys):  # no
     more = lesr.run(flags(server, tmp_path, iterations=3))
     assert len(server.requests) == 9 and said(server, 7).count("Seven was better.") == 1
     assert "| 3 | 2 | 6.00 |" in (more / "summary.md").read_text()
+    assert tomllib.loads((more / "final.toml").read_text())["cell"] == [final]  # the best is the same
+    server.script += ["Five.", *[pair(reward="8.0")] * 2]
+    lesr.run(flags(server, tmp_path, iterations=4))
+    assert tomllib.loads((more / "final.toml").read_text())["cell"] != [final]  # so its runs are others
 
 
 @pytest.mark.parametrize("mode", ["record", "off"])

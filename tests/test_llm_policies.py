@@ -1,6 +1,7 @@
 """Policies that a model wrote: description, gate, file, and what `--knowledge llm:` makes of it."""
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -146,11 +147,27 @@ def test_hostile_answers_go_back_and_are_never_used(server, tmp_path, capsys, mo
     assert "import of os is not allowed" in kept["policies"][1]["refused"] and kept["policies"][1]["code"] == ""
     assert kept["policies"][0]["source"] == "api" and kept["policies"][0]["model"] == "My/Model:7b"
     assert KEY not in (tmp_path / "p.json").read_text() + (tmp_path / "r.jsonl").read_text()
-    capsys.readouterr()
+    assert "3 questions, 3 calls" in (told := capsys.readouterr().err) and "; at most 9 calls where" in told
     # the recordings alone give the same file
     wp.write(flags(server, tmp_path, mode="replay", base_url="", candidates=9, out=str(tmp_path / "again.json")))
     assert json.loads((tmp_path / "again.json").read_text()) == kept and len(server.requests) == 6
     assert "knowledge llm:" in capsys.readouterr().out
+
+
+def test_every_model_has_a_file_of_its_own(server, tmp_path, monkeypatch, capsys):
+    """Named as the page says, NAME as it is, where a file can be called so."""
+    monkeypatch.setattr(wp, "ROOM", tmp_path)
+    monkeypatch.setattr(knowledge.generated, "SHIPPED", tmp_path / "policies")
+    models = ["qwen2.5-7b", "Qwen2.5:7b", "SmolLM2-135M-Instruct", "\u6a21\u578b", "\u6a21", "a/b", "a:b"]
+    server.script = [GOOD] * len(models)
+    for model in models:
+        wp.write(flags(server, tmp_path, model=model, candidates=1, out=""))
+        use = capsys.readouterr().out.splitlines()[-1].partition("--knowledge ")[2]
+        assert list(load(use)) == [use.removeprefix("llm:") + ".0"]
+        assert use == f"llm:hopper-{model}" or not re.fullmatch(r"[\w.-]+", model, re.ASCII)
+    names = [path.stem for path in (tmp_path / "policies").iterdir()]
+    assert len({name.lower() for name in names}) == len(models)  # also where a file system does not tell cases apart
+    assert all(re.fullmatch(r"hopper-[\w.-]*\w", name, re.ASCII) for name in names)
 
 
 @pytest.mark.parametrize("words, said", [

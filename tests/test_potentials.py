@@ -76,6 +76,30 @@ def test_nearness_by_hand():
         potentials.near_target("BabyAI-Text-GoToLocal-Pretraining-S20")
 
 
+def test_progress_of_the_rules_of_fetch():
+    def value(name, env_id, p, o, g):
+        x = torch.tensor([[*p, *o, *[0.0] * 20]])
+        now = History({"observation": x.unsqueeze(1), "desired_goal": torch.tensor([[g]])}, torch.zeros(1, 0),
+                      torch.zeros(1))
+        return float(potentials.load(name, env_id, envs.clauses, ())(now))
+    where = (0.0, 0.0, 0.0), (0.3, 0.0, 0.4), (0.3, 0.0, 0.5)  # 0.5 m to the object, 0.1 m from there to the goal
+    assert value("fetch.v4", "FetchPickAndPlace-v2", *where) == pytest.approx(-12)
+    assert value("fetch.v4-mirrored", "FetchPickAndPlace-v2", *where) == pytest.approx(12)
+    assert value("fetch.v4", "FetchReach-v2", *where) == pytest.approx(-(0.34 ** 0.5) / 0.05)
+    behind = (-0.08, 0.0, 0.0), (0.0, 0.0, 0.0), (0.2, 0.0, 0.0)
+    assert value("fetch.v4", "FetchPush-v2", *behind) == pytest.approx(-4, abs=1e-3)
+    half = [value("fetch.v4-half", "FetchPickAndPlace-v2", *where[:2], (0.3, 0.0, 0.5 + i / 1000)) for i in range(200)]
+    right = [value("fetch.v4", "FetchPickAndPlace-v2", *where[:2], (0.3, 0.0, 0.5 + i / 1000)) for i in range(200)]
+    assert sum(map(float.__eq__, half, right)) == pytest.approx(100, abs=20) and min(half) >= -16 and max(half) <= 0
+
+
+def test_progress_on_doorkey_is_that_of_its_stages():
+    now = history(image((Key("red"), 2, 3)), [image()] * 5, [2] * 5)
+    names = ("target", "minigrid.official", "minigrid.official-mirrored")
+    phi, same, opposite = (potentials.load(name, "MiniGrid-DoorKey-8x8-v0", envs.clauses, WORDS) for name in names)
+    assert phi(now) == same(now) == -opposite(now) == 1 / 2  # two steps to the key
+
+
 # histories
 
 def test_past_starts_anew_with_every_episode():

@@ -42,6 +42,7 @@ WHOLE = {"sac": FEW_SAC, "sac_kian": FEW_SAC, "sac_handover": FEW_SAC, "ddpg": F
          "ppo": FEW_PPO, "ppo_continuous": FEW_PPO, "ppo_kian": FEW_PPO, "ppo_kogun": FEW_PPO, "ppo_a2t": FEW_PPO,
          "ppo_bc": FEW_PPO, "ppo_pixels": FEW_PPO, "srl": FEW_SRL, "a2c": FEW_A2C, "acer": FEW_ACER, "acktr": FEW_A2C,
          "trpo": FEW_PPO, "ars": FEW_SEARCH, "cma_es": FEW_SEARCH, "dqn": FEW_DQN,
+         "sac_kogun": FEW_SAC, "sac_bc": FEW_SAC, "sac_demos": FEW_SAC, "sac_shaping": FEW_SAC, "ppo_mask": FEW_PPO,
          "ppo_rnd": FEW_PPO, "bk_code": FEW_PPO, "bk_pref": FEW_PPO, "bk_goal": FEW_PPO,
          "tesac": FEW_SPLITS, "ccm": FEW_SPLITS, "satesac": FEW_SPLITS, "saccm": FEW_SPLITS,
          "stream_ac": FEW_STREAM, "stream_q": FEW_STREAM, "stream_td": FEW_SERIES}

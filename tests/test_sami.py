@@ -24,7 +24,7 @@ CONTRASTED = {name: SCRIPTS[name] for name in ("ccm", "satesac", "saccm")}
 # ---- contrast: hand numbers
 
 
-def test_sigmoid_nce():
+def test_sigmoid_nce(monkeypatch):
     """All pairs; the off-diagonal ones of the first case are at ln 2 each."""
     one = torch.eye(2)
     assert satesac.sigmoid_nce(one, one, -one).item() == pytest.approx(0.693193, abs=1e-6)
@@ -34,6 +34,8 @@ def test_sigmoid_nce():
     query, positive = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
     negative = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     assert satesac.sigmoid_nce(query, positive, negative).item() == pytest.approx(0.349072, abs=1e-6)
+    monkeypatch.setattr(satesac, "TEMPERATURE", 1)
+    assert satesac.sigmoid_nce(query, positive, negative).item() == pytest.approx(0.940692, abs=1e-6)
 
 
 def test_softmax_nce_is_bounded_by_log_k():
@@ -41,6 +43,8 @@ def test_softmax_nce_is_bounded_by_log_k():
     negative = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])  # logits 6, 0, -10
     loss = satesac.softmax_nce(query, positive, negative).item()
     assert loss == pytest.approx(0.00247577, abs=1e-7) and math.log(3) - loss == pytest.approx(1.0961365, abs=1e-6)
+    loss = satesac.softmax_nce(query, query, negative[:1].expand(3, 2)).item()  # logits 10, 0, 0, 0
+    assert math.log(4) - loss == pytest.approx(1.386158, abs=1e-6)
     zero = torch.zeros(4, 2)
     assert math.log(4) - satesac.softmax_nce(zero, zero, zero[:3]).item() == pytest.approx(0, abs=1e-6)
     generator = torch.Generator().manual_seed(1)
@@ -261,6 +265,38 @@ def test_what_a_policy_remembers():
     task = np.ones((2, 2), np.float32)
     assert tesac.make_row(torch.zeros(2, 3), None, yes, task, replace(args, context="oracle")).shape == (2, 5)
     assert tesac.make_row(torch.zeros(2, 3), None, yes, task, replace(args, context="none")).shape == (2, 3)
+
+
+def test_a_policy_sees_the_windows_that_it_is_trained_on():
+    """Pushed step by step over the ends of episodes, or read from the buffer later: the same rows, the same context."""
+    torch.manual_seed(0)
+    args = tesac.Args()
+    windows, buffer = tesac.make_windows(args, 2, 6), TrajectoryBuffer(1000, 12, args.window, 2, 6, 2)
+    params, pushed = tesac.init_encoder(5, 7, 3), [[[]], [[]]]  # pushed[environment][episode]
+    lengths, age, began = np.array([12, 5]), np.zeros(2, int), torch.ones(2, dtype=torch.bool)
+    row = tesac.make_row(torch.randn(2, 3), torch.zeros(2, 2), began, None, args)
+    while buffer.stored < 6:
+        seen, action = windows.push(row, began), torch.rand(2, 2)
+        for i in (0, 1):
+            pushed[i][-1].append(seen[:, i].clone())  # the next push clears rows in place
+        age += 1
+        ended = age == lengths
+        final_row = tesac.make_row(torch.randn(2, 3), action, torch.zeros(2, dtype=torch.bool), None, args)
+        buffer.add(row, action, np.zeros(2), ended, np.zeros(2, bool), final_row, np.arange(2))
+        began = torch.from_numpy(ended)
+        row = torch.where(began[:, None], tesac.make_row(torch.randn(2, 3), action, began, None, args), final_row)
+        for i in np.flatnonzero(ended):
+            pushed[i].append([])
+        age[ended] = 0
+    assert sorted(buffer.length.tolist()) == [5, 5, 5, 5, 12, 12]
+    found = [0, 0]
+    for episode, (task, length) in enumerate(zip(buffer.task.tolist(), buffer.length.tolist())):
+        then = torch.stack(pushed[task][found[task]], 1)  # (W, n, width)
+        found[task] += 1
+        assert torch.equal(buffer.windows(torch.full((length,), episode), torch.arange(length)), then)
+        for t in range(length):  # and as one long sequence, as far as a window reaches
+            rows = buffer.kept["rows"][episode][args.window - 1:][max(t + 1 - args.window, 0):t + 1].unsqueeze(1)
+            assert torch.allclose(tesac.encode(params, then[:, t:t + 1]), tesac.encode(params, rows), atol=1e-6)
 
 
 def test_how_many_are_negative():

@@ -73,6 +73,33 @@ def test_each_loss_alone_moves_the_encoder():
         assert loss.item() == pytest.approx(scalars[f"{name}_loss"].item() * (2 if name == "inverse" else 1))
 
 
+def test_split_codes_have_a_part_for_each_loss():
+    """A loss moves its own numbers of the code, and what it computes does not change with the others."""
+    torch.manual_seed(0)
+    batch = srl.Batch(*torch.randint(0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8), torch.arange(8) % 4,
+                      torch.arange(8.0) % 2)
+    losses = ["vae", "inverse", "forward", "reward", "priors"]
+    model = srl.Model(losses, 12, 4, split=True)
+    assert model.masks.sum(0).tolist() == [1.0] * 12 and model.masks.sum(1).tolist() == [3.0, 2.0, 3.0, 2.0, 2.0]
+    assert srl.Model(losses, 12, 4).masks.eq(1).all()
+    whole = {}
+    for name in losses:
+        own = model.masks[losses.index(name)].bool()
+        model.zero_grad()
+        torch.manual_seed(1)
+        whole[name] = srl.srl_loss(model, batch, srl.Args())[1][f"{name}_loss"]
+        whole[name].backward()
+        moved = model.encoder[-1].weight.grad[:12].abs().sum(1) > 0  # (12,), of the means
+        assert moved.equal(own)
+    with torch.no_grad():
+        model.encoder[-1].weight[:3] += 1  # the part of the VAE
+        torch.manual_seed(1)
+        scalars = srl.srl_loss(model, batch, srl.Args())[1]
+    assert [name for name in losses if scalars[f"{name}_loss"] != whole[name]] == ["vae"]
+    code = torch.randn(2, 12)
+    assert model.decode(code).equal(model.decode(torch.cat([code[:, :3], torch.zeros(2, 9)], 1)))
+
+
 def test_the_vae_divides_its_bound_by_pixels():
     torch.manual_seed(0)
     batch = srl.Batch(*torch.randint(0, 256, (2, 4, 64, 64, 3), dtype=torch.uint8), torch.arange(4), torch.zeros(4))
@@ -143,6 +170,7 @@ def test_losses_are_known_to_environments():
 
 @pytest.mark.parametrize("flags, words", [
     (dict(losses="dae"), "'dae' is unknown; known are autoencoder"), (dict(losses="autoencoder,vae"), "twice"),
+    (dict(split=True), "among 1 losses"), (dict(losses="vae,inverse,forward", split=True, code=2), "2 numbers"),
     (dict(losses="inverse,inverse"), "twice"), (dict(env="CartPole-v1"), "others are for pictures"),
     (dict(env="MobileRobotContinuous-v0"), "discrete ones are needed"),
     (dict(env="MobileRobot-v0:frame_stack=2"), "pictures of 64 x 64 x 3"),

@@ -1,0 +1,342 @@
+"""PPO with fading masks: early in training, only the actions that external policies advise are drawn (ours).
+
+The idea of CAMEL (arXiv 2502.11896; camel.py) for discrete actions. Its paper has continuous actions alone, so this is
+no reproduction: what is masked, how it fades, and the loss are this project's. Of n external policies, m(s) are the
+actions that at least one advises, or all of them where every policy is silent. The agent acts by
+
+    p_eps(a|s) = eps p(a|s) m_a(s) / sum_b p(b|s) m_b(s) + (1 - eps) p(a|s),   eps = max(0, 1 - step / mask_steps)
+
+so eps is the share of steps that are masked. p_eps is the policy in ratio, entropy and loss, with eps of the rollout,
+because it is what acted. At eps 0 all is PPO. Evaluations and policy.pt2 are p, the agent alone. A mask that leaves out
+what is needed, as that of a wrong rule, holds learning up until it fades, and no longer. Everything else is PPO:
+`diff algos/ppo.py algos/ppo_mask.py`. docs/forms_of_knowledge.md compares it with other forms.
+
+python algos/ppo_mask.py --env MiniGrid-DoorKey-8x8-v0
+"""
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+import envs
+import knowledge
+import runtime
+
+ALGO = Path(__file__).stem  # names run folders and result tables
+LOG_EVERY = 10_000  # environment steps
+WIDTH = 64  # of the encoder's output and of all hidden layers
+
+
+@dataclass
+class Args:
+    """PPO with masks by the advice of external policies, which fade."""
+    # twin: run arguments of PPO
+    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
+    seed: int = 1  # of all that is random: networks, environments, exploration
+    total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
+    num_envs: int = 16  # environments stepped together
+    eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
+    eval_episodes: int = 100  # episodes per evaluation
+    checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
+    video: int = 0  # episodes to film after training, or with --evaluate
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    compile: bool = False  # compile the loss: about 30 s at the first start
+    run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
+    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    evaluate: str = ""  # run folder to evaluate; no training
+    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    # twin end
+
+    # algorithm
+    num_steps: int = 128  # steps of every environment per iteration
+    epochs: int = 4  # passes over an iteration's transitions
+    batch_size: int = 256  # transitions per update
+    learning_rate: float = 1e-3  # Adam, constant
+    gamma: float = 0.99  # discount per step
+    gae_lambda: float = 0.95  # of the advantage estimate
+    clip: float = 0.2  # of the probability ratio, and of the change of values
+    clip_values: bool = True  # whether values are clipped as well: right for returns near 1, slow for larger ones
+    normalize_advantage: bool = False  # advantages of a batch to mean 0 and deviation 1
+    entropy_coef: float = 0.01  # weight of the entropy bonus
+    value_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
+    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+
+    # method: masks
+    knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>, inner:<RUN_DIR>; comma-separated
+    mask_steps: int = 60_000  # environment steps until no step is masked any more; 0: never a mask
+
+
+# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf),
+          "mask_steps": (0, math.inf)}
+TUNE = {"learning_rate": (2e-4, 3e-3), "entropy_coef": (1e-3, 5e-2), "num_steps": [64, 128, 256],
+        "epochs": [2, 4, 8], "batch_size": [128, 256, 512], "gae_lambda": [0.9, 0.95, 0.98]}
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A layer whose units have weights of length 1 at the start, and no bias."""
+    layer = nn.Linear(fan_in, fan_out)
+    with torch.no_grad():
+        layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
+        layer.bias.zero_()
+    return layer
+
+
+class GridEncoder(nn.Module):
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
+    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4 * 3, 16), nn.Linear(4 * 16, 32), nn.Linear(4 * 32, WIDTH)])
+        first, second = (torch.arange(s * s).view(s, s).unfold(0, 2, 1).unfold(1, 2, 1) for s in (7, 3))  # 2x2 windows
+        pooled = first.reshape(3, 2, 3, 2, 4).transpose(1, 2)  # (3, 3, 2, 2, 4): neighbours that are pooled together
+        self.register_buffer("first", pooled.flatten(), persistent=False)
+        self.register_buffer("second", second.flatten(), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """The 7x7 cells in view (B, 7, 7, 3) as object, colour and state, unscaled -> (B, 64)."""
+        x = image.flatten(1, 2).index_select(1, self.first).view(-1, 9, 4, 4 * 3).float()
+        x = F.relu(self.layers[0](x).amax(2))  # (B, 9, 16)
+        x = x.index_select(1, self.second).view(-1, 4, 4 * 16)
+        x = F.relu(self.layers[1](x)).view(-1, 4 * 32)
+        return F.relu(self.layers[2](x))
+
+
+class PixelEncoder(nn.Sequential):
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH), nn.ReLU())
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image.permute(0, 3, 1, 2).float() / 255)
+
+
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+
+
+class Seen(NamedTuple):
+    """What the agent sees."""
+    view: torch.Tensor  # 7x7 cells (B, 7, 7, 3) or features (B, f)
+    advice: torch.Tensor  # (B, n, A), of the external policies
+    epsilon: torch.Tensor  # (B,), share of steps that are masked
+
+
+def mask_of(advice: torch.Tensor) -> torch.Tensor:
+    """Advice (B, n, A) -> 1 for actions that may be drawn (B, A): those advised, or all where nobody advises any."""
+    advised = (advice > 0).any(1)  # (B, A)
+    return (advised | ~advised.any(1, keepdim=True)).float()
+
+
+def masked(log_probs: torch.Tensor, mask: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (B, A) of the agent, mask (B, A), epsilon (B,) -> log-probabilities (B, A) of what acts. Masked
+    actions keep e^-20, because entropies need finite logarithms."""
+    epsilon = epsilon.unsqueeze(1)  # (B, 1)
+    inside = torch.log_softmax(log_probs - 20 * (1 - mask), -1)
+    mixed = torch.logaddexp(epsilon.clamp(min=1e-9).log() + inside, (1 - epsilon).clamp(min=1e-9).log() + log_probs)
+    return torch.where(epsilon > 0, mixed, log_probs)
+
+
+class Output(NamedTuple):
+    log_probs: torch.Tensor  # (B, A), of the actions, behind the mask
+    alone: torch.Tensor  # (B, A), without it
+    value: torch.Tensor  # (B,), of the state
+
+
+class Agent(nn.Module):
+    """Actor and critic on one encoder."""
+
+    def __init__(self, shape: tuple[int, ...], num_actions: int):
+        super().__init__()
+        self.encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
+        self.critic = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, 1))
+        self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
+        self.actor = linear(WIDTH, num_actions)
+
+    def forward(self, obs: Seen) -> Output:
+        x = self.encoder(obs.view)  # (B, 64)
+        alone = torch.log_softmax(self.actor(self.trunk(x)), -1)  # (B, A)
+        return Output(masked(alone, mask_of(obs.advice), obs.epsilon), alone, self.critic(x).squeeze(1))
+
+
+class Batch(NamedTuple):
+    """Transitions of a rollout."""
+    obs: Seen
+    action: torch.Tensor  # (B,)
+    log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
+    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    advantage: torch.Tensor  # (B,)
+    target_value: torch.Tensor  # (B,), what the critic is to learn
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Noise that makes the argmax of log-probabilities a draw from them."""
+    return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
+
+
+def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, ended: torch.Tensor, gamma: float,
+        gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimates (T, N) from reward, value and ended (T, N) and the value (N,) of the state after
+    the last step. Nothing flows back over the end of an episode."""
+    next_value, advantage, running = last_value, torch.zeros_like(reward), torch.zeros_like(last_value)
+    for t in reversed(range(len(reward))):
+        goes_on = 1.0 - ended[t]
+        delta = reward[t] + gamma * next_value * goes_on - value[t]
+        advantage[t] = running = delta + gamma * gae_lambda * goes_on * running
+        next_value = value[t]
+    return advantage
+
+
+@torch.no_grad()
+def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
+    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    device = next(agent.parameters()).device
+    noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
+    seen, steps = look(loop["obs"]), []
+    for t in range(args.num_steps):
+        output = agent(seen)
+        action = (output.log_probs + noise[t]).argmax(1)  # a draw from the policy
+        log_prob = output.log_probs.gather(1, action.unsqueeze(1)).squeeze(1)
+        obs, reward, terminated, truncated, info = vec.step(action.cpu().numpy())
+        reward, ended = torch.from_numpy(reward).float(), torch.from_numpy(terminated | truncated)
+        loop["open_return"] += reward
+        for finished in loop["open_return"][ended]:
+            scalars.add({"return": finished})
+        loop["open_return"][ended] = 0.0
+        cut = torch.from_numpy(truncated & ~terminated)
+        if args.bootstrap and cut.any():  # obs already belongs to the next episode, final_obs to this one
+            final_value = agent(look(envs.to_tensors(info["final_obs"]))).value.cpu()
+            reward[cut] += args.gamma * final_value[cut]
+        steps.append((seen, action, log_prob, output.value, reward.to(device), ended.float().to(device)))
+        loop["obs"] = envs.to_tensors(obs)
+        seen = look(loop["obs"])
+    obs, action, log_prob, value, reward, ended = tree_map(lambda *columns: torch.stack(columns), *steps)  # (T, N, ...)
+    advantage = gae(reward, value, agent(seen).value, ended, args.gamma, args.gae_lambda)
+    return tree_map(lambda x: x.flatten(0, 1), Batch(obs, action, log_prob, value, advantage, advantage + value))
+
+
+def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of a batch (Eq. 9), and what is logged of it."""
+    output = agent(batch.obs)
+    log_probs, value = output.log_probs, output.value
+    log_ratio = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1) - batch.log_prob
+    ratio, advantage = log_ratio.exp(), batch.advantage
+    if args.normalize_advantage:
+        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+    policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()  # Eq. 7
+    value_error = (value - batch.target_value).square()
+    if args.clip_values:  # the worse of two: a value gains nothing from going further than `clip`
+        clipped_value = batch.value + (value - batch.value).clamp(-args.clip, args.clip)
+        value_error = value_error.max((clipped_value - batch.target_value).square())
+    value_loss = value_error.mean()
+    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+    loss = policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss
+    scalars = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "value": value.mean(),
+               "clip_fraction": ((ratio - 1).abs() > args.clip).float().mean(),
+               "approx_kl": (ratio - 1 - log_ratio).mean()}
+    return loss, scalars
+
+
+def update(agent: Agent, optimizer: torch.optim.Optimizer, loss_of: Callable, batch: Batch, args: Args) -> dict:
+    """One step of the optimiser on a batch; returns what is logged."""
+    loss, scalars = loss_of(agent, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+    optimizer.step()
+    return {name: x.detach() for name, x in scalars.items()}
+
+
+def epsilon_at(step: int, args: Args) -> float:
+    """The share of steps that are masked: 1 at the start, linearly down to 0 after `mask_steps`."""
+    return max(0.0, 1 - step / args.mask_steps) if args.mask_steps else 0.0
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
+    args, saved = runtime.checked(args, ALGO, RANGES, anew=["env", "eval_select"])
+    device = runtime.pick_device(args.device)
+
+    vec = envs.make_vec(args.env, args.num_envs)
+    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    example = envs.example_of(vec, obs)
+    external = knowledge.load(args.knowledge, args.env, num_actions, example, lowest=0.0,
+                              kept_in=args.resume or args.evaluate)
+    agent = Agent(shape, num_actions).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64), "epsilon": 0.0}
+    scalars = runtime.Means()  # of updates and finished episodes since the last log
+    parts = {"agent": agent, "optimizer": optimizer, "vec": vec, "loop": loop, "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
+    evaluator = envs.Evaluator(args, copies=100)
+
+    def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
+        """What the agent sees of observations, the advice that goes with them, and how much it is bound to it."""
+        advice, view = knowledge.advise(external, obs, num_actions, lowest=0.0).float(), envs.seen(obs)
+        epsilon = torch.full((view.shape[0],), loop["epsilon"])
+        return Seen(view.to(device), advice.to(device), epsilon.to(device))
+
+    def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities (B, A) without a mask, so nobody is asked for advice: what the run leaves as policy.pt2."""
+        view = envs.seen(obs).to(device)
+        silent = torch.zeros(view.shape[0], 0, num_actions, device=device)
+        return agent(Seen(view, silent, torch.zeros(view.shape[0], device=device))).alone.cpu()
+
+    @torch.no_grad()
+    def act(obs: envs.Observation) -> np.ndarray:
+        """What evaluations play."""
+        log_probs = policy(envs.to_tensors(obs))
+        if args.eval_select == "sample":
+            log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
+        action = log_probs.argmax(1)
+        return action.numpy()
+
+    if args.evaluate:
+        return evaluator.report(act, saved["step"])
+
+    # train
+    run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
+    knowledge.keep(args.knowledge, ["inner", *external], run.folder)
+    loss_of = runtime.compiled(ppo_loss, args.compile, device)
+    if not saved:
+        run.log_evaluation(evaluator.play(act))  # the untrained agent
+    while run.advance(args.num_steps * args.num_envs):
+        loop["epsilon"] = epsilon_at(run.before, args) if external else 0.0
+        rollout = collect(agent, vec, look, loop, scalars, args)
+        for _ in range(args.epochs):
+            for index in torch.randperm(len(rollout.action)).to(device).split(args.batch_size):
+                batch = tree_map(lambda x: x[index], rollout)
+                scalars.add(update(agent, optimizer, loss_of, batch, args))
+
+        # log, evaluate, save
+        if run.due(LOG_EVERY):
+            run.log(scalars.take() | {"epsilon": loop["epsilon"]})
+        if run.due(args.eval_every) or run.over:
+            run.log_evaluation(result := evaluator.play(act))
+        run.save_if_due()
+    run.finish()
+    runtime.save_policy(run.folder / "policy.pt2", policy, example)
+    evaluator.film(act, run.folder)
+    return result
+
+
+if __name__ == "__main__":
+    with runtime.exit_codes(ALGO):
+        main(runtime.cli(Args, ALGO))

@@ -1,0 +1,261 @@
+"""SAC with demonstrations: SAC + HER whose replay buffer begins with episodes of external policies.
+
+Before any learning, external policies play `demos` episodes, one policy drawn in every step where there are several.
+These transitions are replayed like all others, and get hindsight goals too. No term of a loss knows of them: critics
+are off-policy, so what was shown to be worth something is learned like what was tried (Vecerik et al., "Leveraging
+Demonstrations for Deep RL on Robotics Problems with Sparse Rewards", arXiv 1707.08817; Nair et al., arXiv 1709.10089).
+
+    D = {episodes of p ~ uniform(p_1 ... p_n)},   then SAC on D and what it plays itself
+
+The steps of demonstrations are steps of the run: they count in `--total-timesteps` and in every curve, and a line says
+how many they are. Departures: replay is uniform, and demonstrations keep no share of the batches, where Vecerik et al.
+give them priority and Nair et al. a buffer of their own and an imitation loss (sac_bc.py has one). Everything else is
+SAC: `diff algos/sac.py algos/sac_demos.py`. docs/forms_of_knowledge.md compares it with other forms.
+
+python algos/sac_demos.py --env FetchPickAndPlace-v2
+"""
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import start  # noqa: F401  before numpy
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map
+
+import envs
+import knowledge
+import runtime
+from buffers import Batch, ReplayBuffer
+from networks import adam, adam_state, init_mlp, mlp
+
+ALGO = Path(__file__).stem  # names run folders and result tables
+LOG_EVERY = 1000  # environment steps
+
+
+@dataclass
+class Args:
+    """SAC + HER that begins with episodes of external policies in its replay buffer."""
+    # twin: run arguments
+    env: str = "FetchPickAndPlace-v2"  # environment id; older Fetch ids become the installed one
+    seed: int = 1  # of all that is random: networks, environments, exploration
+    total_timesteps: int = 150_000  # environment steps, summed over environments; with --resume: a new total
+    num_envs: int = 32  # environments stepped together
+    eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
+    eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
+    checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
+    video: int = 0  # episodes to film after training, or with --evaluate
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
+    run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
+    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    evaluate: str = ""  # run folder to evaluate; no training
+    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    # twin end
+
+    # algorithm
+    hidden: str = "256x3"  # hidden layers of actor and critics, width x depth
+    batch_size: int = 512  # transitions per update
+    buffer_size: int = 1_000_000  # transitions that are kept
+    learning_rate: float = 1e-3  # Adam, for actor, critics and temperature
+    gamma: float = 0.95  # discount per step
+    tau: float = 0.05  # Polyak step of the target critics, per update
+    updates_per_step: float = 0.1  # updates per environment step
+    her_goals: int = 4  # hindsight goals per real one, on tasks with goals; 0: no HER
+    initial_temperature: float = 1.0  # alpha at the start, then tuned to an entropy of -d
+    random_actions: float = 0.2  # share of uniform actions while learning
+    normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5
+    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all
+
+    # method: demonstrations
+    knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>; comma-separated
+    demos: int = 128  # episodes, or a few more, that external policies play first; their steps count
+
+
+# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+RANGES = {"gamma": (0, 1), "tau": (0, 1), "her_goals": (0, math.inf), "random_actions": (0, 1), "goal_range": (0, 10),
+          "demos": (0, math.inf)}
+TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature": (0.01, 1.0),
+        "updates_per_step": (0.05, 0.5), "batch_size": [256, 512, 1024], "random_actions": [0.0, 0.1, 0.2, 0.3]}
+
+
+def gaussian_policy(params: dict, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Observations (B, f), Gaussian noise (B, d), zeros for the mean -> action tanh(u) (B, d), log-probability (B,)."""
+    mean, log_std = mlp(params, "actor", obs).chunk(2, -1)
+    log_std = log_std.clamp(-20, 2)
+    action = torch.tanh(mean + log_std.exp() * noise)
+    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # of u, N(mean, std)
+    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)
+
+
+def draw_noise(batch: int, d: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    return torch.randn(batch, d, generator=generator)
+
+
+def demonstrated(advice: torch.Tensor) -> torch.Tensor:
+    """Actions of n external policies (B, n, d) -> the action of one of them, drawn for each row (B, d)."""
+    return advice[torch.arange(len(advice)), torch.randint(advice.shape[1], (len(advice),))]
+
+
+class Decision(NamedTuple):
+    action: torch.Tensor  # (B, d)
+    log_prob: torch.Tensor  # (B,)
+
+
+def decide(actor: dict, obs: torch.Tensor, noise: torch.Tensor, args: Args) -> Decision:
+    """What is done, and its log-probability."""
+    return Decision(*gaussian_policy(actor, obs, noise))
+
+
+def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    return torch.cat([obs, action], 1)
+
+
+def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # of (2, B)
+
+
+def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, obs: torch.Tensor, noise: torch.Tensor, args: Args):
+    decision = decide(actor, obs, noise, args)
+    q = mlp(critic, "q", critic_inputs(obs, decision.action)).squeeze(-1).amin(0)  # (B,)
+    return (alpha * decision.log_prob - q).mean(), (decision, q)
+
+
+def make_agent(args: Args, f: int, d: int, device: torch.device) -> dict:
+    """Fresh parameters and optimiser state."""
+    hidden = runtime.hidden_layers(args.hidden)
+    critic = init_mlp("q", [f + d, *hidden, 1], stack=(2,))
+    actor = init_mlp("actor", [f, *hidden, 2 * d])
+    trained = {"actor": actor, "critic": critic,
+               "temperature": {"log_alpha": torch.tensor(math.log(args.initial_temperature))}}
+    moments = {group: adam_state(params) for group, params in trained.items()}
+    target = {name: p.clone() for name, p in critic.items()}
+    return tree_map(lambda x: x.to(device), trained | {"target": target, "moments": moments, "count": torch.zeros(())})
+
+
+def update(agent: dict, batch: Batch, noise: torch.Tensor, next_noise: torch.Tensor, args: Args) -> dict:
+    """One step of critics, actor, temperature and targets, in this order, on normalised transitions. Changes `agent` in
+    place, returns what is logged."""
+    actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
+    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha as before its own step
+    count += 1
+
+    following = decide(actor, batch.next_obs, next_noise, args)
+    next_q = mlp(target, "q", critic_inputs(batch.next_obs, following.action)).squeeze(-1).amin(0)  # (B,)
+    next_value = next_q - alpha * following.log_prob
+    target_q = batch.reward[:, 0] + args.gamma * (1 - batch.terminated[:, 0]) * next_value  # a time limit bootstraps
+    grads, q_loss = torch.func.grad_and_value(critic_loss)(critic, critic_inputs(batch.obs, batch.action), target_q)
+    adam(critic, grads, moments["critic"], count, args.learning_rate)
+
+    grads, (pi_loss, (decision, q)) = torch.func.grad_and_value(actor_loss, has_aux=True)(
+        actor, critic, alpha, batch.obs, noise, args)
+    adam(actor, grads, moments["actor"], count, args.learning_rate)
+    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
+    adam(agent["temperature"], grads, moments["temperature"], count, args.learning_rate)
+    torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
+    return {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
+            "entropy": -decision.log_prob.mean()}
+
+
+def make_buffer(args: Args, vec: envs.VectorEnv, f: int, d: int, g: int) -> tuple[ReplayBuffer, int]:
+    """An empty buffer, and how many transitions of a batch get a hindsight goal."""
+    relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
+    horizon = envs.time_limit_of(vec) if relabelled else 1  # hindsight stores whole episodes
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    return ReplayBuffer(capacity, horizon, args.num_envs, f, d, g, vec.compute_reward), relabelled
+
+
+@torch.no_grad()  # gradients are taken by torch.func, inside `update`
+def main(args: Args) -> dict[str, float]:
+    """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
+    args, saved = runtime.checked(args, ALGO, RANGES, anew=["goal_range"])
+    device = runtime.pick_device(args.device, fast_matmul=True)
+    vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
+    f, d, g = envs.continuous_sizes(vec)  # numbers in the features, an action, a goal (0: no goals)
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    example = envs.example_of(vec, obs)
+    external = knowledge.load(args.knowledge, args.env, d, example, kept_in=args.resume or args.evaluate)
+    agent = make_agent(args, f, d, device)
+    normalizer = envs.Normalizer(f, args.normalize)
+    buffer, relabelled = make_buffer(args, vec, f, d, g)
+    loop = {"obs": envs.flatten(obs), "updates_owed": 0.0, "demos": 0}
+    scalars = runtime.Means()  # since the last log
+    parts = {"agent": agent, "normalizer": normalizer, "vec": vec, "buffer": buffer, "loop": loop, "scalars": scalars}
+    runtime.restore(parts, saved, only=["agent", "normalizer"] if args.evaluate else None)
+    evaluator = envs.Evaluator(args, goal_range=args.goal_range)
+
+    def look(obs: torch.Tensor) -> torch.Tensor:
+        """What networks see of features (B, f)."""
+        return normalizer(obs)
+
+    def choose(obs: torch.Tensor, noise: torch.Tensor) -> Decision:
+        inputs = tree_map(lambda x: x.to(device), (look(obs), noise))
+        return tree_map(lambda x: x.cpu(), decide(agent["actor"], *inputs, args))
+
+    def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean action (B, d): what the run leaves as policy.pt2."""
+        return choose(envs.flatten(obs), torch.zeros(d)).action
+
+    def act(obs: envs.Observation) -> np.ndarray:
+        """What evaluations play."""
+        return vec.to_box(policy(obs).numpy())
+
+    if args.evaluate:
+        return evaluator.report(act, saved["step"])
+
+    # train
+    run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
+    knowledge.keep(args.knowledge, ["inner", *external], run.folder)
+    learn = runtime.compiled(update, args.compile, device)
+    if not saved:
+        run.log_evaluation(evaluator.play(act))  # the untrained agent
+    while run.advance(args.num_envs):
+        demonstrating, obs = bool(external) and loop["demos"] < args.demos, loop["obs"]
+        learning = buffer.stored >= args.batch_size and not demonstrating
+        action = 2 * torch.rand(args.num_envs, d) - 1
+        if demonstrating:
+            action = demonstrated(knowledge.advise(external, envs.unflatten(obs, g), d))
+        if learning:
+            decision = choose(obs, draw_noise(args.num_envs, d))
+            explore = torch.rand(args.num_envs, 1) < args.random_actions
+            action = torch.where(explore, action, decision.action)
+        next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
+
+        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        buffer.add(obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"]))
+        normalizer.add(obs)
+        loop["obs"] = envs.flatten(next_obs)
+        if demonstrating:
+            loop["demos"] += int((terminated | truncated).sum())
+            if loop["demos"] >= args.demos:
+                print(f"demonstrations: {loop['demos']} episodes, {run.step} steps", file=sys.stderr)
+
+        # update
+        if learning:
+            loop["updates_owed"] += args.num_envs * args.updates_per_step
+        while loop["updates_owed"] >= 1:
+            loop["updates_owed"] -= 1
+            batch = buffer.sample(args.batch_size, relabelled)
+            batch = batch._replace(obs=look(batch.obs), next_obs=look(batch.next_obs))
+            inputs = (batch, draw_noise(args.batch_size, d), draw_noise(args.batch_size, d))
+            scalars.add(learn(agent, *tree_map(lambda x: x.to(device), inputs), args))
+
+        # log, evaluate, save
+        if run.due(LOG_EVERY):
+            run.log(scalars.take() | {"demos": loop["demos"]})
+        if run.due(args.eval_every) or run.over:
+            run.log_evaluation(result := evaluator.play(act, twice=run.over))
+        run.save_if_due()
+    run.finish()
+    runtime.save_policy(run.folder / "policy.pt2", policy, example)
+    evaluator.film(act, run.folder)
+    return result
+
+
+if __name__ == "__main__":
+    with runtime.exit_codes(ALGO):
+        main(runtime.cli(Args, ALGO))
