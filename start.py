@@ -4,8 +4,8 @@ import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads fight with torch's for the cores
 _renderer = os.environ.get("MUJOCO_GL", "").lower().strip()
-if _renderer not in ("", "egl", "osmesa", "glfw", "glx", "cgl", "wgl", "disable", "disabled", "off", "false", "0", "enable",
-                     "enabled", "on", "true", "1"):  # with another one, mujoco cannot be imported
+if _renderer not in ("", "egl", "osmesa", "glfw", "glx", "cgl", "wgl", "disable", "disabled", "off", "false", "0",
+                     "enable", "enabled", "on", "true", "1"):  # with another one, mujoco cannot be imported
     print(f"MUJOCO_GL is {_renderer}, which no renderer of MuJoCo is called: egl, osmesa or glfw, or unset it",
           file=sys.stderr)
     sys.exit(2)

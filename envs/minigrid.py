@@ -197,10 +197,12 @@ class MiniGridVectorEnv(VectorEnv):
 
     @staticmethod
     def fits(env: gym.Env) -> bool:
-        """Whether this class steps the task as its own class does: by its methods, by the objects of a grid, and by what
-        is around it, of which only time limits are known here."""
+        """Whether this class steps the task as its own class does: by its methods, by the objects of a grid, and by
+        what is around it, of which only time limits are known here."""
         task = env.unwrapped
-        if {type(layer) for layer in layers(env)} - UNTOUCHED or task.render_mode or type(task).step not in ENDINGS or task.agent_view_size > 7 or missing_file(env) or any(
+        if {type(layer) for layer in layers(env)} - UNTOUCHED:
+            return False
+        if task.render_mode or type(task).step not in ENDINGS or task.agent_view_size > 7 or missing_file(env) or any(
                 getattr(type(task), name) is not getattr(MiniGridEnv, name) for name in INHERITED):
             return False
         task.reset(seed=0)

@@ -78,8 +78,8 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
     """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch and numpy.
 
     Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
-    arguments that it was started with: total_timesteps may change with --resume; what is shown, the seed of start states,
-    and `anew`, with --evaluate.
+    arguments that it was started with: total_timesteps may change with --resume; what is shown, the seed of start
+    states, and `anew`, with --evaluate.
     Where its --env named the newest of something, `args.env` is then the one that the run had.
     Raises UserError for arguments that cannot work.
     """

@@ -27,7 +27,7 @@ def pick_device(name: str, fast_matmul: bool = False) -> torch.device:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has a C++ compiler that works, which it needs on a CPU. If not, a line on stderr says so."""
+    """Whether torch.compile has a C++ compiler that works, which it needs on a CPU. If not, stderr is told."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch takes
     if device.type != "cpu":
         return True
@@ -43,8 +43,8 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiled(function: Callable, wanted: bool, device: torch.device, fullgraph: bool = True) -> Callable:
-    """`function` compiled into one graph if that is `wanted` and possible, otherwise `function` itself. What the compiler
-    fails with, at the first call, is one line."""
+    """`function` compiled into one graph if that is `wanted` and possible, otherwise `function` itself. What the
+    compiler fails with, at the first call, is one line."""
     if not wanted or not can_compile(device):
         return function
     graph, calls = torch.compile(function, fullgraph=fullgraph, dynamic=False), itertools.count()

@@ -36,8 +36,8 @@ NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overf
 
 @contextmanager
 def exit_codes(algo: str):
-    """End the program with one line on stderr. The exit code is 2 for a UserError, a full disk, and too little memory. It
-    is 130 for a Ctrl-C that comes before there is a run to save, or for a second one while the run is being saved."""
+    """End the program with one line on stderr. The exit code is 2 for a UserError, a full disk, and too little memory.
+    It is 130 for a Ctrl-C that comes before there is a run to save, or for a second one while it is being saved."""
     try:
         yield
     except UserError as error:
@@ -215,8 +215,8 @@ class Run:
                                 f"and begin anew ({self.folder} keeps its last checkpoint)")
 
     def log_evaluation(self, result: dict[str, float], part: str = "") -> None:
-        """Append the result of `envs.evaluate` to eval.csv and show it, with the steps per second since this start. The result of one `part`
-        of the tasks goes to eval-<part>.csv."""
+        """Append the result of `envs.evaluate` to eval.csv and show it, with the steps per second since this start.
+        The result of one `part` of the tasks goes to eval-<part>.csv."""
         name = f"eval-{part}" if part else "eval"
         if name not in self.evals:
             self.evals[name] = self._csv(f"{name}.csv", ["step", "wall_s", *EVALUATION])

@@ -139,9 +139,10 @@ def test_bad_cells_stop_no_others(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "12 cells, 1 finished already" in said and said.endswith("6 of 12 cells finished, 6 failed\n")
     assert {how for (how, _), cell in cells.items() if cell.finished()} == {"well"}
-    for how, words in {"garbled": "failed (3)", "killed": "failed (-9)", "hangs": "failed (-9)",
-                       "nothing": "failed (0, and left no run)", "locked": "failed (1)", "resumed": "failed (1)"}.items():
-        assert f"\n{cells[how, 1].name} {words}; {cells[how, 1].beside('.log')} ends:" in said
+    ends = {"garbled": "3", "killed": "-9", "hangs": "-9", "nothing": "0, and left no run", "locked": "1",
+            "resumed": "1"}
+    for how, code in ends.items():
+        assert f"\n{cells[how, 1].name} failed ({code}); {cells[how, 1].beside('.log')} ends:" in said
         assert f"FAILED   {cells[how, 1].name} (" in said
     assert "Is a directory" in said and "\n  \ufffd\n" in said and said.count("resumes ") == 3
 
