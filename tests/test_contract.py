@@ -333,8 +333,7 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(script, uncut, cut, tmp_path, 
     before = contents(uncut[0])
     for flags, expected in ((["--resume", str(cut), "--evaluate", str(cut)], "leave one of them out"),
                              (["--resume", str(cut), "--seed", "7"], "--seed 7: a run keeps"),
-                             (["--evaluate", str(cut), "--gamma", "0.5"] if script.name != "srl" else
-                              ["--evaluate", str(cut), "--seed", "7"], ": a run keeps"),
+                             (["--evaluate", str(cut), "--checkpoint-every", "7"], "--checkpoint-every 7: a run keeps"),
                              (["--resume", str(uncut[0])], "give it more --total-timesteps")):
         assert expected in refused(script, capsys, *flags)
     assert contents(uncut[0]) == before

@@ -245,17 +245,18 @@ def test_a_run_keeps_its_features(kind, tmp_path, monkeypatch, capsys):
         (tmp_path / "mine.py").write_text(said)
         lesr.main(lesr.Args(**SMALL | dict(total_timesteps=260 if name == "whole" else 130, features=f"{kind}mine.py"),
                             run_dir=str(tmp_path / name)))
-    evaluated = [lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole")]))]
+    named = [] if kind else ["--features", "mine.py"]  # code that is not sandboxed is named again
+    evaluated = [lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole"), *named]))]
     capsys.readouterr()
     (tmp_path / "mine.py").write_text(said.replace("** 2", "* 3"))
-    evaluated.append(lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole")])))
+    evaluated.append(lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole"), *named])))
     assert "mine.py is not what run" in capsys.readouterr().err
     (tmp_path / "mine.py").unlink()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    evaluated.append(lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole")])))
+    evaluated.append(lesr.main(runtime.cli(lesr.Args, "lesr", ["--evaluate", str(tmp_path / "whole"), *named])))
     assert len({str(result) for result in evaluated}) == 1
-    lesr.main(runtime.cli(lesr.Args, "lesr", ["--resume", str(tmp_path / "cut"), "--total-timesteps", "260"]))
+    lesr.main(runtime.cli(lesr.Args, "lesr", ["--resume", str(tmp_path / "cut"), "--total-timesteps", "260", *named]))
     saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut")]
     assert torch.equal(saved[0]["buffer"]["rows"], saved[1]["buffer"]["rows"])
 
