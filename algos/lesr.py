@@ -131,13 +131,13 @@ def log_rewards(scalars: runtime.Means, sums: torch.Tensor, reward: np.ndarray, 
                 ended: np.ndarray, args: Args) -> None:
     """Add one step's r and G, both (num_envs,), and their sizes to `scalars`; where an episode ended, also the size of
     its sum of w G, as a share of that of its sum of r. `sums` (num_envs, 2) has both sums of the open episodes."""
-    both = torch.from_numpy(np.stack([reward, intrinsic], 1)).float()  # (num_envs, 2)
-    sums += both * torch.tensor([1, args.intrinsic_weight])
-    names = ("reward", "intrinsic_reward")
-    scalars.add(dict(zip(names, both.mean(0))) | {f"abs_{name}": x for name, x in zip(names, both.abs().mean(0))})
-    for r, added in sums[ended].abs().tolist():
-        scalars.add({"intrinsic_share": torch.tensor(added / (r + 1e-5))})
-    sums[ended] = 0.0
+    means = torch.from_numpy(np.stack([reward, intrinsic, np.abs(reward), np.abs(intrinsic)]).mean(1))  # (4,)
+    scalars.add(dict(zip(("reward", "intrinsic_reward", "abs_reward", "abs_intrinsic_reward"), means.unbind())))
+    sums += torch.from_numpy(np.stack([reward, args.intrinsic_weight * intrinsic], 1))  # (num_envs, 2)
+    if ended.any():
+        for r, added in sums[ended].abs().tolist():
+            scalars.add({"intrinsic_share": torch.tensor(added / (r + 1e-5))})
+        sums[ended] = 0.0
 
 
 def decide(actor: dict, obs: torch.Tensor) -> torch.Tensor:

@@ -142,7 +142,7 @@ class RayEngine:
         outcomes, pending, seen = dict.fromkeys(cells), {}, {}
         task = ray.remote(play).options(num_cpus=1, num_gpus=self.gpus, max_retries=-1)
         rooms = ("algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py",
-                 "streamnet.py", "errors.py", "start.py")
+                 "streamnet.py", "env_id.py", "errors.py", "start.py")
         code = ray.put(pack(*(ROOT / name for name in rooms)))
 
         def git(*words: str) -> str:

@@ -11,6 +11,7 @@ import warnings
 
 import gymnasium as gym
 
+from env_id import split_id
 from errors import UserError
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # minigrid imports pygame, which greets on stdout
@@ -34,25 +35,23 @@ def split_view(env_id: str) -> tuple[str, dict]:
     `MobileRobot-v0:pca:frame_stack=2` -> `MobileRobot-v0`, {"encoder": "pca", "frame_stack": 2}. An encoder
     `run:RUN_DIR` is the last word. Raises EnvError for words that make no sense.
     """
-    match = re.fullmatch(r"(.+?-v\d+):(.*)", env_id)
-    if not match:
-        return env_id, {}
-    if not match[2]:
+    if env_id.endswith(":"):
         raise EnvError(f"{env_id!r} ends in a colon; leave it out, or say how it is observed, as in {env_id}pca")
-    rest, view = match[2], {}
+    module, task, rest = split_id(env_id)
+    bare_id, view = f"{module}:{task}" if module else task, {}
     while rest:
         word, _, rest = (rest, "", "") if rest.startswith("run:") else rest.partition(":")
         key, equals, value = word.partition("=")
         key, value = (key, value) if equals and not word.startswith("run:") else ("encoder", word)
         if key != "encoder":
             if key not in ("frame_stack", "action_repeat") or not re.fullmatch(r"[1-9]\d{0,3}", value):
-                raise EnvError(f"{word!r} behind {match[1]} makes no sense; known are an encoder, frame_stack=4 and "
+                raise EnvError(f"{word!r} behind {bare_id} makes no sense; known are an encoder, frame_stack=4 and "
                                "action_repeat=2")
             value = int(value)
         if key in view:
             raise EnvError(f"{env_id} has two of {key}; leave one out")
         view[key] = value
-    return match[1], view
+    return bare_id, view
 
 
 def resolve(env_id: str) -> str:
@@ -64,8 +63,8 @@ def resolve(env_id: str) -> str:
 
     Raises EnvError, with the nearest known ids, for an unknown one, and for a file that cannot be imported.
     """
-    env_id, _ = split_view(env_id)
-    module, _, env_id = env_id.rpartition(":")
+    split_view(env_id)  # refuses words that make no sense
+    module, env_id, _ = split_id(env_id)
     if module:
         sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)
         try:

@@ -14,7 +14,6 @@ import difflib
 import hashlib
 import inspect
 import json
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -22,6 +21,7 @@ from types import ModuleType
 
 import torch
 
+from env_id import split_id
 from knowledge import fetch, franka, generated, minigrid, qualities, run  # noqa: F401  (a family registers its rules)
 from knowledge.keys import NAMES, names_of, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of, group, groups_for, rule, rules_for
@@ -54,6 +54,11 @@ def keep(spec: str, names: list[str], folder: Path) -> None:
     of Python files, and the hashes of other runs' policies."""
     if not (folder / NAMES).exists():
         (folder / NAMES).write_text(json.dumps({"policies": names}))
+    keep_files(spec, folder)
+
+
+def keep_files(spec: str, folder: Path) -> None:
+    """Copy the files behind `spec` into the run folder, unless they are there already."""
     for _, content, kept in _sources(spec, folder):
         if not kept.exists():
             kept.write_bytes(content)
@@ -87,12 +92,6 @@ def flat_name(path: str) -> str:
     return name
 
 
-def bare(env_id: str) -> str:
-    """An id without the module that registers it and without how it is seen: a:FetchPush-v4:pca -> FetchPush-v4."""
-    parts = env_id.split(":")
-    return next((part for part in parts if re.search(r"-v\d+$", part)), parts[-1])
-
-
 def _meant(item: str, env_id: str) -> str:
     """`item`; for `auto`, where the environment has no default rules, the generated policies that ship for it."""
     if item != "auto" or "auto" in groups_for(env_id) or not generated.shipped_for(env_id):
@@ -100,13 +99,13 @@ def _meant(item: str, env_id: str) -> str:
     return f"llm:{generated.shipped_for(env_id)}"
 
 
-def _kept(item: str, kept_in: str | Path | None) -> Path | None:
+def kept_file(item: str, kept_in: str | Path | None) -> Path | None:
     """The copy of the file behind `item` that the run in `kept_in` has, if it has one."""
     copies = [kept for _, _, kept in _sources(item, Path(kept_in)) if kept.is_file()] if kept_in else []
     return copies[0] if copies else None
 
 
-def _check_kept(spec: str, folder: Path) -> None:
+def check_kept(spec: str, folder: Path) -> None:
     """Compare the files behind `spec` with what the run in `folder` kept. A run goes on with its own copies of Python
     files; a line on stderr says where these differ. Raises KnowledgeError if the policy of another run has changed."""
     for path, content, kept in dict.fromkeys(_sources(spec, folder)):
@@ -133,10 +132,10 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
     Raises KnowledgeError, whose message is one line, for anything that cannot be used.
     """
     if kept_in:
-        _check_kept(spec, Path(kept_in))
+        check_kept(spec, Path(kept_in))
         _check_stems(spec, Path(kept_in))
         env_id = _trained_in(Path(kept_in)) or env_id
-    policies = _load(spec, bare(env_id), action_dim, example, lowest, kept_in)
+    policies = _load(spec, split_id(env_id)[1], action_dim, example, lowest, kept_in)
     if kept_in:
         _check_names(policies, Path(kept_in))
     elif policies:
@@ -147,7 +146,7 @@ def load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float = 
 def _trained_in(folder: Path) -> str:
     """The environment id of a run; empty where its config.json does not say."""
     try:
-        return bare(json.loads((folder / "config.json").read_text())["args"]["env"])
+        return split_id(json.loads((folder / "config.json").read_text())["args"]["env"])[1]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
@@ -177,7 +176,8 @@ def _load(spec: str, env_id: str, action_dim: int, example: Obs, lowest: float, 
     for item in (_meant(item.strip(), env_id) for item in spec.split(",") if item.strip() != "none"):
         if item.startswith("llm:"):
             name = item.removeprefix("llm:")
-            found = generated.load(name, _kept(item, kept_in) or generated.file_of(name), env_id, action_dim, lowest)
+            file = kept_file(item, kept_in) or generated.file_of(name)
+            found = generated.load(name, file, env_id, action_dim, lowest)
         elif item.startswith(("run:", "inner:")):
             kind, _, folder = item.partition(":")
             found = run.load(kind, Path(folder), action_dim, example, lowest)
@@ -216,7 +216,7 @@ def _load_file(item: str, kept_in: str | None) -> dict[str, Policy]:
     """The public functions of a user's file, {<file stem>.<function>: policy}. If the run in `kept_in` has a copy of
     the file, they come from there."""
     path, _, wanted = item.partition(":")
-    source = _kept(path, kept_in) or Path(path)
+    source = kept_file(path, kept_in) or Path(path)
     if not source.is_file():
         raise KnowledgeError(f"knowledge file {path} does not exist; check the path")
     stem = Path(path).stem

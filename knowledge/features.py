@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from knowledge import flat_name
+from knowledge import check_kept, keep_files, kept_file
 from knowledge.pairs import PAIRS, Pair
 from knowledge.registry import KnowledgeError
 from llm.lesr import FUNCTIONS, objection, trial_states
@@ -43,32 +43,18 @@ def load_features(spec: str, env_id: str, example: torch.Tensor, kept_in: str = 
         features = _shipped(env_id, example.shape[1])
     else:
         path = Path(spec.removeprefix("llm:"))
-        file = _kept(path, kept_in) if kept_in else path
+        if kept_in:
+            check_kept(spec, Path(kept_in))
+        file = kept_file(spec, kept_in) or path
         features = _generated(path, file) if spec.startswith("llm:") else _from_file(path, file)
     _try(features, spec, example)
     return features
 
 
 def keep_features(spec: str, folder: Path) -> None:
-    """Write the file that `spec` names into the run folder, unless it is there already."""
-    path = Path(spec.removeprefix("llm:"))
-    if spec not in ("none", "auto") and not _copy(path, folder).exists():
-        _copy(path, folder).write_bytes(path.read_bytes())
-
-
-def _copy(path: Path, folder: Path) -> Path:
-    """Where a run has its copy of `path`."""
-    return folder / flat_name(str(path))
-
-
-def _kept(path: Path, kept_in: str) -> Path:
-    """The copy of `path` that a run has; `path` where it has none, as runs of before."""
-    copy = _copy(path, Path(kept_in))
-    if not copy.is_file():
-        return path
-    if path.is_file() and path.read_bytes() != copy.read_bytes():
-        print(f"note: {path} is not what run {kept_in} began with; its copy {copy} is used", file=sys.stderr)
-    return copy
+    """Copy the file that `spec` names into the run folder, unless it is there already."""
+    if spec not in ("none", "auto"):
+        keep_files(spec, folder)
 
 
 def _shipped(env_id: str, n: int) -> Features:

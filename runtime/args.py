@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 
+from env_id import split_id
 from errors import UserError
 
 MAY_BE_ZERO = {"eval_every", "checkpoint_every", "video"}  # 0 switches these off
@@ -55,18 +56,12 @@ def own_code(args: Any) -> dict[str, str]:
     for field in fields(args):
         value = getattr(args, field.name)
         if field.name == "env":
-            module = bare_id(value).rpartition(":")[0]
+            module, _, _ = split_id(value)
             if module and module.split(".")[0] not in ROOMS and not (ROOT / f"{module}.py").is_file():
                 found["env"] = value
         elif isinstance(value, str) and any(".py" in item and not item.startswith("llm:") for item in value.split(",")):
             found[field.name] = value
     return {name: value for name, value in found.items() if name not in ("run_dir", "resume", "evaluate")}
-
-
-def bare_id(env: str) -> str:
-    """An id without how it is seen: mine:FetchPush-v4:pca -> mine:FetchPush-v4."""
-    match = re.fullmatch(r"(.+?-v\d+):.*", env)
-    return match[1] if match else env
 
 
 def flag_of(name: str) -> str:
@@ -89,7 +84,7 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
         starts = ("seed",) if hasattr(args, "eval_episodes") else ()  # of the episodes that --evaluate plays
         _check_kept(args, stored, RESUMED if args.resume else (*EVALUATED, *starts, *anew))
         exact = _read_config(folder, algo).get("exact_env")
-        if isinstance(exact, str) and args.env == stored.env and bare_id(exact) == bare_id(args.env):
+        if isinstance(exact, str) and args.env == stored.env and split_id(exact)[:2] == split_id(args.env)[:2]:
             args = replace(args, env=exact)
         if args.resume and saved["step"] >= args.total_timesteps:
             raise UserError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")

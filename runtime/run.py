@@ -29,7 +29,7 @@ from runtime.args import flag_of, own_code
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
 PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
 CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py", "streamnet.py",
-        "errors.py", "start.py"]
+        "env_id.py", "errors.py", "start.py"]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no more can be written: the disk, a quota, a limit of file sizes
 NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")  # of torch, CPU and GPU
 

@@ -57,10 +57,10 @@ HUNKS = 25  # a diff between parent and child has fewer
 
 # who may import what of ours; benchmarks time functions of all others, tests may import anything
 ARROWS = {"algos": {"runtime", "envs", "knowledge", "llm", "buffers", "networks", "streamnet", "errors", "start"},
-          "envs": {"envs", "pt2", "errors"}, "knowledge": {"knowledge", "llm", "pt2", "errors"},
+          "envs": {"envs", "pt2", "env_id", "errors"}, "knowledge": {"knowledge", "llm", "pt2", "env_id", "errors"},
           "llm": {"llm", "errors"},
-          "runtime": {"runtime", "errors"}, "streamnet": {"errors"}, "buffers": set(), "networks": set(),
-          "pt2": set(), "errors": set(), "start": set()}
+          "runtime": {"runtime", "env_id", "errors"}, "streamnet": {"errors"}, "buffers": set(), "networks": set(),
+          "pt2": set(), "env_id": set(), "errors": set(), "start": set()}
 OURS = {*ARROWS, "benchmarks", "tests"}
 RUN = ["env", "seed", "total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "video",
        "device", "compile", "run_dir", "resume", "evaluate", "track"]  # arguments of every script, in this order

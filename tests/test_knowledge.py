@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import knowledge
+from env_id import split_id
 from knowledge import KnowledgeError
 
 PICK, PUSH, SLIDE = "FetchPickAndPlace-v4", "FetchPush-v4", "FetchSlide-v4"
@@ -316,8 +317,9 @@ def test_ids_and_copies_by_any_name():
     """The module that registers an id, and how it is seen, do not hide its rules; copies of two files never share a
     name, and fit into a folder."""
     ids = ("FetchPush-v4", "gymnasium_robotics:FetchPush-v4", "FetchPush-v4:frame_stack=2", "a:FetchPush-v4:run:x-v1/s")
-    assert {knowledge.bare(env_id) for env_id in ids} == {"FetchPush-v4"}
-    assert knowledge.bare("toys:Unversioned") == "Unversioned"
+    assert {split_id(env_id)[1] for env_id in ids} == {"FetchPush-v4"}
+    assert split_id(ids[3]) == ("a", "FetchPush-v4", "run:x-v1/s")
+    assert split_id("toys:Unversioned") == ("toys", "Unversioned", "")
     names = [knowledge.flat_name(path) for path in ("a/b-c.py", "a-b/c.py", "a-b-c.py", "x/" * 200 + "rules.py",
                                                         "a/b.py", "a-b.py", "../b.py", "up/b.py")]
     assert len(set(names)) == 8 and max(map(len, names)) < 120 and knowledge.flat_name("/tmp/mine.py") == "tmp-mine.py"
