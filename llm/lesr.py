@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from env_id import split_id
 from errors import UserError
 from llm import client
 from llm.sandbox import Sandbox, SandboxError, code_in, digest
@@ -365,7 +366,7 @@ def run(args: Args) -> Path:
         raise UserError(f"--repairs is {args.repairs}; it has to be 0 or more")
     if args.flags.count('"') % 2 or args.flags.count("'") % 2:
         raise UserError(f"--flags={args.flags} has a quote that is not closed")
-    if re.search(r"-v\d+:", args.env):
+    if split_id(args.env)[2]:
         raise UserError(f"--env {args.env}: pairs are for states as they are; leave out what stands behind the id")
     _, task = task_for(args.env)
     n, first = len(numbers_of(task)), first_question(args.env, task)

@@ -1,5 +1,4 @@
 """The machine of a run: CPU or GPU, compiler, precision of matrix products."""
-import itertools
 import os
 import shutil
 import signal
@@ -47,12 +46,13 @@ def compiled(function: Callable, wanted: bool, device: torch.device, fullgraph: 
     compiler fails with, at the first call, is one line."""
     if not wanted or not can_compile(device):
         return function
-    graph, calls = torch.compile(function, fullgraph=fullgraph, dynamic=False), itertools.count()
+    graph, first = torch.compile(function, fullgraph=fullgraph, dynamic=False), True
 
     def call(*inputs):
-        nonlocal graph
-        if next(calls) == 0:
+        nonlocal graph, first
+        if first:
             tell_compiling()
+            first = False
         with finishing():  # the first call starts a compiler
             try:
                 return graph(*inputs)

@@ -58,7 +58,7 @@ HUNKS = 25  # a diff between parent and child has fewer
 # who may import what of ours; benchmarks time functions of all others, tests may import anything
 ARROWS = {"algos": {"runtime", "envs", "knowledge", "llm", "buffers", "networks", "streamnet", "errors", "start"},
           "envs": {"envs", "pt2", "env_id", "errors"}, "knowledge": {"knowledge", "llm", "pt2", "env_id", "errors"},
-          "llm": {"llm", "errors"},
+          "llm": {"llm", "env_id", "errors"},
           "runtime": {"runtime", "env_id", "errors"}, "streamnet": {"errors"}, "buffers": set(), "networks": set(),
           "pt2": set(), "env_id": set(), "errors": set(), "start": set()}
 OURS = {*ARROWS, "benchmarks", "tests"}
