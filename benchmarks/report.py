@@ -40,8 +40,11 @@ class Reading:
     paper: str = "none given"  # what the paper gives
     label: str = ""  # of the score; empty: from the column's name
     beside: tuple[str, ...] = ()  # other methods whose curves in the same environments stand in the same tables
+    bounds: tuple[float, float] = (-np.inf, np.inf)  # what a score can be, which no interval leaves
 
     def __post_init__(self):
+        if self.score == "success_rate":
+            self.bounds = (0.0, 1.0)
         self.label = self.label or self.score.removesuffix("_mean").removesuffix("_rate").replace("_", " ")
 
 
@@ -74,7 +77,7 @@ def zero_shot(algo: str) -> tuple[list[str], list[list[str]]]:
     rows = [row for file in files if file.is_file() for row in load(file)]
     given = {(entry["test"], name): value for entry in paper()["zero_shot"] if entry["algo"] == algo
              for name, value in entry["paper"].items()}
-    score = reading(algo).score
+    score, bounds = reading(algo).score, reading(algo).bounds
     tests = sorted({row["test"] for row in rows}, key=lambda test: [  # 8x8 before 16x16
         int(part) if part.isdigit() else part for part in re.split(r"(\d+)", test)])
     table = []
@@ -86,7 +89,7 @@ def zero_shot(algo: str) -> tuple[list[str], list[list[str]]]:
                 raise ValueError(f"{name} is tested with {test} by agents of several environments; keep one of them")
             seeds |= {len(own)} if own else set()  # not every agent was made for every test
             theirs = f" ({given[test, name]:.2f})" if (test, name) in given else ""
-            cells.append((estimate(stats.mean, [float(row[score]) for row in own]) if own else "") + theirs)
+            cells.append((estimate(stats.mean, [float(row[score]) for row in own], bounds) if own else "") + theirs)
         table.append([name, " or ".join(map(str, sorted(seeds))), *cells])
     return ["", "seeds", *(test.removeprefix("--env ") for test in tests)], table
 
@@ -100,11 +103,24 @@ def thousands(step: float) -> str:
     return "not reached" if np.isinf(step) else f"{step / 1e6:.3g}M" if step >= 999_500 else f"{step / 1000:.3g}k"
 
 
-def estimate(statistic: stats.Statistic, *scores: list) -> str:
-    """`0.93 [0.88, 0.97]`: a statistic of (runs,) or (runs, tasks), 95 % bootstrap interval from three runs on."""
-    arrays = [np.array(s, float).reshape(len(s), -1) for s in scores]
-    low, high = stats.interval(statistic, *arrays)
-    return number(statistic(*arrays)) + (f" [{number(low)}, {number(high)}]" if low == low else "")
+def estimate(statistic: stats.Statistic, scores: list, bounds: tuple[float, float]) -> str:
+    """`0.93 [0.88, 0.97]`: a statistic of (runs,) or (runs, tasks), 95 % interval from three runs on. Raises ValueError
+    if a score is out of bounds."""
+    scores = np.array(scores, float).reshape(len(scores), -1)
+    if (scores < bounds[0] - 1e-6).any() or (scores > bounds[1] + 1e-6).any():
+        raise ValueError(f"scores of {scores.min():g} to {scores.max():g} are out of the bounds {list(bounds)} that "
+                         "benchmarks/paper.toml gives")
+    return with_interval(statistic(scores), stats.interval(statistic, scores, bounds))
+
+
+def above(scores: list, others: list) -> str:
+    """`0.93 [0.58, 1.00]`: how likely a run scores more than one of the others."""
+    x, y = (np.array(s, float).reshape(len(s), -1) for s in (scores, others))
+    return with_interval(stats.probability_of_improvement(x, y), stats.improvement_interval(x, y))
+
+
+def with_interval(value: float, ends: tuple[float, float]) -> str:
+    return number(value) + (f" [{number(ends[0])}, {number(ends[1])}]" if ends[0] == ends[0] else "")
 
 
 def ends(curves: list[Curve]) -> str:
@@ -161,15 +177,15 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
             low, high = thousands(first[0]), thousands(first[-1])
             row += [thousands(np.median(first)) + (f" ({low} to {high})" if low != high else ""),
                     "" if np.isinf(minutes) else f"{minutes:.1f}"]
-        row += [estimate(stats.mean, scores) if (scores := [
+        row += [estimate(stats.mean, scores, how.bounds) if (scores := [
             np.interp(b, c.steps, c.scores) for c in long(curves, b)]) else "" for b in budgets]
         last, area = [c.scores[-1] for c in curves], areas(long(curves, budget), budget)
-        row.append(estimate(stats.mean, area) if area else "")
+        row.append(estimate(stats.mean, area, how.bounds) if area else "")
         if compared:  # how likely a seed's mean up to there is above one of the baseline's
             others = [] if name == how.baseline else areas(long(variants[how.baseline], budget), budget)
-            row.append(estimate(stats.probability_of_improvement, area, others) if area and others else "")
+            row.append(above(area, others) if area and others else "")
         if uneven:
-            row.append(f"{estimate(stats.mean, last)} ({ends(curves)})")
+            row.append(f"{estimate(stats.mean, last, how.bounds)} ({ends(curves)})")
         rows.append([*row, number(np.min(last)),
                      ", ".join(sorted(set().union(*(c.commits for c in curves))))])
     return head, rows
@@ -180,15 +196,17 @@ def across(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
     environment counts the same, with as many seeds as the one with the fewest."""
     how, rows = reading(algo), []
     for name in sorted({name for variants in environments.values() for name in variants}):
-        both = [v for v in environments.values() if name in v and how.baseline in v
-                and all(long(v[who], shared_budget(v)) for who in (name, how.baseline))]
+        both = {env: v for env, v in environments.items() if name in v and how.baseline in v
+                and all(long(v[who], shared_budget(v)) for who in (name, how.baseline))}
         scores = {who: np.array(list(zip(*(areas(long(v[who], shared_budget(v)), shared_budget(v))
-                                                  for v in both))))
+                                           for v in both.values()))))
                   for who in (name, how.baseline)}  # (seeds, environments)
         if both:
-            rows.append([name, str(len(both)), str(len(scores[name])), estimate(stats.mean, scores[name]),
-                         estimate(stats.iqm, scores[name]), "" if name == how.baseline else estimate(
-                             stats.probability_of_improvement, scores[name], scores[how.baseline])])
+            lows, highs = zip(*(reading(algo, env).bounds for env in both))
+            bounds = (min(lows), max(highs))
+            rows.append([name, str(len(both)), str(len(scores[name])), estimate(stats.mean, scores[name], bounds),
+                         estimate(stats.iqm, scores[name], bounds),
+                         "" if name == how.baseline else above(scores[name], scores[how.baseline])])
     rows.sort(key=lambda row: -int(row[1]))  # what ran in a few tasks only stands below
     return ["", "environments", "seeds", "mean up to shared budgets", "IQM", f"P(above {how.baseline})"], rows
 
@@ -208,8 +226,8 @@ def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
                 learned = sum(max(c.scores) >= how.threshold for c in curves)
                 share = "none" if not learned else learned if learned < len(curves) else "all"
                 seeds += f", {share} of them reached {how.threshold:g}"
-            rows.append([env, name, estimate(stats.mean, [c.scores[-1] for c in curves]), ends(curves), seeds,
-                         how.paper])
+            rows.append([env, name, estimate(stats.mean, [c.scores[-1] for c in curves], how.bounds), ends(curves),
+                         seeds, how.paper])
     score = f"{reading(algo).label}, last evaluation"
     return ["environment", "script, and its flags", score, "steps", "seeds", "published"], rows
 
@@ -240,7 +258,7 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
     for panel, (env, variants) in zip(panels.flat, environments.items()):
         how = reading(algo, env)
         for name, curves in variants.items():
-            steps, middle, low, high = band(curves)
+            steps, middle, low, high = band(curves, how.bounds)
             color, style = colors[name]
             if len(variants) <= 3 or np.isnan(low).any():
                 for curve in curves:
@@ -264,11 +282,11 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
     plt.close(figure)
 
 
-def band(curves: list[Curve]) -> tuple[list[int], list[float], list[float], list[float]]:
+def band(curves: list[Curve], bounds: tuple[float, float]) -> tuple[list[int], list[float], list[float], list[float]]:
     """Steps, mean over seeds, and the ends of its 95 % interval (NaN below three seeds), as far as every seed goes."""
     steps = min((c.steps for c in curves), key=lambda s: s[-1])
     values = np.array([np.interp(steps, c.steps, c.scores) for c in curves])  # (seeds, steps)
-    ends = [stats.interval(stats.mean, column[:, None], repetitions=500) for column in values.T]
+    ends = [stats.interval(stats.mean, column[:, None], bounds) for column in values.T]
     return steps, values.mean(0).tolist(), [e[0] for e in ends], [e[1] for e in ends]
 
 
@@ -286,7 +304,7 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
         for env, variants in environments.items():
             series, how = [], reading(algo, env)
             for name, curves in variants.items():
-                steps, middle, low, high = band(curves)
+                steps, middle, low, high = band(curves, how.bounds)
                 color, style = colors[name]
                 series.append({"name": name, "color": color, "steps": steps, "mean": clean(middle),
                                "low": clean(low), "high": clean(high),

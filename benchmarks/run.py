@@ -60,7 +60,8 @@ class Cell:
         text = " ".join(self.flags)
         name = re.sub(r"[^\w.]+", "-", text).strip("-")[:60] or "defaults"
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        env = self.env.replace("/", "-") if ":run:" in self.env else self.env  # a path behind an id is no folder
+        paths = ":run:" in self.env or ".py:" in self.env
+        env = self.env.replace("/", "-").strip("-.") if paths else self.env  # a path before or behind an id is no folder
         return self.root / self.algo / env / f"{name}-{digest}" / f"seed{self.seed}"
 
     @property

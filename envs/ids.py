@@ -58,17 +58,21 @@ def resolve(env_id: str) -> str:
     """The registered id behind `env_id`; old versions (FetchPush-v2) become today's (-v4), which stderr is told once.
 
     MiniGrid ids stay as they are, and stderr is told once where a -v0 is not what its name or its paper says.
-    `my_file:Line-v0` imports my_file.py, of this folder or installed, which registers Line-v0. An encoder behind the
-    id (`split_view`) is left out.
+    `my_file:Line-v0` imports my_file.py, of this folder or installed, which registers Line-v0, and
+    `dir/my_file.py:Line-v0` imports that file. An encoder behind the id (`split_view`) is left out.
 
     Raises EnvError, with the nearest known ids, for an unknown one, and for a file that cannot be imported.
     """
     split_view(env_id)  # refuses words that make no sense
     module, env_id, _ = split_id(env_id)
     if module:
-        sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)
+        is_file = module.endswith(".py")
+        if is_file and not Path(module).is_file():
+            raise EnvError(f"{module}, which is to register {env_id}, does not exist; check the path")
+        folder = str(Path(module).resolve().parent) if is_file else os.getcwd()
+        sys.path += [folder] * (folder not in sys.path)
         try:
-            importlib.import_module(module)
+            importlib.import_module(Path(module).stem if is_file else module)
         except Exception as error:  # a user's file raises anything
             if meant := [known for known in gym.registry if known.partition("-v")[0] == module]:
                 raise EnvError(f"{module}:{env_id} lacks a version; did you mean {meant[-1]}:{env_id}?") from error
@@ -94,10 +98,11 @@ def resolve(env_id: str) -> str:
     known += [f"Fetch{task}{dense}-v2" for dense in ("", "Dense") for task in tasks]
     names = difflib.get_close_matches(env_id, known, n=2)
     hint = f"; did you mean {' or '.join(names)}?" if names else ""
-    found = getattr(sys.modules.get(module), "__file__", None)
-    if module and found and Path(f"{module}.py").is_file() and Path(found).resolve() != Path(f"{module}.py").resolve():
-        raise EnvError(f"{module}.py is not loaded: another module has its name ({found}); rename it")
-    yours = "" if module or names else "; one of yours is my_file:My-v0, where my_file.py registers it"
+    meant = Path(module if module.endswith(".py") else f"{module}.py")
+    found = getattr(sys.modules.get(meant.stem), "__file__", None)
+    if module and found and meant.is_file() and Path(found).resolve() != meant.resolve():
+        raise EnvError(f"{meant} is not loaded: another module has its name ({found}); rename it")
+    yours = "" if module or names else "; one of yours is my_file.py:My-v0, where my_file.py registers it"
     raise EnvError(f"unknown environment id {env_id!r}{hint}{yours}")
 
 

@@ -19,7 +19,6 @@ from errors import UserError
 
 MAY_BE_ZERO = {"eval_every", "checkpoint_every", "video"}  # 0 switches these off
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"algos", "benchmarks", "envs", "knowledge", "llm", "runtime", "tests"}  # packages of this repository
 MOST_ENVS = 100_000  # more would take minutes to be made
 RESUMED = ("total_timesteps", "device")  # what --resume may change
 EVALUATED = ("eval_episodes", "video", "device")  # what --evaluate may change
@@ -57,7 +56,8 @@ def own_code(args: Any) -> dict[str, str]:
         value = getattr(args, field.name)
         if field.name == "env":
             module, _, _ = split_id(value)
-            if module and module.split(".")[0] not in ROOMS and not (ROOT / f"{module}.py").is_file():
+            files = [ROOT / module.replace(".", "/") / "__init__.py", ROOT / f"{module.replace('.', '/')}.py"]
+            if module and ("/" in module or not any(file.is_file() for file in files)):
                 found["env"] = value
         elif isinstance(value, str) and any(".py" in item and not item.startswith("llm:") for item in value.split(",")):
             found[field.name] = value

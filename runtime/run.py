@@ -83,7 +83,8 @@ class Run:
         self.start_step = self.step  # of this start, perhaps one of several
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         env = Path(args.env).stem if Path(args.env).is_file() else args.env  # a path is no name for a folder
-        env = env.replace("/", "-") if ":run:" in env else env  # nor is one behind an id
+        if ":run:" in env or ".py:" in env:  # nor is one before or behind an id
+            env = env.replace("/", "-").strip("-.")
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, env, name))
         while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
             self.folder = self.folder.with_name(f"{self.folder.name}a")

@@ -1,10 +1,14 @@
 """Other people's environments: what is wrong with them is one line, and what they keep comes back."""
+import sys
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import envs
+from algos import sac
 from runtime import to_plain
 from runtime.run import write_whole
 
@@ -133,6 +137,44 @@ def test_running_statistics_of_a_wrapper_are_named(register, capsys):
         envs.ids._announced.clear()
         make()
         assert f"{env_id}: NormalizeObservation scales by running statistics" in capsys.readouterr().err
+
+
+def test_an_environment_in_a_file(tmp_path, monkeypatch):
+    """Named as a file of rules is, wherever it lies; it finds its neighbours, and gymnasium finds its classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "mine-v2"
+    folder.mkdir()
+    (folder / "speed_of_track.py").write_text("SPEED = 3.0\n")
+    source = """
+import gymnasium as gym
+import numpy as np
+from speed_of_track import SPEED
+
+class Track(gym.Env):
+    observation_space = action_space = gym.spaces.Box(-9, 9, (1,), np.float32)
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+    def step(self, action):
+        return np.ones(1, np.float32), SPEED, False, False, {}
+
+gym.register("InFile-v0", "my_track:Track", max_episode_steps=5)
+"""
+    (folder / "my_track.py").write_text(source)
+    Path("errors.py").write_text(source.replace("InFile", "Shadowed"))
+    for env_id in ("mine-v2/my_track.py:InFile-v0", f"{folder}/my_track.py:InFile-v0", "InFile-v0"):
+        assert envs.make_vec(env_id, 2, seed=1).step(np.zeros((2, 1), np.float32))[1].tolist() == [3, 3]
+    assert envs.make_vec("mine-v2/my_track.py:InFile-v0:frame_stack=2", 1, seed=1).observation_space.shape == (2,)
+    for env_id, words in (("none/my_track.py:InFile-v0", "does not exist; check the path"),
+                          ("mine-v2/my_track.py:Line-v0", "unknown environment id 'Line-v0'"),
+                          ("errors.py:Shadowed-v0", "errors.py is not loaded: another module has its name")):
+        with pytest.raises(envs.EnvError, match=words):
+            envs.make_vec(env_id, 1)
+    sac.main(sac.Args(env=f"{folder}/my_track.py:InFile-v0", num_envs=2, hidden="8x1", batch_size=16, compile=False,
+                      eval_every=0, eval_episodes=2, total_timesteps=32))
+    name = str(folder)[1:].replace("/", "-")
+    assert [f.name for f in Path("runs/sac").iterdir()] == [f"{name}-my_track.py:InFile-v0"]
 
 
 def test_ends_and_seeds(register):

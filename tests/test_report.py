@@ -173,11 +173,13 @@ def test_a_method_that_is_judged_by_returns(tmp_path, monkeypatch):
     head, rows = report.summarise(environments["Maze"], report.reading("new", "Maze"))
     assert head == ["", "seeds", "return at 99k", "mean up to 99k", "P(above plain)",
                     "worst seed", "code"]
-    assert rows[0][2] == "-1.80 [-1.90, -1.70]" and rows[0][4] == "0.00 [0.00, 0.00]" and rows[4][4] == ""
+    assert rows[0][2] == "-1.80 [-2.05, -1.55]" and rows[0][4] == "0.00 [0.00, 0.50]" and rows[4][4] == ""
     head, rows = report.across("new", environments)
     assert head[-1] == "P(above plain)" and [row[1:3] for row in rows] == [["2", "3"]] * 6
     assert [row[-1][:4] for row in rows] == ["0.00"] * 4 + ["", "1.00"] and rows[1][3].startswith("-0.40 [")
     assert report.status("new", environments)[0][2] == "return, last evaluation"
+    with pytest.raises(ValueError, match="scores of -1.9 to -1.7 are out of the bounds"):
+        report.summarise(environments["Maze"], report.Reading(bounds=(-1, 1)))
     report.draw("new", environments, tmp_path / "new.svg")
     drawn = (tmp_path / "new.svg").read_text()
     assert drawn.count(">return</text>") == 2 and all(f">{name}</text>" in drawn for name in environments["Door"])
@@ -227,7 +229,7 @@ def test_page_in_a_browser(tmp_path):
         for env, variants in environments.items():
             section = everything.split(f'data-env="{env}"')[1].split("</section>")[0]
             assert section.count("<circle") == sum(
-                mean == mean for c in variants.values() for mean in report.band(c)[1])
+                mean == mean for c in variants.values() for mean in report.band(c, (-9, 9))[1])
             name, (first, *_) = next(iter(variants.items()))
             assert f"{name}\n{first.steps[0]} steps" in section  # what pointing there shows
             assert "NaN" not in section and "undefined" not in section

@@ -111,6 +111,9 @@ def test_a_strangers_run_executes_nothing_before_it_is_named(tmp_path, monkeypat
     for how in ("--resume", "--evaluate"):
         for changed, named in (({}, "--knowledge mine.py"),
                                ({"knowledge": "none", "env": "evil:Point-v0"}, "--env evil:Point-v0"),
+                               ({"knowledge": "none", "env": "evil.py:Point-v0"}, "--env evil.py:Point-v0"),
+                               ({"knowledge": "none", "env": "run/envs.py:Point-v0"}, "--env run/envs.py:Point-v0"),
+                               ({"knowledge": "none", "env": "envs.py:Point-v0"}, "--env envs.py:Point-v0"),
                                ({"knowledge": "none", "init_from": "x,mine.py"}, "--init-from x,mine.py")):
             with pytest.raises(runtime.UserError, match=f"name it again: {how} {folder} {named}$"):
                 go_on(how, **changed)
