@@ -132,20 +132,27 @@ def test_scales_change_what_happens():
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("Crippled")])
 def test_crippled_actuators_give_no_torque(name):
-    """Neither they nor their joints feel anything, the others do; the cost counts what was done, not what was asked."""
-    vec = envs.make_vec(f"{name}-dyn-v0", 12, seed=1, split="extreme")
+    """Neither they nor their joints feel anything, the others do; the cost counts what was done, not what was asked. So
+    in every episode, and all masses are those of its task."""
+    vec = envs.make_vec(f"{name}-dyn-v0", 12, seed=1, split="extreme", max_episode_steps=6)
     rng, world = np.random.default_rng(3), vec.world
-    dof = world.base.jnt_dofadr[world.base.actuator_trnid[:, 0]]
-    assert (world.mask == 0).any(1).all() and (world.mask == 1).any(1).all()
+    dof, seen = world.base.jnt_dofadr[world.base.actuator_trnid[:, 0]], set()
     for _ in range(20):
+        assert (world.mask == 0).any(1).all() and (world.mask == 1).any(1).all()
+        masses = np.stack([model.body_mass for model in world.models])
+        assert np.allclose(masses, world.mass[:, None] * world.base.body_mass)
+        seen.add(world.mass.tobytes())
         action = rng.uniform(0.1, 1, (12, world.base.nu))
-        reward = vec.step(action)[1]
+        _, reward, _, truncated, _ = vec.step(action)
+        if truncated.any():  # the next episodes have begun
+            continue
         forces = np.stack([data.actuator_force for data in world.data])
         torques = np.stack([data.qfrc_actuator[dof] for data in world.data])
         assert (forces[world.mask == 0] == 0).all() and (torques[world.mask == 0] == 0).all()
         assert (forces[world.mask == 1] != 0).all()
         spent = world.family.ctrl_cost * (np.square(action) * world.mask).sum(1)
         assert np.allclose(reward, world.speed + world.family.alive - spent)
+    assert len(seen) == 4
 
 
 def test_crippled_limbs_shrink_as_published():
