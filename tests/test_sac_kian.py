@@ -120,7 +120,7 @@ def test_without_knowledge_it_is_sac():
 
 
 def test_compiled_update_is_the_eager_one():
-    """To 1e-5 after 20 updates; the only test that starts a compiler."""
+    """To 1e-5 after 20 updates."""
     agents, args = [], Args(hidden="16x1", batch_size=32)
     for step in (sac_kian.update, torch.compile(sac_kian.update, fullgraph=True, dynamic=False)):
         torch.manual_seed(0)
