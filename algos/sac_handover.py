@@ -1,4 +1,4 @@
-"""SAC with a hand-over: external knowledge policies act until the trained one has caught up. This project's own method.
+"""SAC with a hand-over: external policies act until the trained one has caught up. This project's own method.
 
 Attention as in algos/sac_kian.py (query, keys, one policy drawn per step). What is different:
 - attention is taught in every state, by cross-entropy, whose action the critics value most: softmax(Q / T). The inner
@@ -40,7 +40,7 @@ MASKED = 1e9  # taken from the score of an inner policy that may not act yet, or
 
 @dataclass
 class Args:
-    """SAC + HER that begins with external knowledge policies and hands over to its own (ours)."""
+    """SAC + HER that begins with external policies and hands over to its own (ours)."""
     # twin: run arguments
     env: str = "FetchPickAndPlace-v2"  # environment id; older Fetch ids become the installed one
     seed: int = 1  # of all that is random: networks, environments, exploration
@@ -231,9 +231,9 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, obs: Seen, noise:
     # Cross-entropy compares all policies in every state, and its gradient does not fade where attention is decided.
     worth = torch.softmax(q / actor["attention_temperature"] - actor["score_mask"], 1)
     loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) - (worth * decision.log_weights).sum(1)
-    teachers = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
+    attention = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
     distance = (decision.actions[:, :1] - decision.actions[:, 1:]).square().sum(-1)  # (B, n)
-    loss = loss + actor["bc_coef"] * (teachers * distance).sum(1)
+    loss = loss + actor["bc_coef"] * (attention * distance).sum(1)
     return loss.mean(), (decision, (decision.log_weights.exp() * q).sum(1))
 
 

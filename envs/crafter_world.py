@@ -294,7 +294,7 @@ class Noise:
         tip = np.where(far, total - 3, 1 - total)
         near_tip = (tip > score_a) | (tip > score_b)
         axis = np.where(near_tip, np.where(score_b > score_a, b, a), 3 - a - b)
-        return np.where((total <= 1) | far, 1 + 6 * far + 3 * ~near_tip + axis, 0)
+        return np.where((total <= 1) | far, np.where(far, 7, 1) + np.where(near_tip, 0, 3) + axis, 0)
 
     def __call__(self, x: np.ndarray, y: np.ndarray, z: float) -> np.ndarray:
         """The noise in [-1, 1] at points (x, y, z), x and y of one shape."""

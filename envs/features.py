@@ -98,7 +98,7 @@ def unflatten(features: torch.Tensor, goal_dim: int) -> torch.Tensor | dict[str,
 
 
 def example_of(vec: VectorEnv, obs: Observation) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Two copies of the first of these observations, as knowledge policies will meet them."""
+    """Two copies of the first of these observations, as external policies will meet them."""
     if not vec.is_goal_env:
         return tree_map(lambda x: torch.cat([x[:1], x[:1]]), to_tensors(obs))
     return unflatten(flatten(obs)[:1].repeat(2, 1), obs["desired_goal"].shape[1])

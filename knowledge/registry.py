@@ -1,4 +1,4 @@
-"""What a knowledge policy is, and the table of the rules that ship with this repository."""
+"""What an external policy is, and the table of the rules that ship with this repository."""
 
 from collections.abc import Callable
 

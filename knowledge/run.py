@@ -1,4 +1,4 @@
-"""A trained agent as a knowledge policy: `run:RUN_DIR`, or its inner policy alone: `inner:RUN_DIR`.
+"""A trained agent as an external policy: `run:RUN_DIR`, or its inner policy alone: `inner:RUN_DIR`.
 
 A run folder of any algorithm has `policy.pt2`, what the trained agent does, its own knowledge included. A method that
 learns a policy of its own beside its knowledge writes that one as `inner.pt2`; a method without such a thing writes

@@ -1,4 +1,15 @@
-"""One thread: what tests compute is too small for two, which on a busy machine wait for each other."""
+"""One thread: what tests compute is too small for two, which on a busy machine wait for each other. And no exports."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child processes take it over
+
+import pytest
+
+import runtime
+
+
+@pytest.fixture(autouse=True)
+def no_exports(request, monkeypatch):
+    """Runs of this process leave no policy.pt2, which takes longer to write than a short run takes; marked tests do."""
+    if not request.node.get_closest_marker("exports"):
+        monkeypatch.setattr(runtime, "save_policy", lambda *args: False)

@@ -373,6 +373,7 @@ def cartpole(tmp_path_factory):
 @pytest.mark.parametrize("discrete, kwargs", [
     (False, dict(curve=True)), (False, dict(mode="bc", top=0.5)), (False, dict(mode="rcrl")), (True, dict(curve=True)),
     (True, dict(discrete="td")), (True, dict(mode="bc")), (True, dict(mode="rcrl", query=0.5))])
+@pytest.mark.exports
 def test_every_mode_trains_and_leaves_its_policy(discrete, kwargs, cartpole, tmp_path, monkeypatch):
     monkeypatch.setattr(br_rcrl, "LOG_EVERY", 20)
     env_id = "CartPole-v1" if discrete else "tests.tasks:PointDense-v0"

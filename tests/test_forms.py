@@ -215,6 +215,7 @@ def test_the_loss_is_that_of_what_acts():
     assert scalars["entropy"].item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.exports
 def test_masks_fade_and_evaluations_have_none(tmp_path, monkeypatch):
     """While all is masked, only what the rule advises is done; the trained policy asks nobody."""
     monkeypatch.setattr(ppo_mask, "LOG_EVERY", 64)

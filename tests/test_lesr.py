@@ -82,6 +82,7 @@ def test_shipped_pairs_at_the_ramp_and_at_zero(env_id):
 
 
 @pytest.mark.parametrize("env_id", AT)
+@pytest.mark.exports
 def test_auto_finds_the_pair_of_an_environment(env_id, tmp_path):
     """In states as the scripts have them, of which a pair for goals reads a part; a run can leave the policy."""
     vec = envs.make_vec(env_id, 2, seed=1)
@@ -322,6 +323,7 @@ def test_a_task_with_goals_goes_on_after_a_cut(tmp_path):
         assert torch.equal(saved[1]["agent"]["target"][name], p), name
 
 
+@pytest.mark.exports
 def test_a_maze_runs(tmp_path):
     result = lesr.main(lesr.Args(**SMALL | dict(env="AntMaze_OpenDense-v4"), run_dir=str(tmp_path / "run")))
     assert result["success_rate"] == 0 and (tmp_path / "run" / "policy.pt2").is_file()

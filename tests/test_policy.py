@@ -229,6 +229,7 @@ SMALL = dict(env="FetchPush-v2", num_envs=4, total_timesteps=400, batch_size=64,
              eval_episodes=4, device="cpu", compile=False)
 
 
+@pytest.mark.exports
 def test_runs_of_the_scripts_are_knowledge_of_each_other(tmp_path):
     sac.main(sac.Args(**SMALL, run_dir=str(tmp_path / "sac")))
     assert not (tmp_path / "sac" / "inner.pt2").exists()

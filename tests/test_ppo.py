@@ -419,6 +419,7 @@ def test_elsewhere_a_run_keeps_its_external_policies(tmp_path, capsys, short_epi
         ppo.main(runtime.cli(ppo.Args, "ppo", ["--evaluate", plain, *obstacles[2:]]))
 
 
+@pytest.mark.exports
 def test_a_run_goes_on_in_the_next_task(tmp_path, monkeypatch, short_episodes):
     """Known names keep their keys, the old inner policy becomes an external one, the query comes along."""
     first, started = tmp_path / "first", {}

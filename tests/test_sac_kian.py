@@ -120,7 +120,7 @@ def test_without_knowledge_it_is_sac():
 
 
 def test_compiled_update_is_the_eager_one():
-    """To 1e-5 after 20 updates; the only test that starts a compiler."""
+    """To 1e-5 after 20 updates."""
     agents, args = [], Args(hidden="16x1", batch_size=32)
     for step in (sac_kian.update, torch.compile(sac_kian.update, fullgraph=True, dynamic=False)):
         torch.manual_seed(0)
@@ -150,6 +150,7 @@ def test_it_learns_faster_with_a_good_policy_than_without(tmp_path):
     assert curves["none"][-1] <= 0.3 and curves[tasks.__file__][0] <= 0.6 and curves[tasks.__file__][-1] >= 0.9, curves
 
 
+@pytest.mark.exports
 def test_keys_are_taken_over_by_name(tmp_path, capsys):
     """Attention of one run goes on in the next: query, statistics and known keys; its inner policy becomes external."""
     small = dict(env="tests.tasks:Point-v0", num_envs=4, hidden="8x1", batch_size=16, updates_per_step=0.02,

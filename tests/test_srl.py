@@ -129,6 +129,7 @@ def test_an_autoencoder_learns(trained):
     assert (trained / "video" / "decoded.png").is_file()
 
 
+@pytest.mark.exports
 def test_ppo_on_a_run(trained, monkeypatch, tmp_path, capsys):
     """Codes have mean 0 and deviation 1; training leaves the encoder as it is, a checkpoint has it, and another run of
     the same losses that came later, with codes of another size, does not take its place."""

@@ -587,6 +587,7 @@ def test_a_batch_is_what_one_by_one_is(kind, shape, layer_norm):
 
 @pytest.mark.parametrize("script, env_id", [(stream_ac, "NarrowAim-v0"), (stream_ac, "CartPole-v1"),
                                             (stream_q, "CartPole-v1")])
+@pytest.mark.exports
 def test_policy_is_what_an_evaluation_plays(script, env_id, tmp_path):
     """policy.pt2, played as knowledge: normalised by the run's statistics, the time in it, actions in [-1, 1]."""
     train(script, tmp_path / "run", env=env_id, total_timesteps=300, eval_every=0)
