@@ -163,9 +163,9 @@ class PrioritisedBuffer:
     def __init__(self, capacity: int, obs: torch.Tensor, alpha: float):
         """`obs` is an observation like those to come."""
         self.alpha, self.stored, self.largest = alpha, 0, 1.0  # largest: priority so far, which new transitions get
-        seen = obs.new_zeros(capacity, *obs.shape)
-        self.rows = Batch(seen, torch.zeros(capacity, dtype=torch.long), torch.zeros(capacity), torch.zeros(capacity),
-                          seen.clone())
+        shape = capacity, *obs.shape
+        self.rows = Batch(obs.new_zeros(shape), torch.zeros(capacity, dtype=torch.long), torch.zeros(capacity),
+                          torch.zeros(capacity), obs.new_zeros(shape))
         self.tree = SumTree(capacity)
 
     def add(self, obs: torch.Tensor, action: int, reward: float, discount: float, next_obs: torch.Tensor) -> None:

@@ -42,13 +42,14 @@ except ImportError:
 OFF_POLICY = dict(learning_rate=3e-4, batch_size=256, buffer_size=1_000_000, gamma=0.98, tau=0.005,
                   learning_starts=5_000, train_freq=1, gradient_steps=1, policy_kwargs=dict(net_arch=[256, 256]),
                   action_noise=NormalActionNoise(np.zeros(1), 0.1 * np.ones(1)))  # Pendulum has one action
-PEERS = {  # {name: (class, environments, steps between evaluations, settings)}
+TRUST = dict(batch_size=128, learning_rate=1e-3, gae_lambda=0.95, target_kl=0.01, n_critic_updates=10, cg_max_steps=10,
+             cg_damping=0.1, line_search_shrinking_factor=0.8, line_search_max_iter=10)
+PEERS = {  # {algo, or algo and environment: (class, environments, steps between evaluations, settings)}
     "a2c": (A2C, 8, 20_000, dict(n_steps=5, learning_rate=7e-4, gae_lambda=1.0, vf_coef=0.5, max_grad_norm=0.5,
                                  use_rms_prop=False, policy_kwargs=dict(
                                      optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(alpha=0.99, eps=1e-5)))),
-    "trpo": (TRPO, 8, 10_000, dict(n_steps=128, batch_size=128, learning_rate=1e-3, gae_lambda=0.95, target_kl=0.01,
-                                   n_critic_updates=10, cg_max_steps=10, cg_damping=0.1,
-                                   line_search_shrinking_factor=0.8, line_search_max_iter=10)),
+    "trpo": (TRPO, 8, 10_000, TRUST | dict(n_steps=128)),
+    "trpo Pendulum-v1": (TRPO, 8, 10_000, TRUST | dict(n_steps=256, gamma=0.9)),
     "dqn": (DQN, 1, 5_000, dict(learning_rate=2.3e-3, batch_size=64, buffer_size=100_000, learning_starts=1_000,
                                 target_update_interval=10, train_freq=256, gradient_steps=128,
                                 exploration_fraction=0.16, exploration_final_eps=0.04,
@@ -57,7 +58,8 @@ PEERS = {  # {name: (class, environments, steps between evaluations, settings)}
     "td3": (TD3, 1, 2_000, OFF_POLICY),
     "ppo_continuous": (PPO, 4, 10_000, dict(n_steps=1024, batch_size=64, n_epochs=10, learning_rate=1e-3, gamma=0.9)),
     "ars": (ARS, 1, 5_000, dict(policy="LinearPolicy", n_delta=8, n_top=4, delta_std=0.05, learning_rate=0.02))}
-NORMALIZED = {"ppo_continuous": dict(gamma=0.9, clip_obs=5.0), "ars": dict(norm_reward=False, clip_obs=5.0)}
+NORMALIZED = {"ppo_continuous": dict(gamma=0.9, clip_obs=5.0), "ars": dict(norm_reward=False, clip_obs=5.0),
+              "trpo Pendulum-v1": dict(norm_reward=False, clip_obs=5.0)}
 STEPS = {"a2c": 300_000, "trpo": 100_000, "dqn": 50_000, "ddpg": 20_000, "td3": 20_000, "ppo_continuous": 100_000,
          "ars": 50_000}
 
@@ -106,19 +108,20 @@ class Curve(BaseCallback):
         self.file.close()
 
 
-def make_vec(args: Args, num_envs: int, seed: int | None = None, training: bool = True) -> VecEnv:
+def make_vec(env: str, peer: str, num_envs: int, seed: int | None = None, training: bool = True) -> VecEnv:
     """Environments in one process, with running statistics where ours has them."""
-    vec = make_vec_env(args.env, num_envs, seed=seed)
-    if args.algo not in NORMALIZED:
+    vec = make_vec_env(env, num_envs, seed=seed)
+    if peer not in NORMALIZED:
         return vec
-    vec = VecNormalize(vec, **NORMALIZED[args.algo])
+    vec = VecNormalize(vec, **NORMALIZED[peer])
     vec.training, vec.norm_reward = training, training and vec.norm_reward
     return vec
 
 
 def main(args: Args) -> int:
     """Train and evaluate; returns the exit code."""
-    kind, num_envs, every, settings = PEERS[args.algo]
+    peer = f"{args.algo} {args.env}" if f"{args.algo} {args.env}" in PEERS else args.algo
+    kind, num_envs, every, settings = PEERS[peer]
     if args.algo == "a2c":
         settings = settings | {"ent_coef": args.entropy_coef}
     args.total_timesteps = args.total_timesteps or STEPS[args.algo]
@@ -128,7 +131,7 @@ def main(args: Args) -> int:
         return 2
     seed = 10_000 * args.seed
     settings = {"policy": "MlpPolicy"} | settings
-    model = kind(env=make_vec(args, num_envs, seed), seed=seed, device="cpu", **settings)
+    model = kind(env=make_vec(args.env, peer, num_envs, seed), seed=seed, device="cpu", **settings)
     folder.mkdir(parents=True)
     commit = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
                                                     text=True, cwd=Path(__file__).parent).stdout.strip()
@@ -138,7 +141,7 @@ def main(args: Args) -> int:
               "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     model.learn(args.total_timesteps, callback=Curve(
-        folder, make_vec(args, args.eval_episodes, training=False), every, args.eval_episodes))
+        folder, make_vec(args.env, peer, args.eval_episodes, training=False), every, args.eval_episodes))
     return 0
 
 
