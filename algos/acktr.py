@@ -335,7 +335,8 @@ def main(args: Args) -> dict[str, float]:
     vec = envs.make_vec(args.env, args.num_envs)
     shape, outputs, discrete = envs.policy_sizes(vec)
     if len(shape) > 1:
-        raise envs.EnvError(f"{args.env} observes views of shape {shape}; flat arrays are needed, or algos/ppo.py")
+        raise envs.EnvError(f"{args.env} observes views of shape {shape}; flat arrays are needed, for pictures an "
+                            "encoder behind the id, as :pca, or algos/ppo.py")
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
     agent = Agent(shape[0], outputs, discrete).to(device)

@@ -76,8 +76,8 @@ def sizes(vec: envs.VectorEnv) -> tuple[int, int]:
         return envs.continuous_sizes(vec)[:2]
     shape, num_actions = envs.discrete_sizes(vec)
     if len(shape) > 1:
-        raise envs.EnvError(f"{vec.env.spec.id} observes views of shape {shape}; flat arrays are needed, or a script "
-                            "for views, as algos/ppo.py")
+        raise envs.EnvError(f"{vec.env.spec.id} observes views of shape {shape}; flat arrays are needed, for pictures "
+                            "an encoder behind the id, as :pca, or a script for views, as algos/ppo.py")
     return shape[0], num_actions
 
 

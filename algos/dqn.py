@@ -9,10 +9,12 @@ switched off one by one:
 - n-step: R sums n rewards, fewer at the end of an episode. There is no off-policy correction, so n stays small.
 
 A time limit bootstraps. The Huber loss cuts errors above 1, so rewards should be near 1. Settings are those that are
-common for CartPole, where many updates follow each 256 steps. docs/classic.md has the measurements.
+common for CartPole, where many updates follow each 256 steps. Pictures go through the convolutions of 2015.
+docs/classic.md has the measurements.
 
 python algos/dqn.py --env CartPole-v1
 python algos/dqn.py --env CartPole-v1 --no-double --no-dueling --priority-alpha 0 --n-step 1   # the plain one
+python algos/dqn.py --env MobileRobot-v0:pixels --buffer-size 20000
 """
 import math
 import sys
@@ -26,6 +28,7 @@ import start  # noqa: F401  before numpy
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._pytree import tree_map
 
 import envs
@@ -34,6 +37,8 @@ from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
+CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # of pictures: units, width, stride
+SMALLEST = 36  # pixels of a side that are left one by one at the end
 
 
 @dataclass
@@ -59,7 +64,7 @@ class Args:
     # algorithm
     hidden: str = "256x2"  # hidden layers, width x depth
     batch_size: int = 64  # transitions per update
-    buffer_size: int = 100_000  # transitions that are kept
+    buffer_size: int = 100_000  # transitions that are kept; one of pictures of 64 x 64 has 25 kB
     learning_rate: float = 2.3e-3  # Adam
     gamma: float = 0.99  # discount per step
     learning_starts: int = 1_000  # environment steps before the first update
@@ -86,11 +91,11 @@ TUNE = {"learning_rate": (1e-4, 5e-3), "target_every": [10, 100, 500, 1000], "n_
 
 class Batch(NamedTuple):
     """Transitions over up to n steps."""
-    obs: torch.Tensor  # (B, f)
+    obs: torch.Tensor  # (B, f), or pictures (B, h, w, c) of 0 to 255
     action: torch.Tensor  # (B,)
     reward: torch.Tensor  # (B,), discounted sum
     discount: torch.Tensor  # (B,), of the value of next_obs: gamma^m after m steps, 0 where the episode terminated
-    next_obs: torch.Tensor  # (B, f)
+    next_obs: torch.Tensor  # as obs
 
 
 class NStep:
@@ -98,7 +103,7 @@ class NStep:
 
     def __init__(self, num_envs: int, n: int, gamma: float):
         self.n, self.gamma = n, gamma
-        self.windows = [[] for _ in range(num_envs)]  # of [obs (f,), action, reward], the oldest first
+        self.windows = [[] for _ in range(num_envs)]  # of [obs, action, reward], the oldest first
 
     def push(self, obs: torch.Tensor, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray,
              truncated: np.ndarray, final_obs: torch.Tensor) -> list[tuple]:
@@ -155,10 +160,12 @@ class SumTree:
 class PrioritisedBuffer:
     """The last `capacity` transitions, drawn in proportion to their priorities."""
 
-    def __init__(self, capacity: int, f: int, alpha: float):
+    def __init__(self, capacity: int, obs: torch.Tensor, alpha: float):
+        """`obs` is an observation like those to come."""
         self.alpha, self.stored, self.largest = alpha, 0, 1.0  # largest: priority so far, which new transitions get
-        self.rows = Batch(torch.zeros(capacity, f), torch.zeros(capacity, dtype=torch.long), torch.zeros(capacity),
-                          torch.zeros(capacity), torch.zeros(capacity, f))
+        shape = capacity, *obs.shape
+        self.rows = Batch(obs.new_zeros(shape), torch.zeros(capacity, dtype=torch.long), torch.zeros(capacity),
+                          torch.zeros(capacity), obs.new_zeros(shape))
         self.tree = SumTree(capacity)
 
     def add(self, obs: torch.Tensor, action: int, reward: float, discount: float, next_obs: torch.Tensor) -> None:
@@ -194,10 +201,32 @@ class PrioritisedBuffer:
         self.tree[np.arange(n)] = np.asarray(state["priorities"])
 
 
-def make_agent(args: Args, f: int, num_actions: int, device: torch.device) -> dict:
-    """Fresh parameters, their target copies and optimiser state."""
+def init_convolutions(channels: int) -> dict[str, torch.Tensor]:
+    """Parameters of CONVOLUTIONS in PyTorch's default initialisation."""
+    params = {}
+    for i, (units, width, _) in enumerate(CONVOLUTIONS):
+        layer = nn.Conv2d(channels, units, width)
+        params |= {f"picture.{i}.weight": layer.weight.detach(), f"picture.{i}.bias": layer.bias.detach()}
+        channels = units
+    return params
+
+
+def features(params: dict, obs: torch.Tensor) -> torch.Tensor:
+    """Observations (B, f) as they are, pictures (B, h, w, c) as (B, f): scaled to 1, and through CONVOLUTIONS."""
+    if obs.dim() == 2:
+        return obs
+    x = obs.permute(0, 3, 1, 2).float() / 255  # (B, c, h, w)
+    for i, (_, _, stride) in enumerate(CONVOLUTIONS):
+        x = F.relu(F.conv2d(x, params[f"picture.{i}.weight"], params[f"picture.{i}.bias"], stride))
+    return x.flatten(1)
+
+
+def make_agent(args: Args, shape: tuple[int, ...], num_actions: int, device: torch.device) -> dict:
+    """Fresh parameters, their target copies and optimiser state, for observations of this shape."""
     hidden = runtime.hidden_layers(args.hidden)
-    online = init_mlp("trunk", [f, *hidden]) | init_mlp("advantage", [hidden[-1], num_actions])
+    online = init_convolutions(shape[2]) if len(shape) == 3 else {}
+    f = features(online, torch.zeros(1, *shape)).shape[1]
+    online |= init_mlp("trunk", [f, *hidden]) | init_mlp("advantage", [hidden[-1], num_actions])
     if args.dueling:
         online |= init_mlp("value", [hidden[-1], 1])
     target = {name: p.clone() for name, p in online.items()}
@@ -211,8 +240,8 @@ def dueling(value: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
 
 
 def q_values(params: dict, obs: torch.Tensor) -> torch.Tensor:
-    """Observations (B, f) -> action values (B, A)."""
-    x = F.relu(mlp(params, "trunk", obs))
+    """Observations -> action values (B, A)."""
+    x = F.relu(mlp(params, "trunk", features(params, obs)))
     advantage = mlp(params, "advantage", x)
     if "value.0.weight" not in params:
         return advantage
@@ -245,6 +274,11 @@ def update(agent: dict, batch: Batch, weight: torch.Tensor, args: Args) -> tuple
     return {"critic_loss": loss, "q": q.mean(), "target_q": y.mean()}, error.abs()
 
 
+def look(obs: envs.Observation) -> torch.Tensor:
+    """What the networks see of observations (B, ...)."""
+    return envs.seen(envs.to_tensors(obs))
+
+
 def epsilon_at(step: int, args: Args) -> float:
     """Share of uniform actions: linear in the steps so far, then constant."""
     progress = min(1, step / max(1, args.epsilon_fraction * args.total_timesteps))
@@ -257,31 +291,32 @@ def main(args: Args) -> dict[str, float]:
     args, saved = runtime.checked(args, ALGO, RANGES)
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs)
-    shape, num_actions = envs.discrete_sizes(vec)
-    if len(shape) > 1:
-        raise envs.EnvError(f"{args.env} observes views of shape {shape}; flat arrays are needed, or algos/ppo.py")
+    shape, num_actions = envs.discrete_sizes(vec, any_pictures=True)
+    if len(shape) > 1 and min(shape[:2]) < SMALLEST:
+        raise envs.EnvError(f"{args.env} observes views of shape {shape}; flat arrays are needed, pictures from "
+                            f"{SMALLEST} x {SMALLEST} on, or algos/ppo.py")
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
-    agent = make_agent(args, shape[0], num_actions, device)
-    buffer = PrioritisedBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), shape[0],
+    agent = make_agent(args, shape, num_actions, device)
+    loop = {"obs": look(obs)}
+    buffer = PrioritisedBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), loop["obs"][0],
                                args.priority_alpha)
     n_step = NStep(args.num_envs, args.n_step, args.gamma)
-    loop = {"obs": envs.flatten(obs)}
     scalars = runtime.Means()  # since the last log
     parts = {"agent": agent, "vec": vec, "buffer": buffer, "n_step": n_step, "loop": loop, "scalars": scalars}
     runtime.restore(parts, saved, only=["agent"] if args.evaluate else None)
     evaluator = envs.Evaluator(args)
 
-    def policy(obs: torch.Tensor) -> torch.Tensor:
+    def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probabilities (B, A) of the greedy action, and of the uniform ones of training's end: what the run leaves
         as policy.pt2."""
-        best = F.one_hot(q_values(agent["online"], obs.to(device)).argmax(1), num_actions).float()
+        best = F.one_hot(q_values(agent["online"], envs.seen(obs).to(device)).argmax(1), num_actions).float()
         share = max(args.epsilon_end, 1e-6)  # logarithms have to be finite
         return ((1 - share) * best + share / num_actions).log().cpu()
 
     def act(obs: envs.Observation) -> np.ndarray:
         """What evaluations play: the greedy action."""
-        q = q_values(agent["online"], envs.flatten(obs).to(device))
+        q = q_values(agent["online"], look(obs).to(device))
         return evaluator.noted(q, scores="Q").argmax(1).cpu().numpy()
 
     if args.evaluate:
@@ -295,13 +330,14 @@ def main(args: Args) -> dict[str, float]:
     while run.advance(args.num_envs):
         epsilon, obs = epsilon_at(run.step, args), loop["obs"]
         random = (torch.rand(args.num_envs) < epsilon).numpy()
-        action = np.where(random, torch.randint(num_actions, (args.num_envs,)).numpy(), act(obs))
+        greedy = q_values(agent["online"], obs.to(device)).argmax(1).cpu().numpy()
+        action = np.where(random, torch.randint(num_actions, (args.num_envs,)).numpy(), greedy)
         next_obs, reward, terminated, truncated, info = vec.step(action)
 
         # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
-        for row in n_step.push(obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"])):
+        for row in n_step.push(obs, action, reward, terminated, truncated, look(info["final_obs"])):
             buffer.add(*row)
-        loop["obs"] = envs.flatten(next_obs)
+        loop["obs"] = look(next_obs)
 
         # update
         if run.due(args.target_every):

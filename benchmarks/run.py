@@ -8,6 +8,7 @@ the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops e
 one kills them. Cells that fail, in whatever way, are named at the end, and the others run on. A table then compares what
 is finished with the committed results (benchmarks/verdict.py).
 """
+import ast
 import csv
 import fcntl
 import hashlib
@@ -195,6 +196,13 @@ def crossed(entry: dict) -> list[tuple[str, ...]]:
     return [sum(way, flags) for way in itertools.product(*ways)]
 
 
+def flags_of(script: Path) -> set[str]:
+    """Names of a script's arguments, read from its source: nothing is imported here."""
+    return {field.target.id for node in ast.parse(script.read_text()).body
+            if isinstance(node, ast.ClassDef) and node.name == "Args"
+            for field in node.body if isinstance(field, ast.AnnAssign)}
+
+
 def load_suite(args: Args) -> list[Cell]:
     """The cells that `args` asks for, seed 1 of everything first: an early stop leaves a broad picture.
 
@@ -220,6 +228,11 @@ def load_suite(args: Args) -> list[Cell]:
     for cell in cells:
         if not (ROOT / "algos" / f"{cell.algo}.py").is_file():
             raise ValueError(f"{path} names {cell.algo}, but there is no algos/{cell.algo}.py")
+        known = flags_of(ROOT / "algos" / f"{cell.algo}.py")
+        for word in cell.flags:
+            name = word.split("=")[0].removeprefix("--").replace("-", "_")
+            if known and word.startswith("--") and not {name, name.removeprefix("no_")} & known:
+                raise ValueError(f"{path}: algos/{cell.algo}.py has no flag {word}")
     cells = [c for c in cells if c.algo == (args.algo or c.algo) and c.env == (args.env or c.env)
              and c.seed <= (args.seeds or c.seed)]
     if not cells:

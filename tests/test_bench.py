@@ -252,6 +252,10 @@ def test_errors_are_one_line(tmp_path):
                               "envs = ['x']\nseeds = [1.0]\n", "envs = ['x']\nseeds = [1]\nflags = '\"'\n"]):
         (tmp_path / f"bad{i}.toml").write_text(cell + rest)
         suites.append((["--suite", str(tmp_path / f"bad{i}.toml")], "is no suite"))
+    for flag in ("--gama", "--no-gama", "--gama=1"):
+        file = tmp_path / f"bad{len(suites)}.toml"
+        file.write_text(f"{cell}envs = ['x']\nseeds = [1]\nflags = '--no-compile --her-goals 0 {flag}'\n")
+        suites.append((["--suite", str(file)], f"has no flag {flag}"))
     (tmp_path / "one.toml").write_text("[cell]\nalgo = 'sac_kian'\n")
     suites.append((["--suite", str(tmp_path / "one.toml")], "is no suite"))
     for flags, said in (*suites, (["--suite", "smoek"], "known are"),

@@ -79,12 +79,19 @@ def test_a2c_loss():
     agent, args = Linear(a2c), a2c.Args()
     batch = batch_of(a2c, agent, torch.tensor([1.0, 0.2], dtype=torch.float64))
     assert numbers(batch.log_prob) == pytest.approx([-1.618925, -1.712067], abs=1e-6)
+    assert numbers(batch.value) == pytest.approx([0.4, -0.45])
+    assert numbers(agent.policy(OBS).entropy()) == pytest.approx([1.049611, 1.024111], abs=1e-6)
+    passed = []
+    hook = agent.actor.register_forward_hook(lambda layer, inputs, output: passed.append(output))
     loss, scalars = a2c.a2c_loss(agent, batch, args)
+    hook.remove()
     assert loss.item() == pytest.approx(0.800227, abs=1e-6)
     assert [scalars[name].item() for name in ("policy_loss", "value_loss", "entropy")] == pytest.approx(
         [0.614970, 0.391250, 1.036861], abs=1e-6)
+    assert numbers(passed[0]) == pytest.approx([.2, .4, -.4, -.35, .25, .65])
+    by_logits, = torch.autograd.grad(loss, passed, retain_graph=True)
+    assert numbers(by_logits) == pytest.approx([0.270793, 0.331188, -0.601980, 0.286207, -0.115252, -0.170955], abs=1e-6)
     grads = torch.autograd.grad(loss, list(agent.parameters()))
-    assert numbers(grads[1]) == pytest.approx([0.557, 0.215936, -0.772935], abs=1e-6)  # of the actor's biases
     assert torch.cat([g.flatten() for g in grads]).norm().item() == pytest.approx(1.696211, abs=1e-6)
 
 
@@ -172,6 +179,35 @@ def test_natural_gradient():
     assert acktr.step_share([u], [gradient], 0.25, 1e-3).item() == pytest.approx(.0706044, abs=1e-7)
     assert acktr.step_share([u, u], [gradient, gradient], 0.25, 1e-3).item() == pytest.approx(.0706044 / 2 ** .5)
     assert acktr.step_share([u], [gradient], 1e-4, 1e-3) == 1 and acktr.step_share([0 * u], [gradient], 1, 1e-3) == 1
+
+
+@pytest.mark.parametrize("share, with_bias, weight, bias, nu", [
+    (1.0, False, [.2999108, -.1985556, .1000892, .3985556], [.0517966, -.1017966], .0532048),
+    (0.01, True, [.3059594, -.1818172, .0940406, .3818172], [.0609706, -.1109706], None)])
+def test_steps_of_other_code(share, with_bias, weight, bias, nu):
+    """The same functions, with the choices of two other programs: the bias as a layer of its own, whose input is 1; and
+    factors that start as identities and get a hundredth of the batch. Without cold updates, once without momentum."""
+    agent, batch = Layer(), kfac_batch()
+    acktr.a2c_loss(agent, batch, PLAIN)[0].backward()
+    found = acktr.batch_factors(agent, batch, torch.zeros(2))["actor"]
+    a, s = (torch.eye(len(x), dtype=torch.float64).lerp(x, share) for x in (found["inputs"], found["gradients"]))
+    layers = [(a, torch.cat([agent.actor.weight.grad, agent.actor.bias.grad.unsqueeze(1)], 1))]
+    if not with_bias:
+        layers = [(a[:2, :2], agent.actor.weight.grad), (a[2:, 2:], agent.actor.bias.grad.unsqueeze(1))]
+    gradients = [gradient for _, gradient in layers]
+    steps = [acktr.natural_gradient(gradient, acktr.decomposed(factor), acktr.decomposed(s), 0.01)
+             for factor, gradient in layers]
+    found_nu = acktr.step_share(steps, gradients, 0.25, 1e-3)
+    if with_bias:
+        assert numbers(a) == pytest.approx([1, .0075, 0, .0075, 1.01125, .0125, 0, .0125, 1])
+        assert numbers(s) == pytest.approx([.9933084, -.0033084, -.0033084, .9933084], abs=1e-7)
+    else:
+        assert numbers(*steps) == pytest.approx([.0670339, -1.0859263, -.0670339, 1.0859263, -1.3507314, 1.3507314],
+                                                abs=1e-6)
+        assert found_nu.item() == pytest.approx(nu, abs=1e-7)
+    moved = 0.25 * (1.0 if with_bias else 0.1) * found_nu * torch.cat(steps, 1)
+    assert numbers(agent.actor.weight - moved[:, :2]) == pytest.approx(weight, abs=1e-7)
+    assert numbers(agent.actor.bias - moved[:, 2]) == pytest.approx(bias, abs=1e-7)
 
 
 def test_the_first_step_of_acktr():
@@ -312,6 +348,7 @@ def test_conjugate_gradient(iterations, expected):
     assert numbers(x) == pytest.approx(expected, abs=1e-5)
     if iterations == 15:
         assert (x @ product(x)).item() == pytest.approx(4.298832, abs=1e-5) and torch.allclose(product(x), gradient)
+        assert (0.02 / (x @ product(x))).sqrt().item() == pytest.approx(0.0682087, abs=1e-7)  # of the step, for 0.01
     assert not trpo.conjugate_gradient(product, 0 * gradient, iterations).any()
 
 
@@ -319,6 +356,8 @@ def test_a_step_within_the_trust_region():
     agent, batch, _, _ = trpo_parts()
     scalars = trpo.improve_actor(agent, batch, trpo.Args(normalize_advantage=False, cg_iterations=15))
     assert scalars["kl"].item() == pytest.approx(0.007968, abs=1e-6) and scalars["step_share"] == 1
+    reverse = trpo.mean_kl(agent.policy(OBS), Linear(trpo).policy(OBS))  # what sb3-contrib limits
+    assert reverse.item() == pytest.approx(0.008299, abs=1e-6)
     assert scalars["policy_loss"].item() == pytest.approx(-(0.714169 - 0.4), abs=1e-6)
     assert numbers(*agent.actor.parameters()) == pytest.approx(
         [.0374446, -.2237899, .2494131, .0690471, .0131423, .3547427, -.0747926, .0591362, .0156564], abs=1e-6)
@@ -386,6 +425,8 @@ def test_gaussian_policies():
 def test_ppo_loss_of_a_gaussian_policy(clip_values, value_loss):
     def column(*values):
         return torch.tensor(values, dtype=torch.float64)
+    ratio = (gaussian().log_prob(DRAWN) - column(-2.3, -3.9)).exp()
+    assert numbers(ratio) == pytest.approx([1.663579, 2.406770], abs=1e-6)
     batch = ppo_continuous.Batch(GAUSSIAN[0], DRAWN, column(-2.3, -3.9), column(.6, .4), column(1.2, -.8),
                                  column(2, -1))
     args = ppo_continuous.Args(normalize_advantage=False, clip_values=clip_values)
@@ -628,9 +669,11 @@ def test_they_balance_a_pole(script, tmp_path):
     assert script.main(args)["return_mean"] >= 400
 
 
-def test_views_are_refused(tmp_path):
-    with pytest.raises(runtime.UserError, match="flat arrays are needed"):
-        ars.main(ars.Args(env="MiniGrid-Empty-5x5-v0", run_dir=str(tmp_path / "run")))
+@pytest.mark.parametrize("script", [ars, cma_es, acktr])
+def test_views_are_refused(script, tmp_path):
+    for env_id in ("MiniGrid-Empty-5x5-v0", "MobileRobot-v0:pixels"):
+        with pytest.raises(runtime.UserError, match="flat arrays are needed, .* an encoder behind the id, as :pca"):
+            script.main(script.Args(env=env_id, run_dir=str(tmp_path / "run")))
 
 
 # DQN
@@ -638,7 +681,7 @@ def test_views_are_refused(tmp_path):
 def test_dueling():
     value, advantage = torch.tensor([[.3], [-1]]), torch.tensor([[1, -2, 4], [.5, .5, -.4]])
     assert numbers(dqn.dueling(value, advantage)) == pytest.approx([.3, -2.7, 3.3, -.7, -.7, -1.6])
-    agent, obs = dqn.make_agent(dqn.Args(hidden="8x1"), 2, 3, torch.device("cpu")), torch.randn(4, 2)
+    agent, obs = dqn.make_agent(dqn.Args(hidden="8x1"), (2,), 3, torch.device("cpu")), torch.randn(4, 2)
     q = dqn.q_values(agent["online"], obs)
     agent["online"]["advantage.0.bias"] += 5  # the same for all actions: no difference
     assert torch.allclose(dqn.q_values(agent["online"], obs), q, atol=1e-5)
@@ -661,16 +704,18 @@ def test_dqn_targets_and_loss():
     loss, (error, _) = dqn.critic_loss(params, batch, double, torch.tensor([1, .5, .8]))
     assert loss.item() == pytest.approx(.2863623, abs=1e-6)
     assert numbers(error) == pytest.approx([-.698, 1.6029701, -.4], abs=1e-6)
+    terms = [3 * dqn.critic_loss(params, batch, double, weight)[0].item() for weight in torch.eye(3)]
+    assert terms == pytest.approx([.2436020, 1.1029701, .08], abs=1e-6)
 
 
 def test_the_algorithm_of_2015():
     """Its flags leave r + gamma max Q'(s', a), the same weight for all, and uniform draws whatever the errors are."""
     args = dqn.Args(double=False, dueling=False, priority_alpha=0.0, n_step=1, hidden="8x1")
     torch.manual_seed(0)
-    agent = dqn.make_agent(args, 2, 3, torch.device("cpu"))
+    agent = dqn.make_agent(args, (2,), 3, torch.device("cpu"))
     assert not any(name.startswith("value") for name in agent["online"])
     agent["target"] = {name: p + 0.3 * torch.randn_like(p) for name, p in agent["target"].items()}
-    buffer = dqn.PrioritisedBuffer(4, 2, args.priority_alpha)
+    buffer = dqn.PrioritisedBuffer(4, torch.zeros(2), args.priority_alpha)
     for i in range(4):
         buffer.add(torch.randn(2), i % 3, i - 1.0, 0.0 if i == 3 else 0.99, torch.randn(2))
     buffer.set_errors(np.arange(4), np.array([0.1, 5.0, 1.0, 0.0]))
@@ -705,7 +750,7 @@ def test_n_step_returns():
 
 
 def filled(errors):
-    buffer = dqn.PrioritisedBuffer(len(errors), 1, 0.6)
+    buffer = dqn.PrioritisedBuffer(len(errors), torch.zeros(1), 0.6)
     for i in range(len(errors)):
         buffer.add(torch.tensor([float(i)]), 0, 0.0, 0.0, torch.zeros(1))
     buffer.set_errors(np.arange(len(errors)), np.array(errors))
@@ -720,7 +765,7 @@ def test_priorities():
     assert index.tolist() == [0, 4, 4] and weight == pytest.approx([1, .6070977, .6070977], abs=1e-6)
     buffer.add(torch.tensor([9.0]), 0, 0.0, 0.0, torch.zeros(1))  # in place of the oldest, with the largest priority
     assert buffer.rows.obs[0] == 9 and buffer.tree[np.array([0])] == pytest.approx((4 + 1e-6) ** 0.6)
-    again = dqn.PrioritisedBuffer(5, 1, 0.6)
+    again = dqn.PrioritisedBuffer(5, torch.zeros(1), 0.6)
     again.load_state_dict(runtime.to_plain(buffer.state_dict()))
     assert (again.tree.nodes == buffer.tree.nodes).all() and again.largest == buffer.largest
     assert torch.equal(again.rows.obs, buffer.rows.obs)
@@ -774,3 +819,26 @@ def test_dqn_finds_the_end_of_a_corridor(kwargs, tmp_path):
                     gamma=0.8, compile=False, eval_every=0, eval_episodes=1, run_dir=str(tmp_path / "run"), **kwargs)
     result = dqn.main(args)
     assert result["return_mean"] == 1 and result["length_mean"] == 4
+
+
+def test_dqn_on_pictures():
+    """White is 1 in the first layer, bytes stay bytes, and black and white pictures get the values they are worth."""
+    torch.manual_seed(0)
+    args = dqn.Args(hidden="16x1", learning_rate=3e-3, dueling=False)
+    agent = dqn.make_agent(args, (36, 40, 2), 2, torch.device("cpu"))
+    white = torch.full((36, 40, 2), 255, dtype=torch.uint8)
+    buffer = dqn.PrioritisedBuffer(2, white, 0.6)
+    for obs, worth in ((white, 1.0), (0 * white, -1.0)):
+        buffer.add(obs, 1, worth, 0.0, obs)
+    batch = buffer.rows
+    assert batch.obs.dtype == batch.next_obs.dtype == torch.uint8 and batch.obs.shape == (2, 36, 40, 2)
+    weight, bias = agent["online"]["picture.0.weight"], agent["online"]["picture.0.bias"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dqn, "CONVOLUTIONS", dqn.CONVOLUTIONS[:1])
+        first = dqn.features(agent["online"], batch.obs).view(2, 32, 8, 9)
+    assert torch.allclose(first[0, :, 0, 0], (weight.sum((1, 2, 3)) + bias).relu(), atol=1e-5)
+    assert torch.allclose(first[1, :, 7, 8], bias.relu())
+    with torch.no_grad():
+        for _ in range(60):
+            dqn.update(agent, batch, torch.ones(2), args)
+    assert dqn.q_values(agent["online"], batch.obs)[:, 1].tolist() == pytest.approx([1, -1], abs=0.1)

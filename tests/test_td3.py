@@ -47,6 +47,27 @@ def test_ddpg_losses():
     assert agent["target"]["q.0.weight"][1].item() == pytest.approx(1.0 + 0.005 * (weight[1] - 1.0), abs=1e-6)
 
 
+def test_critics_that_are_not_linear(monkeypatch):
+    """With a third input s a, Q = .4 s + 1.1 a - .2 s a and Q' = .5 s + a - .3 s a."""
+    monkeypatch.setattr(ddpg, "critic_inputs", lambda obs, action: torch.cat([obs, action, obs * action], 1))
+    agent = agent_of(ddpg, 0)
+    agent["critic"], target_critic = linear("q", [0.4, 1.1, -0.2]), linear("q", [0.5, 1.0, -0.3])
+    agent["target"] |= target_critic
+    agent["moments"]["critic"] = ddpg.adam_state(agent["critic"])
+    next_action = ddpg.decide(agent["target"], NEXT)
+    assert next_action[0].item() == pytest.approx(0.6640368, abs=1e-6)
+    next_q = ddpg.mlp(agent["target"], "q", ddpg.critic_inputs(NEXT, next_action))
+    assert next_q[0].item() == pytest.approx(0.9648257, abs=1e-6)
+    q = ddpg.mlp(agent["critic"], "q", ddpg.critic_inputs(OBS, ACTION))
+    assert q.flatten().tolist() == pytest.approx([0.398, 0.12], abs=1e-6)
+    loss = ddpg.actor_loss(agent["actor"], agent["critic"], OBS, ddpg.Args())
+    assert loss.item() == pytest.approx(-0.784004, abs=1e-6)
+    with torch.no_grad():
+        scalars = ddpg.update(agent, BATCH, ddpg.Args())
+    assert scalars["target_q"].item() == pytest.approx((1.4551775 - 1) / 2, abs=1e-6)
+    assert scalars["critic_loss"].item() == pytest.approx(1.186012, abs=1e-6)
+
+
 def test_td3_target_is_the_lower_critic_at_a_noisy_action():
     """Noise .2 n is cut to +-.5, the action to +-1: n = 4 gives tanh .8 + .5 > 1, so 1."""
     agent, args = agent_of(td3, 2), td3.Args()
@@ -82,3 +103,12 @@ def test_exploration_noise_stays_in_the_box_and_starts_after_uniform_actions(tmp
     actions = saved["buffer"]["rows"][:, 3]
     assert len(actions) == 220 and actions.abs().max() == 1 and (actions[:200].abs() < 1).all()
     assert (actions[200:].abs() == 1).float().mean() > 0.5  # noise of deviation 5, cut
+
+
+@pytest.mark.parametrize("script", [ddpg, td3])
+def test_they_go_to_a_goal(script, tmp_path):
+    """The reward is minus the distance. Without training the return is -10, and after it -2 with three seeds each."""
+    args = script.Args(env="tests.tasks:PointDense-v0", total_timesteps=1500, learning_starts=200, batch_size=64,
+                       hidden="32x1", learning_rate=3e-3, gamma=0.8, tau=0.02, her_goals=0, compile=False,
+                       eval_every=0, eval_episodes=20, device="cpu", run_dir=str(tmp_path / "run"))
+    assert script.main(args)["return_mean"] > -4
