@@ -29,6 +29,19 @@ def split_view(env: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (env, "")
 
 
+def real_id(env: str) -> str:
+    """The id of the task that runs under `env`: older ids of Fetch are -v4 in gymnasium-robotics 1.4.2, with which all
+    committed curves were made."""
+    return re.sub(r"^(Fetch\w+)-v[0-3]\b", r"\1-v4", env)
+
+
+def file_of(algo: str, env: str) -> Path:
+    """The results of an environment, where they are or would be. The file may bear an older id."""
+    name = real_id(env).replace("/", "-")
+    there = [path for path in sorted((RESULTS / algo).glob("*.csv")) if real_id(path.stem) == name]
+    return there[0] if there else RESULTS / algo / f"{name}.csv"
+
+
 def defaults(algo: str, env: str = "") -> dict:
     """Defaults of `algos/<algo>.py`, for `env` where the script has PRESETS, read from its source: this folder runs
     commands and imports nothing of ours.
@@ -118,7 +131,10 @@ def gather(folders: list[str], into: str = "") -> None:
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
-        path = RESULTS / (into or config["algo"]) / f"{split_view(args['env'])[0].replace('/', '-')}{part}.csv"
+        env = split_view(args["env"])[0]
+        if env.startswith("Fetch") and config.get("env_id", real_id(env)) != real_id(env):
+            raise ValueError(f"{folder} ran in {config['env_id']}, and the tables have {real_id(env)}")
+        path = file_of(into or config["algo"], f"{env}{part}")
         name, seed = variant(config), str(args["seed"])
         if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
             print(f"note: {folder} is older than {', '.join(new)}: named as if by default")
@@ -145,10 +161,12 @@ def gather(folders: list[str], into: str = "") -> None:
             rows.append(facts | row | {"commit": start.get("commit"), "cpu": start.get("cpu")})
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as table:
+        half = path.with_name(f"half-{path.name}.tmp")  # the old table stays until the new one is whole
+        with half.open("w", newline="") as table:
             writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        half.replace(path)
         print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"
               + (f"; unfinished, {last} of {total} steps" if last < total else "")
               + (f"; replaces a run of {said(replaced, 'commit')}" if replaced else ""))
