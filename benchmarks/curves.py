@@ -12,6 +12,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,12 +162,7 @@ def gather(folders: list[str], into: str = "") -> None:
             rows.append(facts | row | {"commit": start.get("commit"), "cpu": start.get("cpu")})
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_name(f"half-{path.name}.tmp")  # the old table stays until the new one is whole
-        with half.open("w", newline="") as table:
-            writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        half.replace(path)
+        write_table(path, COLUMNS, rows)
         print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"
               + (f"; unfinished, {last} of {total} steps" if last < total else "")
               + (f"; replaces a run of {said(replaced, 'commit')}" if replaced else ""))
@@ -175,6 +171,16 @@ def gather(folders: list[str], into: str = "") -> None:
         for column in ("commit", "total_timesteps"):  # perhaps another method, or epsilon planned over another total
             if "," in (found := said(rows, column)):
                 print(f"note: rows of {name} in {file} differ in {column}: {found}")
+
+
+def write_table(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
+    """A CSV file, written whole: the old one stays until then."""
+    half = path.with_name(f"{path.name}.tmp")
+    with half.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    half.replace(path)
 
 
 def said(rows: list[dict], column: str) -> str:

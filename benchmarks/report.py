@@ -320,6 +320,12 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
     return (ROOT / "benchmarks" / "report_template.html").read_text().replace("/*DATA*/null", data)
 
 
+def write_whole(path: Path, text: str) -> None:
+    half = path.with_name(f"half-{path.name}")  # the old page stays until the new one is whole
+    half.write_text(text)
+    half.replace(path)
+
+
 def main(html: Path) -> None:
     results = {}
     for path in sorted(RESULTS.glob("*/*.csv")):
@@ -366,9 +372,9 @@ def main(html: Path) -> None:
         old = path.read_text()
         new = MARK.sub(fill, old)
         if new != old:
-            path.write_text(new)
+            write_whole(path, new)
             print(f"rewrote {path.relative_to(ROOT)}")
-    html.write_text(page({algo: results[algo] for algo in results if algo not in others}))
+    write_whole(html, page({algo: results[algo] for algo in results if algo not in others}))
     print(f"open {html}")
 
 
