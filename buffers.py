@@ -31,6 +31,8 @@ class ReplayBuffer:
         """f, d, g: how many numbers features, actions and goals have. `compute_reward`, which hindsight needs, maps
         achieved and desired goals (B, g) to rewards (B,)."""
         self.widths = [f, d, 1, 1, f]  # of Batch
+        if g and horizon > 1 and compute_reward:
+            compute_reward(np.zeros((2, g)), np.zeros((2, g)))  # a task that cannot says so now, before a run begins
         self.g, self.compute_reward = g, compute_reward
         self.rows = torch.zeros(max(capacity, num_envs * horizon), sum(self.widths))  # a ring, an episode in a row
         self.left = torch.zeros(len(self.rows), dtype=torch.long)  # how many steps of its episode follow a row

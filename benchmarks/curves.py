@@ -12,6 +12,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,19 @@ def split_view(env: str) -> tuple[str, str]:
     """An id, and what stands behind it, an encoder: `MobileRobot-v0:pca` -> `MobileRobot-v0`, `pca`."""
     match = re.fullmatch(r"(.+?-v\d+):(.+)", env)
     return (match[1], match[2]) if match else (env, "")
+
+
+def real_id(env: str) -> str:
+    """The id of the task that runs under `env`: older ids of Fetch are -v4 in gymnasium-robotics 1.4.2, with which all
+    committed curves were made."""
+    return re.sub(r"^(Fetch\w+)-v[0-3]\b", r"\1-v4", env)
+
+
+def file_of(algo: str, env: str) -> Path:
+    """The results of an environment, where they are or would be. The file may bear an older id."""
+    name = real_id(env).replace("/", "-")
+    there = [path for path in sorted((RESULTS / algo).glob("*.csv")) if real_id(path.stem) == name]
+    return there[0] if there else RESULTS / algo / f"{name}.csv"
 
 
 def defaults(algo: str, env: str = "") -> dict:
@@ -118,7 +132,10 @@ def gather(folders: list[str], into: str = "") -> None:
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
-        path = RESULTS / (into or config["algo"]) / f"{split_view(args['env'])[0].replace('/', '-')}{part}.csv"
+        env = split_view(args["env"])[0]
+        if env.startswith("Fetch") and config.get("env_id", real_id(env)) != real_id(env):
+            raise ValueError(f"{folder} ran in {config['env_id']}, and the tables have {real_id(env)}")
+        path = file_of(into or config["algo"], f"{env}{part}")
         name, seed = variant(config), str(args["seed"])
         if "variant" not in config and (new := sorted(defaults(config["algo"]).keys() - args.keys())):
             print(f"note: {folder} is older than {', '.join(new)}: named as if by default")
@@ -145,10 +162,7 @@ def gather(folders: list[str], into: str = "") -> None:
             rows.append(facts | row | {"commit": start.get("commit"), "cpu": start.get("cpu")})
         rows.sort(key=lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as table:
-            writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(path, COLUMNS, rows)
         print(f"{path.relative_to(RESULTS.parents[1])}: {name}, seed {seed}"
               + (f"; unfinished, {last} of {total} steps" if last < total else "")
               + (f"; replaces a run of {said(replaced, 'commit')}" if replaced else ""))
@@ -157,6 +171,16 @@ def gather(folders: list[str], into: str = "") -> None:
         for column in ("commit", "total_timesteps"):  # perhaps another method, or epsilon planned over another total
             if "," in (found := said(rows, column)):
                 print(f"note: rows of {name} in {file} differ in {column}: {found}")
+
+
+def write_table(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
+    """A CSV file, written whole: the old one stays until then."""
+    half = path.with_name(f"{path.name}.tmp")
+    with half.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    half.replace(path)
 
 
 def said(rows: list[dict], column: str) -> str:

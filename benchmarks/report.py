@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import stats
-from benchmarks.curves import RESULTS, Curve, load, load_curves
+from benchmarks.curves import RESULTS, Curve, file_of, load, load_curves, real_id
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"]  # Okabe and Ito: for all eyes
 STYLES = {"-": "none", ":": "2 3", "-.": "7 3 2 3"}  # the next one where colours start again; as dashes in the page
@@ -55,9 +55,9 @@ def paper() -> dict:
 def reading(algo: str, env: str = "") -> Reading:
     """How to read `algo` in `env`: by returns where the task knows no success, and nothing else is said."""
     data = paper()
-    ours = next((e for e in data["environment"] if (e["algo"], e["env"]) == (algo, env)), {})
+    ours = next((e for e in data["environment"] if (e["algo"], real_id(e["env"])) == (algo, real_id(env))), {})
     known = {**data["method"].get(algo, {}), **ours}
-    path = RESULTS / algo / f"{env}.csv"
+    path = file_of(algo, env)
     if known.get("score") == "success_rate" and not ours and path.is_file():
         if all(row["success_rate"] == "nan" for row in load(path)):
             known = {**known, "score": "return_mean", "threshold": None}
@@ -320,10 +320,16 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
     return (ROOT / "benchmarks" / "report_template.html").read_text().replace("/*DATA*/null", data)
 
 
+def write_whole(path: Path, text: str) -> None:
+    half = path.with_name(f"half-{path.name}")  # the old page stays until the new one is whole
+    half.write_text(text)
+    half.replace(path)
+
+
 def main(html: Path) -> None:
     results = {}
     for path in sorted(RESULTS.glob("*/*.csv")):
-        algo, env = path.parent.name, path.stem
+        algo, env = path.parent.name, real_id(path.stem)
         if (ROOT / "algos" / f"{algo}.py").is_file() or algo in paper()["method"]:  # speed/ has no curves
             how = reading(algo, env)
             results.setdefault(algo, {})[env] = load_curves(path, how.score)
@@ -332,7 +338,7 @@ def main(html: Path) -> None:
             hold(results[algo][env], how.untrained)
         elif algo not in ("rules", "speed", "zero_shot"):
             print(f"left out: {path.relative_to(ROOT)}; give benchmarks/paper.toml a [method.{algo}]")
-    listed = {(entry["algo"], entry["env"]) for entry in paper()["environment"]}
+    listed = {(entry["algo"], real_id(entry["env"])) for entry in paper()["environment"]}
     for algo in paper()["method"]:
         for other in reading(algo).beside:
             for env, variants in results.get(other, {}).items():
@@ -354,7 +360,7 @@ def main(html: Path) -> None:
                   f"{next(iter(environments))} --> and <!-- end -->")
 
     def fill(match: re.Match) -> str:
-        algo, what = match[2], match[3]
+        algo, what = match[2], real_id(match[3])
         if what == "zero-shot":
             return match[1] + markdown(*zero_shot(algo)) + match[4]
         if algo not in results or what not in (*results[algo], "status", "all"):
@@ -366,9 +372,9 @@ def main(html: Path) -> None:
         old = path.read_text()
         new = MARK.sub(fill, old)
         if new != old:
-            path.write_text(new)
+            write_whole(path, new)
             print(f"rewrote {path.relative_to(ROOT)}")
-    html.write_text(page({algo: results[algo] for algo in results if algo not in others}))
+    write_whole(html, page({algo: results[algo] for algo in results if algo not in others}))
     print(f"open {html}")
 
 

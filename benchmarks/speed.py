@@ -13,7 +13,6 @@ python benchmarks/speed.py meow      # beside the same maths written with module
 python benchmarks/speed.py sami      # beside the same maths written with autograd
 """
 import argparse
-import csv
 import importlib.util
 import os
 import platform
@@ -41,6 +40,7 @@ import runtime
 import streamnet
 from algos import bk_code, camel, meow, ppo, ppo_kian, sac, sac_kian, satesac, stream_ac, td3
 from benchmarks import meow_modules, sami_direct, stream_autograd
+from benchmarks.curves import write_table
 from buffers import Batch, ReplayBuffer
 from knowledge import history, potentials
 from runtime import Means, compile_for, use_fast_matmul
@@ -722,6 +722,9 @@ def main() -> int:
             return 2
     if flags.threads or flags.algo in ("stream", "bk", "meow", "sami"):
         torch.set_num_threads(flags.threads or 1)
+    if flags.csv and (not flags.csv.parent.is_dir() or flags.csv.exists() and not (
+            flags.csv.is_file() and flags.csv.read_bytes().startswith(b"table,contender,"))):
+        parser.error(f"--csv {flags.csv} is no table of this command, or in no folder; name another file")
     full, rounds = not flags.quick, flags.rounds or (2 if flags.quick else 7)
 
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": describe_cpu()}
@@ -734,10 +737,7 @@ def main() -> int:
             "meow": lambda: time_meow(100 if full else 5, rounds, compiled=full),
             "sami": lambda: time_sami(full, rounds)}[flags.algo]()
     if flags.csv:
-        with flags.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *machine])
-            writer.writeheader()
-            writer.writerows(row | machine for row in rows)
+        write_table(flags.csv, [*rows[0], *machine], [row | machine for row in rows])
     return 0
 
 

@@ -6,7 +6,6 @@
 Each test is what is added to `python algos/<algo>.py --evaluate RUN`. A row that is there already is replaced.
 """
 import argparse
-import csv
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.curves import RESULTS, load, variant
+from benchmarks.curves import RESULTS, load, variant, write_table
 
 COLUMNS = ["variant", "seed", "trained_in", "test", "step", "episodes", "return_mean", "return_std", "success_rate",
            "length_mean", "commit"]
@@ -58,10 +57,8 @@ def main() -> int:
             print(f"{row['variant']}, seed {row['seed']}, {test}: return {row['return_mean']}, "
                   f"success {row['success_rate']}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:  # after every test: the next one may fail
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows[key] for key in sorted(rows, key=lambda k: (k[2], k[3], k[0], int(k[1]))))
+            keys = sorted(rows, key=lambda k: (k[2], k[3], k[0], int(k[1])))
+            write_table(path, COLUMNS, [rows[key] for key in keys])  # after every test: the next one may fail
     return 0
 
 

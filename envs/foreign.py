@@ -12,6 +12,58 @@ import numpy as np
 from envs.ids import EnvError
 
 NUMBERS = (float, int, bool, np.float64, np.float32)  # rewards that need no second look
+ENDS = (bool, np.bool_, int, np.integer)
+OURS = ("envs", "gymnasium", "gymnasium_robotics", "minigrid", "minatar", "shimmy", "ale_py")  # packages; no trial there
+TRIED: set[tuple] = set()  # what was tried in this process
+TRIAL = 3  # steps
+
+
+def make(env_id: str, **kwargs) -> gym.Env:
+    """`gym.make` of an id. Somebody else's environment is tried before, in a copy of its own, so that what is wrong
+    with it is said before a run begins. Raises EnvError for that."""
+    spec = gym.spec(env_id)
+    maker = spec.entry_point if isinstance(spec.entry_point, str) else getattr(spec.entry_point, "__module__", "")
+    if maker.split(":")[0].split(".")[0] not in OURS or spec.additional_wrappers:
+        if (env_id, spec.entry_point) not in TRIED:
+            attempt(construct(env_id, **kwargs))
+            TRIED.add((env_id, spec.entry_point))
+    return construct(env_id, **kwargs)
+
+
+def attempt(env: gym.Env) -> None:
+    """Play a few steps by random actions, and close it. Raises EnvError for whatever is wrong in them."""
+    drawn = np.random.get_state()  # of numpy's global generator, which it may draw from
+    actions = env.action_space
+    playable = isinstance(actions, gym.spaces.Box) or getattr(actions, "n", 0) > 0
+    try:
+        actions.seed(0)
+        obs, over = reset(env, 0)[0], not playable
+        for _ in range(TRIAL):
+            check_shapes(env, obs)
+            check_finite(env, {name: np.asarray(x) for name, x in (obs if isinstance(obs, dict) else {"": obs}).items()})
+            if over:
+                break
+            obs, _, terminated, truncated, _ = step(env, actions.sample())
+            over = terminated or truncated
+    finally:
+        env.close()
+        np.random.set_state(drawn)
+
+
+def construct(env_id: str, **kwargs) -> gym.Env:
+    """`gym.make`, with what the environment's own code fails with as EnvError."""
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+    except (gym.error.Error, ImportError, EnvError):
+        raise
+    except Exception as error:
+        if "keyword argument" in str(error):  # of ours: envs.making says it
+            raise
+        raise failure(env_id, "its making", error) from error
+    for name in ("observation_space", "action_space"):
+        if not isinstance(getattr(env, name, None), gym.Space):
+            raise EnvError(f"{env_id} declares no {name}; give it one of gymnasium.spaces")
+    return env
 
 
 def reset(env: gym.Env, seed: int | None) -> tuple[Any, dict]:
@@ -21,8 +73,8 @@ def reset(env: gym.Env, seed: int | None) -> tuple[Any, dict]:
     except Exception as error:
         raise failure(env, "reset", error) from error
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
-        raise EnvError(f"{env.spec.id}: reset returns {described(found)}, and has to return observation and info, as "
-                       "gymnasium's environments do; an environment of the old gym needs a wrapper")
+        raise EnvError(f"{env.spec.id}: reset returns {described(found)}, and has to return observation and info, a "
+                       "dict, as gymnasium's environments do; an environment of the old gym needs a wrapper")
     return found
 
 
@@ -35,11 +87,14 @@ def step(env: gym.Env, action: Any) -> tuple[Any, float, bool, bool, dict]:
         raise failure(env, "step", error) from error
     if not (isinstance(found, tuple) and len(found) == 5 and isinstance(found[4], dict)):
         raise EnvError(f"{env.spec.id}: step returns {described(found)}, and has to return observation, reward, "
-                       "terminated, truncated and info; an environment of the old gym needs a wrapper")
+                       "terminated, truncated and info, a dict; an environment of the old gym needs a wrapper")
     reward = found[1]
     plain = type(reward) in NUMBERS or np.ndim(reward) == 0 and np.asarray(reward).dtype.kind in "biuf"
     if not (plain and math.isfinite(reward)):
         raise EnvError(f"{env.spec.id}: step returns the reward {reward!r}, and has to return one finite number")
+    if not (isinstance(found[2], ENDS) and isinstance(found[3], ENDS)):
+        raise EnvError(f"{env.spec.id}: step returns terminated {found[2]!r} and truncated {found[3]!r}, and has to "
+                       "return True or False for each")
     return found
 
 
@@ -56,15 +111,16 @@ def check_action(action: np.ndarray) -> None:
                        "has diverged: lower --learning-rate, and begin anew")
 
 
-def failure(env: gym.Env, what: str, error: Exception) -> EnvError:
-    """The line for an `error` of the environment: what failed, how, and where."""
+def failure(env: gym.Env | str, what: str, error: Exception) -> EnvError:
+    """The line for an `error` of the environment (or its id): what failed, how, and where."""
     if isinstance(error, EnvError):
         return error
     place = traceback.extract_tb(error.__traceback__)[-1]
     said = (str(error).splitlines() or [""])[0]
     if "expected 5, got 4" in said:  # gymnasium's wrappers unpack steps of the old gym
         said += "; an environment of the old gym needs a wrapper"
-    return EnvError(f"{env.spec.id} fails in {what}: {type(error).__name__}: {said} ({place.filename}:{place.lineno})")
+    env_id = env if isinstance(env, str) else env.spec.id
+    return EnvError(f"{env_id} fails in {what}: {type(error).__name__}: {said} ({place.filename}:{place.lineno})")
 
 
 def described(found: Any) -> str:

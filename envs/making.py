@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 import envs.multigoal  # registers MultiGoal-v0
+from envs import foreign
 from envs.babyai_text import BabyAITextVectorEnv
 from envs.crafter_text import CrafterVectorEnv, is_crafter
 from envs.dynamics import IDS as DYNAMICS
@@ -109,7 +110,7 @@ def make_plain(env_id: str, resolved: str, num_envs: int, threads: int, fast: bo
             vec = CrafterVectorEnv(resolved, num_envs, **kwargs)
         elif fast and resolved.startswith("BabyAI-Text-"):
             vec = BabyAITextVectorEnv(resolved, num_envs, **kwargs)
-        elif is_grid(resolved) and shows_grid(probe := gym.make(resolved, disable_env_checker=True, **kwargs)):
+        elif is_grid(resolved) and shows_grid(probe := foreign.make(resolved, **kwargs)):
             kind = MiniGridVectorEnv if fast and MiniGridVectorEnv.fits(probe) else PlainMiniGridVectorEnv
             vec = kind(resolved, num_envs, **kwargs)
         else:

@@ -61,7 +61,7 @@ class StreamEnv:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # v4 is asked for by name: papers report it
-                self.env = gym.make(resolve(env_id), disable_env_checker=True, **limit, **kwargs)
+                self.env = foreign.make(resolve(env_id), **limit, **kwargs)
                 if self.kind == "atari":
                     self.env = gym.wrappers.AtariPreprocessing(self.env)
         except (gym.error.Error, ImportError) as error:

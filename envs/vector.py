@@ -217,7 +217,7 @@ class GymVectorEnv(VectorEnv):
 
     def __init__(self, env_id: str, num_envs: int, time_feature: bool = True, goal_range: float = 0.0,
                  action_repeat: int = 1, **kwargs):
-        self.envs = [narrow_goals(gym.make(env_id, disable_env_checker=True, **kwargs), goal_range)
+        self.envs = [narrow_goals(foreign.make(env_id, **kwargs), goal_range)
                      for _ in range(num_envs)]
         super().__init__(self.envs[0], num_envs, time_feature)
         warn_of_statistics(self.env)

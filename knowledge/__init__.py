@@ -26,6 +26,8 @@ from knowledge import fetch, franka, generated, minigrid, qualities, run  # noqa
 from knowledge.keys import NAMES, names_of, take_over
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of, group, groups_for, rule, rules_for
 
+Source = tuple[Path, bytes, Path]  # a file, what a run keeps of it, and where
+
 __all__ = ["KnowledgeError", "Obs", "Policy", "advise", "group", "groups_for", "keep", "load", "rule", "rules_for",
            "take_over"]
 
@@ -59,22 +61,31 @@ def keep(spec: str, names: list[str], folder: Path) -> None:
 
 def keep_files(spec: str, folder: Path) -> None:
     """Copy the files behind `spec` into the run folder, unless they are there already."""
-    for _, content, kept in _sources(spec, folder):
+    keep_sources(_sources(spec, folder))
+
+
+def keep_sources(sources: list[Source]) -> None:
+    """Write what is kept of these files, unless it is there already."""
+    for _, content, kept in sources:
         if not kept.exists():
             kept.write_bytes(content)
 
 
-def _sources(spec: str, folder: Path) -> list[tuple[Path, bytes, Path]]:
-    """For every file behind `spec`: its path, what is kept of it, and where the run in `folder` keeps that."""
+def source_of(path: Path, folder: Path) -> Source:
+    """A file that the run in `folder` keeps whole. One that ships is called by its place in the repository."""
+    shown = path.relative_to(generated.ROOT) if path.is_relative_to(generated.ROOT) else path
+    return path, path.read_bytes() if path.is_file() else b"", folder / flat_name(str(shown))
+
+
+def _sources(spec: str, folder: Path) -> list[Source]:
+    """Every file behind `spec`, as the run in `folder` keeps it: that of another run by its hash alone."""
     sources = []
     for kind, _, name in (_meant(item.strip(), _trained_in(folder)).partition(":") for item in spec.split(",")):
         path = run.file_of(kind, Path(name)) if kind in ("run", "inner") else Path(kind)
-        shown = path
+        kept = folder / flat_name(str(path))
         if kind == "llm":
-            path = generated.file_of(name)
-            shown = path.relative_to(generated.ROOT) if path.is_relative_to(generated.ROOT) else path
-        kept = folder / flat_name(str(shown))
-        if path.suffix in (".py", ".json"):
+            sources.append(source_of(generated.file_of(name), folder))
+        elif path.suffix in (".py", ".json"):
             sources.append((path, path.read_bytes() if path.is_file() else b"", kept))
         elif path.suffix == ".pt2" and path.is_file():
             with path.open("rb") as file:
@@ -108,9 +119,14 @@ def kept_file(item: str, kept_in: str | Path | None) -> Path | None:
 def check_kept(spec: str, folder: Path) -> None:
     """Compare the files behind `spec` with what the run in `folder` kept. A run goes on with its own copies of Python
     files; a line on stderr says where these differ. Raises KnowledgeError if the policy of another run has changed."""
-    for path, content, kept in dict.fromkeys(_sources(spec, folder)):
+    check_sources(_sources(spec, folder), folder)
+
+
+def check_sources(sources: list[Source], folder: Path) -> None:
+    """As `check_kept`, for these files."""
+    for path, content, kept in dict.fromkeys(sources):
         if kept.exists() and content and kept.read_bytes() != content:
-            if path.suffix not in (".py", ".json"):
+            if kept.suffix == ".sha256":
                 raise KnowledgeError(f"knowledge {path} has changed since the run began; delete {kept} to go on with "
                                      "the new one")
             print(f"note: {path} is not what run {folder} began with; its copy {kept} is used", file=sys.stderr)
@@ -219,14 +235,7 @@ def _load_file(item: str, kept_in: str | None) -> dict[str, Policy]:
     source = kept_file(path, kept_in) or Path(path)
     if not source.is_file():
         raise KnowledgeError(f"knowledge file {path} does not exist; check the path")
-    stem = Path(path).stem
-    module = ModuleType(f"knowledge.file.{stem}")
-    module.__file__ = str(Path(path).absolute())  # of the copy, too: a file may read what lies beside it
-    sys.modules[module.__name__] = module  # dataclasses look their module up; the prefix keeps `torch.py` harmless
-    try:
-        exec(compile(source.read_bytes(), source, "exec"), vars(module))
-    except (Exception, SystemExit) as error:
-        raise KnowledgeError(f"knowledge file {source} fails to import: {_one_line(error)}; correct it") from error
+    stem, module = Path(path).stem, run_file(source, Path(path))
     found = {
         name: value
         for name, value in vars(module).items()
@@ -237,6 +246,18 @@ def _load_file(item: str, kept_in: str | None) -> dict[str, Policy]:
     if wanted and wanted not in found:
         raise KnowledgeError(f"knowledge file {path} defines no public function '{wanted}'; it has {', '.join(found)}")
     return {f"{stem}.{name}": value for name, value in found.items() if wanted in ("", name)}
+
+
+def run_file(source: Path, path: Path) -> ModuleType:
+    """The module that a Python file `source` makes: `path`, or the copy of it that a run has. Raises KnowledgeError."""
+    module = ModuleType(f"knowledge.file.{path.stem}")
+    module.__file__ = str(path.absolute())  # of the copy, too: a file may read what lies beside it
+    sys.modules[module.__name__] = module  # dataclasses look their module up; the prefix keeps `torch.py` harmless
+    try:
+        exec(compile(source.read_bytes(), source, "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        raise KnowledgeError(f"knowledge file {source} fails to import: {_one_line(error)}; correct it") from error
+    return module
 
 
 def _ask(policy: Policy, what: str, action_dim: int, obs: Obs, lowest: float) -> torch.Tensor:

@@ -10,17 +10,15 @@ of the task, unless its name says so. `load` finds one by name or by file, as `-
     pref:FILE.pt                       a model of knowledge/train_preferences.py
     goals:FILE.json, goals-minilm:...  a library of knowledge/label_goals.py; texts compared by words, or by a model
 """
-import importlib.util
 import inspect
 import re
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from knowledge import code, fetch, goals, preferences, qualities
+from knowledge import check_sources, code, fetch, goals, keep_sources, preferences, qualities, run_file, source_of
 from knowledge.dataset import Dataset, shipped_for
 from knowledge.history import History, Potential
 from knowledge.registry import KnowledgeError
@@ -235,13 +233,16 @@ def load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kep
     `words` what the actions do: for potentials that read text. `kept_in` is the folder of a run that goes on: of files
     its copies are taken. Raises KnowledgeError for whatever cannot be used."""
     kind, path = path_of(spec, env_id)
+    named = path
     if path is not None:
-        kept = Path(kept_in, "knowledge", path.name)
-        path = kept if kept_in and kept.is_file() else path
+        if kept_in:
+            source = source_of(path, Path(kept_in))
+            check_sources([source], Path(kept_in))
+            path = source[2] if source[2].is_file() else path
         if not path.is_file():
             raise KnowledgeError(f"potential {spec}: there is no file {path}; check the path")
     if kind == "python":
-        return Checked(spec, _from_file(path, spec.partition(":")[2] or "potential"))
+        return Checked(spec, _function_of(run_file(path, named), named, spec.partition(":")[2] or "potential"))
     if kind == "code":
         return Checked(spec, code.Code(path.read_text(errors="replace"), spec))
     if kind == "pref":
@@ -262,21 +263,11 @@ def load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kep
 def keep(spec: str, env_id: str, folder: Path) -> None:
     """Copy the file behind a potential into the run `folder`, for a run that goes on has to go on with it."""
     path = path_of(spec, env_id)[1]
-    if path is not None and not (folder / "knowledge" / path.name).exists():
-        (folder / "knowledge").mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / "knowledge" / path.name)
+    if path is not None:
+        keep_sources([source_of(path, folder)])
 
 
-def _from_file(path: Path, name: str) -> Potential:
-    """The function `name` of a Python file, which is run."""
-    spec = importlib.util.spec_from_file_location(f"knowledge.potential.{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        line = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise KnowledgeError(f"potential file {path} fails to import: {line}; correct it") from error
+def _function_of(module: ModuleType, path: Path, name: str) -> Potential:
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
         raise KnowledgeError(f"potential file {path} defines no function '{name}'; define potential(history)")

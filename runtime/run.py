@@ -254,12 +254,20 @@ class Run:
         what, flags = "finished; score and film it", ["--evaluate", str(self.folder), "--video", "2"]
         if not self.over:
             what, flags = "saved; continue", ["--resume", str(self.folder)]
-        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+        python = "python" if shutil.which("python") == sys.executable else shown(sys.executable)
         for name, value in own_code(self.args).items():  # which `runtime.cli` wants to be named
             flags += [flag_of(name), value]
-        print(f"{what} with: {shlex.join([python, os.path.relpath(self.script), *flags])}", file=sys.stderr)
+        print(f"{what} with: {shlex.join([python, shown(self.script), *flags])}", file=sys.stderr)
         if not self.over:
             sys.exit(128 + self.signal)
+
+
+def shown(path: str | Path) -> str:
+    """A path as seen from here; as it is where no way leads there, from one Windows drive to another."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
 
 
 def restore(parts: dict[str, Any], saved: dict | None, only: Sequence[str] | None = None) -> None:

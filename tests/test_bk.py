@@ -11,7 +11,7 @@ import envs
 import runtime
 from algos import bk_code, bk_goal, bk_pref, ppo, ppo_rnd
 from errors import UserError
-from knowledge import label_code, label_goals, label_preferences, train_preferences
+from knowledge import flat_name, label_code, label_goals, label_preferences, train_preferences
 
 GRID = "BabyAI-Text-GoToLocal-RedBall-S20"
 SMALL = dict(env=GRID, num_envs=4, num_steps=16, batch_size=32, epochs=1, total_timesteps=512, eval_every=256,
@@ -178,16 +178,18 @@ def test_released_form_resumes(tmp_path):
     assert saved[0]["shaping"]["scale"] == saved[1]["shaping"]["scale"] != 1
 
 
-def test_a_run_keeps_its_potential(tmp_path):
+def test_a_run_keeps_its_potential(tmp_path, capsys):
     mine = tmp_path / "mine.py"
     mine.write_text("def potential(history):\n    return history.step.float() / 25\n")
     folder = tmp_path / "run"
     flags = SMALL | {"knowledge": str(mine), "total_timesteps": 256}
     bk_code.main(bk_code.Args(**flags, run_dir=str(folder)))
-    assert (folder / "knowledge" / "mine.py").read_text() == mine.read_text()
+    kept = folder / flat_name(str(mine))  # as rules are
+    assert kept.read_text() == mine.read_text()
     mine.write_text("def potential(history):\n    raise ValueError('changed')\n")
     args = bk_code.Args(**flags | {"run_dir": str(folder), "total_timesteps": 512}, resume=str(folder))
     bk_code.main(args)
+    assert f"note: {mine} is not what run {folder} began with; its copy {kept} is used" in capsys.readouterr().err
     with pytest.raises(UserError, match="changed"):
         bk_code.main(bk_code.Args(**flags, run_dir=str(tmp_path / "other")))
 

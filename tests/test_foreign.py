@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import envs
-from algos import sac
+from algos import sac, stream_ac
+from buffers import ReplayBuffer
 from runtime import to_plain
 from runtime.run import write_whole
 
@@ -95,6 +96,30 @@ def test_what_an_environment_does_wrong_is_one_line(make, words, register):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("make, words", [
+    (variant(__init__=lambda self: {}["licence"]), "fails in its making: KeyError: 'licence'"),
+    (variant(observation_space=None), "declares no observation_space"),
+    (variant(action_space=None), "declares no action_space"),
+    (variant(step=lambda self, action: (self.look(), 0.0, None, False, {})), "terminated None and truncated False"),
+    (variant(step=lambda self, action: (self.look(), 0.0, False, False, None)), "info, a dict"),
+    (variant(reward=lambda self: float("inf")), "the reward inf"),
+    (variant(look=lambda self: np.array([np.nan if self.steps else 0], np.float32)), "not finite")])
+def test_it_is_tried_before_a_run_begins(make, words, register, tmp_path):
+    """Nothing is created, and a good one is none the wiser."""
+    env_id = register(make)
+    for script in (sac, stream_ac):
+        with pytest.raises(envs.EnvError, match=f"^Foreign-v0.*{words}"):
+            script.main(script.Args(env=env_id, compile=False, run_dir=str(tmp_path / "run")))
+    gym.registry.pop(env_id)
+    register(variant(look=lambda self: np.random.uniform(-1, 1, 1).astype(np.float32)))
+    np.random.seed(3)
+    expected = np.random.uniform()
+    np.random.seed(3)
+    envs.foreign.make(env_id)
+    assert np.random.uniform() == expected
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_reward_for_every_pair_of_goals(monkeypatch):
     vec = envs.make_vec("tests.tasks:Point-v0", 2, seed=1)
     goals = np.zeros((3, 2))
@@ -103,6 +128,8 @@ def test_a_reward_for_every_pair_of_goals(monkeypatch):
         monkeypatch.setattr(vec.env.unwrapped, "compute_reward", wrong)
         with pytest.raises(envs.EnvError, match=words):
             vec.compute_reward(goals, goals)
+        with pytest.raises(envs.EnvError, match=words.replace("3", "2")):  # before a run begins
+            ReplayBuffer(100, 10, 2, 6, 2, 2, vec.compute_reward)
 
 
 def test_actions_at_the_bounds_are_within_them(register):
@@ -187,7 +214,7 @@ def test_ends_and_seeds(register):
         if close:
             vec.close()
         del vec
-    assert len(closed) == 5
+    assert len(closed) == 6  # and the one that was tried before
     gym.registry.pop(env_id)
 
     def success(self, action):

@@ -57,19 +57,19 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     curves.gather(folders[:-1])
     said = capsys.readouterr().out.splitlines()
     assert "unfinished" not in said[0] and said[1].endswith("sac_kian none, seed 1; unfinished, 999 of 1000 steps")
-    found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate")
+    found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v4.csv", "success_rate")
     assert {name: [(c.seed, c.steps, c.scores) for c in seeds] for name, seeds in found.items()} == {
         "sac_kian": [(1, [0, 1000], [0.1, 0.0])], "sac_kian --gamma 0.9 --gone 5": [(1, [0, 997], [0.1, 0.3])],
         "sac_kian fetch.official": [(2, [0, 998], [0.1, 0.2])], "sac_kian none": [(1, [0, 999], [0.1, 0.1])]}
     assert said[-2].endswith("sac_kian, seed 1; replaces a run of c")
-    assert said[-1] == "note: rows of sac_kian none in FetchPush-v2.csv differ in commit: c, d"
+    assert said[-1] == "note: rows of sac_kian none in FetchPush-v4.csv differ in commit: c, d"
     assert [seeds[0].cut for seeds in found.values()] == [False, True, True, True]
     assert found["sac_kian"][0].commits == {"c"}
     assert found["sac_kian none"][0].commits == {"c", "d"}  # nothing is left of b's
     (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
     curves.gather(folders[1:2])  # a smoke run by the same name
-    assert "kept, longer: sac_kian none, seed 1 of FetchPush-v2.csv has 999 steps" in capsys.readouterr().out
-    assert curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v2.csv", "success_rate") == found
+    assert "kept, longer: sac_kian none, seed 1 of FetchPush-v4.csv has 999 steps" in capsys.readouterr().out
+    assert curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v4.csv", "success_rate") == found
     script = (tmp_path / "algos" / "sac_kian.py").read_text()  # a flag of a fork
     field = '    init_from: str = ""'
     assert field in script
@@ -86,7 +86,13 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     with pytest.raises(ValueError, match="algos/sac_kian.py: the default of gamma is computed; write it as it is"):
         curves.gather(folders[:1])
     (tmp_path / "algos" / "sac_kian.py").write_text(script)
+    (tmp_path / "benchmarks/results/side").mkdir()
+    (tmp_path / "benchmarks/results/side/FetchPush-v2.csv").write_text(",".join(curves.COLUMNS) + "\n")
     curves.gather(folders[1:2], into="side")
+    assert curves.file_of("side", "FetchPush-v4").stem == "FetchPush-v2"  # tables show the id that ran, v4
+    (tmp_path / "run1/MinAtar/config.json").write_text(json.dumps(config | {"env_id": "FetchPush-v5"}))
+    with pytest.raises(ValueError, match="run1/MinAtar ran in FetchPush-v5, and the tables have FetchPush-v4"):
+        curves.gather(folders[1:2], into="side")
     assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian none"]
 
 
