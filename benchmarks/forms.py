@@ -13,7 +13,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.curves import RESULTS, Curve, load_curves
+from benchmarks.curves import RESULTS, Curve, file_of, load_curves
 from benchmarks.report import areas, long
 
 QUALITIES = {"right": "", "weak": "-half", "wrong": "-mirrored"}  # {column: what the knowledge's name ends in}
@@ -29,7 +29,7 @@ TASKS = [  # (environment, budget in steps, score, without knowledge, {form: var
         "a shaped reward": "bk_code {}",
         "an input (KoGuN)": "ppo_kogun {}" + NORMALIZED,
         "imitation": "ppo_bc {}" + NORMALIZED}),
-    ("FetchPickAndPlace-v2", 150_000, "success_rate", "sac", {
+    ("FetchPickAndPlace-v4", 150_000, "success_rate", "sac", {
         "who acts (KIAN)": "sac_kian {}",
         "with a hand-over": "sac_handover {}",
         "demonstrations": "sac_demos {}",
@@ -37,15 +37,16 @@ TASKS = [  # (environment, budget in steps, score, without knowledge, {form: var
         "an input (KoGuN)": "sac_kogun {}",
         "a shaped reward": "sac_shaping {}",
         "a mask (on TD3)": "camel {}" + TD3})]
-KNOWLEDGE = {"MiniGrid-DoorKey-8x8-v0": "minigrid.official", "FetchPickAndPlace-v2": "fetch.v4"}
+KNOWLEDGE = {"MiniGrid-DoorKey-8x8-v0": "minigrid.official", "FetchPickAndPlace-v4": "fetch.v4"}
 BASELINES = {"a mask (on TD3)": "td3" + TD3}  # of forms that stand on another algorithm
 
 
 def all_curves(env: str, score: str) -> dict[str, list[Curve]]:
     """{variant: its seeds} in an environment, of all methods."""
     found = {}
-    for path in sorted(RESULTS.glob(f"*/{env}.csv")):
-        if path.parent.name not in ("rules", "speed", "zero_shot"):
+    for method in sorted(RESULTS.iterdir()):
+        path = file_of(method.name, env)
+        if method.name not in ("rules", "speed", "zero_shot") and path.is_file():
             for name, curves in load_curves(path, score).items():
                 if len(curves) > len(found.get(name, [])):  # a variant that stands in two files: the one with more seeds
                     found[name] = curves
@@ -90,7 +91,7 @@ def draw(target: Path) -> None:
             panel.set(title=f"{quality} knowledge", xlim=(-0.03, 1.03), ylim=(len(forms) - 0.4, -0.6))
             panel.set_yticks(range(len(forms)), forms if quality == "right" else [""] * len(forms))
             panel.grid(axis="x", alpha=0.3)
-        line[0].set_ylabel(env.removesuffix("-v0").removesuffix("-v2").removeprefix("MiniGrid-"))
+        line[0].set_ylabel(env.removesuffix("-v0").removesuffix("-v4").removeprefix("MiniGrid-"))
         line[1].set_xlabel(f"mean {score.split('_')[0]} up to {budget // 1000}k steps; dashed: without knowledge")
     half = target.with_name(f"half-{target.name}")  # the old picture stays until the new one is whole
     figure.savefig(half, metadata={"Date": None})

@@ -250,8 +250,12 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
     plt.rcParams.update({"svg.hashsalt": "report", "svg.fonttype": "none"})  # the same bytes for the same curves
     colors, columns = paint(environments), 2 if len(environments) == 4 else min(len(environments), 3)
     rows = -(-len(environments) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows + 0.4), squeeze=False,
-                                  layout="constrained")
+    width = int(12 * 5.2 * columns) - 6  # about twelve characters an inch
+    labels = {name: textwrap.fill(name, width, break_on_hyphens=False) for name in sorted(colors)}
+    beside = min(max(width // (6 + max(map(len, colors))), 1), 6)  # labels of a line
+    lines_below = sum(label.count("\n") + 1 for label in labels.values()) / beside
+    figure, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows + max(0.4, 0.2 * lines_below)),
+                                  squeeze=False, layout="constrained")
     for panel in panels.flat[len(environments):]:
         panel.set_axis_off()
     lines = {}
@@ -270,11 +274,7 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
         if how.score == "success_rate":
             panel.set_ylim(-0.02, 1.02)
         panel.grid(alpha=0.3)
-    width = int(12 * figure.get_figwidth()) - 6  # about twelve characters an inch
-    names = sorted(lines)
-    labels = [textwrap.fill(name, width, break_on_hyphens=False) for name in names]
-    figure.legend([lines[name] for name in names], labels, loc="outside lower center",
-                  ncols=min(max(width // (6 + max(map(len, lines))), 1), 6))
+    figure.legend([lines[name] for name in labels], labels.values(), loc="outside lower center", ncols=beside)
     target.parent.mkdir(parents=True, exist_ok=True)
     half = target.with_name(f"half-{target.name}")  # the old picture stays until the new one is whole
     figure.savefig(half, metadata={"Date": None})

@@ -171,7 +171,7 @@ def test_a_method_that_is_judged_by_returns(tmp_path, monkeypatch):
     (tmp_path / "sac").mkdir()
     shutil.copy(files[0], tmp_path / "sac" / "Maze.csv")
     with monkeypatch.context() as patch:  # a method of successes, in a task without
-        patch.setattr(report, "RESULTS", tmp_path)
+        patch.setattr(curves, "RESULTS", tmp_path)
         assert (report.reading("sac", "Maze").score, report.reading("sac").score) == ("return_mean", "success_rate")
     environments = {path.stem: curves.load_curves(path, "return_mean") for path in files}
     assert report.reading("new", "Maze") == report.Reading("return_mean", None, "", (), False, "none given")
