@@ -176,8 +176,7 @@ class Agent(nn.Module):
         self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
         self.actor = linear(WIDTH, outputs)  # logits of actions, or the mean of one
         self.log_std = None if discrete else nn.Parameter(torch.zeros(outputs))  # the same in all states
-        if not discrete:
-            self.actor.weight.data.mul_(0.01)  # means near 0 at first
+        self.actor.weight.data.mul_(0.01)  # actions are about equally likely, or means near 0, at first
 
     def forward(self, obs: Seen) -> Output:
         x = self.encoder(obs)  # (B, 64)
