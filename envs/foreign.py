@@ -15,7 +15,7 @@ NUMBERS = (float, int, bool, np.float64, np.float32)  # rewards that need no sec
 ENDS = (bool, np.bool_, int, np.integer)
 OURS = ("envs", "gymnasium", "gymnasium_robotics", "minigrid", "minatar", "shimmy", "ale_py")  # packages; no trial there
 TRIED: set[tuple] = set()  # what was tried in this process
-TRIAL = 3  # steps
+TRIAL = 10  # steps
 
 
 def make(env_id: str, **kwargs) -> gym.Env:
@@ -31,13 +31,12 @@ def make(env_id: str, **kwargs) -> gym.Env:
 
 
 def attempt(env: gym.Env) -> None:
-    """Play a few steps by random actions, and close it. Raises EnvError for whatever is wrong in them."""
+    """Play TRIAL steps by random actions, and close it. Raises EnvError for whatever is wrong in them."""
     drawn = np.random.get_state()  # of numpy's global generator, which it may draw from
-    actions = env.action_space
-    playable = isinstance(actions, gym.spaces.Box) or getattr(actions, "n", 0) > 0
+    actions, over = env.action_space, False
     try:
         actions.seed(0)
-        obs, over = reset(env, 0)[0], not playable
+        obs = reset(env, 0)[0]
         for _ in range(TRIAL):
             check_shapes(env, obs)
             check_finite(env, {name: np.asarray(x) for name, x in (obs if isinstance(obs, dict) else {"": obs}).items()})
@@ -56,13 +55,16 @@ def construct(env_id: str, **kwargs) -> gym.Env:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except (gym.error.Error, ImportError, EnvError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "keyword argument" in str(error):  # of ours: envs.making says it
             raise
         raise failure(env_id, "its making", error) from error
     for name in ("observation_space", "action_space"):
-        if not isinstance(getattr(env, name, None), gym.Space):
+        space = getattr(env, name, None)
+        if not isinstance(space, gym.Space):
             raise EnvError(f"{env_id} declares no {name}; give it one of gymnasium.spaces")
+        if 0 in (space.shape or ()) or isinstance(space, gym.spaces.Discrete) and space.n == 0:
+            raise EnvError(f"{env_id} declares {space} as {name}, which holds nothing; one number at least is needed")
     return env
 
 
@@ -70,7 +72,7 @@ def reset(env: gym.Env, seed: int | None) -> tuple[Any, dict]:
     """Observation and info of a reset. Raises EnvError for a failure, and for what is not these two."""
     try:
         found = env.reset(seed=seed)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise failure(env, "reset", error) from error
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
         raise EnvError(f"{env.spec.id}: reset returns {described(found)}, and has to return observation and info, a "
@@ -83,7 +85,7 @@ def step(env: gym.Env, action: Any) -> tuple[Any, float, bool, bool, dict]:
     these five, and for a reward that is not one finite number."""
     try:
         found = env.step(action)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise failure(env, "step", error) from error
     if not (isinstance(found, tuple) and len(found) == 5 and isinstance(found[4], dict)):
         raise EnvError(f"{env.spec.id}: step returns {described(found)}, and has to return observation, reward, "
@@ -111,7 +113,7 @@ def check_action(action: np.ndarray) -> None:
                        "has diverged: lower --learning-rate, and begin anew")
 
 
-def failure(env: gym.Env | str, what: str, error: Exception) -> EnvError:
+def failure(env: gym.Env | str, what: str, error: BaseException) -> EnvError:
     """The line for an `error` of the environment (or its id): what failed, how, and where."""
     if isinstance(error, EnvError):
         return error

@@ -99,6 +99,8 @@ def test_what_an_environment_does_wrong_is_one_line(make, words, register):
 @pytest.mark.parametrize("make, words", [
     (variant(__init__=lambda self: {}["licence"]), "fails in its making: KeyError: 'licence'"),
     (variant(observation_space=None), "declares no observation_space"),
+    (variant(observation_space=gym.spaces.Box(-1, 1, (0,)), look=lambda self: np.zeros(0)), "as observation_space, which holds nothing"),
+    (variant(step=lambda self, action: sys.exit(0)), "fails in step: SystemExit: 0"),
     (variant(action_space=None), "declares no action_space"),
     (variant(step=lambda self, action: (self.look(), 0.0, None, False, {})), "terminated None and truncated False"),
     (variant(step=lambda self, action: (self.look(), 0.0, False, False, None)), "info, a dict"),
