@@ -236,6 +236,6 @@ if __name__ == "__main__":
                 gather([folder, *more])
             case _:
                 sys.exit(__doc__)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"curves: {error}", file=sys.stderr)
         sys.exit(2)

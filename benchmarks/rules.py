@@ -135,6 +135,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # of the environment, of the knowledge, of a flag
+    except (ValueError, OSError) as error:  # of the environment, of the knowledge, of a flag
         print(f"rules: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,4 @@
 """A run: its folder, what is due at which step, checkpoints, signals, progress line."""
-import csv
 import errno
 import fcntl
 import json
@@ -36,8 +35,8 @@ NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overf
 
 @contextmanager
 def exit_codes(algo: str):
-    """End the program with one line on stderr. The exit code is 2 for a UserError, a full disk, and too little memory.
-    It is 130 for a Ctrl-C that comes before there is a run to save, or for a second one while it is being saved."""
+    """End the program with one line on stderr. The exit code is 2 for a UserError, a path that is too long, a full
+    disk, and too little memory. It is 130 for a Ctrl-C that comes before there is a run to save, or for a second one while it is being saved."""
     try:
         yield
     except UserError as error:
@@ -50,6 +49,9 @@ def exit_codes(algo: str):
               file=sys.stderr)
         sys.exit(2)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"{algo}: {str(error.filename)[:60]}... is too long for a path", file=sys.stderr)
+            sys.exit(2)
         if error.errno not in FULL:
             raise
         print(f"{algo}: {error.strerror}; the last checkpoint is kept: make room, and go on with --resume",
@@ -165,9 +167,9 @@ class Run:
     def _csv(self, name: str, columns: list[str]):
         path, old = self.folder / name, []
         if path.exists():  # rows after the checkpoint will be written again; a kill may have cut the last one
-            with path.open() as file:
-                old = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdigit()
-                       and int(row[0]) <= self.start_step]
+            rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()]
+            old = [row for row in rows if len(row) == len(columns) and row[0].isdecimal()
+                   and int(row[0]) <= self.start_step]
         self.rows[name] = len(old)
         if (lost := self.rows_saved.get(name, 0) - len(old)) > 0:
             print(f"note: {path} lacks {lost} rows that it had at step {self.start_step}; the run goes on without them",

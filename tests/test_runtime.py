@@ -266,6 +266,19 @@ def test_rows_that_are_lost_are_missed(run, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"note: {folder / 'eval.csv'} lacks 1 rows that it had at step 48" in said
     assert "scalars.csv lacks" in said  # all of them
+    (folder / "eval.csv").write_bytes(bytes(range(256)))
+    sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(folder), "--total-timesteps", "72"]))
+    assert f"note: {folder / 'eval.csv'} lacks " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--run-dir", "--knowledge"])
+def test_a_path_that_is_too_long_is_one_line(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end, runtime.exit_codes("sac_kian"):
+        words = ["--env", "Pendulum-v1", "--no-compile", "--knowledge", "none", flag, "a" * 300 + ".py"]
+        sac_kian.main(runtime.cli(sac_kian.Args, "sac_kian", words))
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(said) == 1 and "aaa" in said[0] and not list(tmp_path.iterdir())
 
 
 def test_a_resume_goes_on_with_numpys_global_generator(tmp_path):
