@@ -252,9 +252,10 @@ def test_the_three_stages(tmp_path):
     for script, knowledge in ((bk_code, f"llm:{made['code']}"), (bk_pref, f"pref:{made['pref']}"),
                               (bk_goal, f"goals:{made['goals']}")):
         folder = tmp_path / script.ALGO
-        result = script.main(script.Args(**small, knowledge=knowledge, run_dir=str(folder)))
+        flags = small | {"knowledge": knowledge, "run_dir": str(folder)}
+        result = script.main(script.Args(**flags))
         assert result.keys() == set(runtime.EVALUATION) and np.isfinite(result["return_mean"])
-        script.main(script.Args(evaluate=str(folder)))
+        script.main(script.Args(**flags, evaluate=str(folder)))
         scalars = {row["name"]: float(row["value"]) for row in rows(folder, "scalars.csv")}
         assert {"eval/success_rate", "policy_loss", "value_loss", "phi_invalid"} <= scalars.keys()
         assert np.isfinite(list(scalars.values())).all() and scalars["phi_invalid"] == 0
