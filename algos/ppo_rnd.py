@@ -333,6 +333,8 @@ def main(args: Args) -> dict[str, float]:
     shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
     example = envs.example_of(vec, obs)
+    if args.collect:
+        envs.captions(obs)  # raises EnvError for tasks without
     agent = Agent(shape, num_actions).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     loop = {"obs": envs.to_tensors(obs), "open_return": torch.zeros(args.num_envs, dtype=torch.float64)}

@@ -443,12 +443,19 @@ class Shaped:
     def look(obs, phi):
         return bk_code.Seen(envs.seen(obs), phi)
 
+    def collect(self, steps: int) -> bk_code.Batch:
+        """Rollouts of `steps` environment steps in all; the last one."""
+        for _ in range(steps // (self.args.num_steps * self.args.num_envs)):
+            rollout = bk_code.collect(self.agent, self.vec, self.look, self.loop, Means(), self.past, self.potential,
+                                      self.shaping, self.args)
+        return rollout
+
     def train(self, steps: int) -> None:
         """The training loop for `steps` environment steps."""
         args, scalars = self.args, Means()
-        for _ in range(steps // (args.num_steps * args.num_envs)):
-            rollout = bk_code.collect(self.agent, self.vec, self.look, self.loop, scalars, self.past, self.potential,
-                                      self.shaping, args)
+        share = args.num_steps * args.num_envs
+        for _ in range(steps // share):
+            rollout = self.collect(share)
             for _ in range(args.epochs):
                 for index in torch.randperm(len(rollout.action)).split(args.batch_size):
                     batch = tree_map(lambda x: x[index], rollout)
@@ -491,11 +498,14 @@ def time_bk(full: bool, rounds: int) -> list[dict]:
         Contender("ours, symbols", partial(drive, symbols.step, id, 1, 20)),
         Contender("ours, symbols, captions read", partial(drive, symbols.step, lambda step: envs.captions(step[0]), 1,
                                                           20))], 2000 if full else 40, rounds)
-    share = 128 * n
-    contenders = [Contender("described, code", Shaped("code", fast=False).train)]
-    contenders += [Contender(f"ours, {name}", Shaped(name).train) for name in ("none", "near", "code", "pref", "goals")]
-    return rows + measure("training", f"bk_code.py, {env}: {n} environments x 128 steps, 4 epochs, batch 256; the whole "
-                          "loop, by potential", "steps", contenders, share * (4 if full else 1), rounds)
+    share = 128 * n * (4 if full else 1)
+    work, names = f"bk_code.py, {env}: {n} environments x 128 steps", ("none", "near", "code", "pref", "goals")
+    loops = {f"described, {name}": Shaped(name, fast=False) for name in ("code", "none")}
+    loops |= {f"ours, {name}": Shaped(name) for name in names}
+    rows += measure("collecting", f"{work}, no updates; by potential", "steps",
+                    [Contender(name, loop.collect) for name, loop in loops.items()], share, rounds)
+    return rows + measure("training", f"{work}, 4 epochs, batch 256; the whole loop, by potential", "steps",
+                          [Contender(name, loop.train) for name, loop in loops.items()], share, rounds)
 
 
 def measure(table: str, work: str, unit: str, contenders: list[Contender], share: int, rounds: int) -> list[dict]:

@@ -48,8 +48,11 @@ def family_of(env_id: str) -> str:
 
 
 def dataset_of(args: Args) -> Dataset:
-    """The dataset that is to be labelled."""
-    return Dataset(args.dataset or shipped_for(args.env))
+    """The dataset that is to be labelled. Raises UserError for one of another environment than `--env`."""
+    dataset = Dataset(args.dataset or shipped_for(args.env))
+    if family_of(dataset.env) != family_of(args.env):
+        raise UserError(f"--dataset {args.dataset} is not of --env {args.env}; add --env {dataset.env}")
+    return dataset
 
 
 def source_of(args: Args) -> str:

@@ -85,7 +85,19 @@ def test_tasks_are_as_published(env_id):
 
 
 def test_seventeen_tasks():
-    assert len(IDS) == 17
+    """Names and targets, as the paper's table has them, but for the green key."""
+    named = {"RedBall": [("ball", "red")], "PurpleBall": [("ball", "purple")], "RedKey": [("key", "red")],
+             "PurpleKey": [("key", "purple")], "RedBallBlueBox": [("ball", "red"), ("box", "blue")],
+             "PurpleBallGreenKey": [("ball", "purple"), ("key", "green")]}
+    names = [*(f"GoToLocal-{name}-S20" for name in ("Pretraining", "RedBall", "PurpleBall", "RedKey", "PurpleKey")),
+             *(f"GoToLocal-{name}-S{size}" for size in (23, 25, 28, 30) for name in ("RedBall", "PurpleKey")),
+             *(f"GoTo-{name}-S20" for name in ("RedBallBlueBox", "PurpleBallGreenKey")),
+             *(f"PickUp-{name}-S20" for name in ("RedBall", "PurpleKey"))]
+    assert sorted(IDS) == sorted(f"BabyAI-Text-{name}" for name in names) and len(IDS) == 17
+    for env_id in IDS:
+        env, target = envs.make(env_id), env_id.split("-")[3]
+        env.reset(seed=1)
+        assert target == "Pretraining" or list(env.unwrapped.targets) == named[target], env_id
 
 
 def test_missions():

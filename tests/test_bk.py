@@ -2,6 +2,7 @@
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import runtime
 from algos import bk_code, bk_goal, bk_pref, ppo, ppo_rnd
 from errors import UserError
 from knowledge import flat_name, label_code, label_goals, label_preferences, train_preferences
+from knowledge.dataset import Dataset
 
 GRID = "BabyAI-Text-GoToLocal-RedBall-S20"
 SMALL = dict(env=GRID, num_envs=4, num_steps=16, batch_size=32, epochs=1, total_timesteps=512, eval_every=256,
@@ -196,29 +198,49 @@ def test_a_run_keeps_its_potential(tmp_path, capsys):
 
 def test_what_cannot_be_shaped(tmp_path):
     for flags, message in ((dict(env="CartPole-v1"), "no words"), (dict(knowledge="nothing"), "is unknown"),
+                           (dict(env="MobileRobot-v0"), "nothing that potentials read"),
                            (dict(knowledge="goals", horizon=2), "use --horizon 4"),
                            (dict(shape_coef=-1.0), "--shape-coef must be"), (dict(horizon=0), "--horizon must be"),
                            (dict(env="BabyAI-Text-GoToLocal-Pretraining-S20", knowledge="target"), "another target")):
         with pytest.raises(UserError, match=message):
             bk_code.main(bk_code.Args(**SMALL | flags, run_dir=str(tmp_path / "run")))
         assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="no captions"):
+        ppo_rnd.main(ppo_rnd.Args(**SMALL | {"env": "CartPole-v1"}, collect=1, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("steps, total, every, count", [
+    (1024, 5_000_000, 20_000, 251), (4096, 2_000_000, 20_000, 101), (1024, 5_000_000, 500_000, 11),
+    (4096, 5_000_000, 500_000, 11)])
+def test_how_often_a_run_is_evaluated(steps, total, every, count):
+    """At the start, past multiples of `every`, at the end. As released, `every` steps or more after the last time: 246,
+    99, 11 and 11 times."""
+    run, played = SimpleNamespace(step=0), 1
+    while run.step < total:
+        run.before, run.step = run.step, run.step + steps
+        if runtime.Run.due(run, every) or run.step >= total:
+            played += 1
+    assert played == count
 
 
 # the stages, one after the other
 
-def test_the_three_stages(tmp_path, monkeypatch):
-    """Collect, label, train: what a user does, in small."""
-    pretraining = SMALL | {"env": "BabyAI-Text-GoToLocal-Pretraining-S20"}
-    ppo_rnd.main(ppo_rnd.Args(**pretraining, collect=3, ext_coef=0.0, run_dir=str(tmp_path / "rnd")))
+def test_the_three_stages(tmp_path):
+    """Collect, label, train: what a user does, in small. 20,000 steps each."""
+    small = dict(epochs=1, total_timesteps=20_000, eval_every=0, eval_episodes=5)
+    ppo_rnd.main(ppo_rnd.Args(**small, env="BabyAI-Text-GoToLocal-Pretraining-S20", collect=3, ext_coef=0.0,
+                              run_dir=str(tmp_path / "rnd")))
     data = str(tmp_path / "rnd" / "dataset")
+    assert len(Dataset(data)) == 6
     answers = {"code": "```python\ndef compute_reward(obs, past_obs, past_actions):\n"
                        "    seen = float((obs[0] > 3).sum())\n    return seen, {'seen': seen}\n```",
                "goals": "- go to a ball\n- turn to look for objects"}
     made = {}
-    for name, command, count in (("code", label_code, "iterations"), ("goals", label_goals, "situations")):
-        (tmp_path / f"{name}.md").write_text("\n===\n".join([answers[name]] * 2))
+    for name, command, flag, count in (("code", label_code, "iterations", 2), ("goals", label_goals, "situations", 10)):
+        (tmp_path / f"{name}.md").write_text("\n===\n".join([answers[name]] * count))
         args = command.Args(dataset=data, by_hand=str(tmp_path / f"{name}.md"), out=str(tmp_path / name),
-                            recordings=str(tmp_path / f"{name}.jsonl"), **{count: 2})
+                            recordings=str(tmp_path / f"{name}.jsonl"), **{flag: count})
         made[name] = command.main(args)
         again = command.main(command.Args(dataset=data, out=str(tmp_path / f"{name}-again"),
                                           recordings=str(tmp_path / f"{name}.jsonl")))  # replayed, without answers
@@ -230,10 +252,10 @@ def test_the_three_stages(tmp_path, monkeypatch):
     for script, knowledge in ((bk_code, f"llm:{made['code']}"), (bk_pref, f"pref:{made['pref']}"),
                               (bk_goal, f"goals:{made['goals']}")):
         folder = tmp_path / script.ALGO
-        monkeypatch.setattr(script, "LOG_EVERY", 128)
-        result = script.main(script.Args(**SMALL, knowledge=knowledge, run_dir=str(folder)))
+        flags = small | {"knowledge": knowledge, "run_dir": str(folder)}
+        result = script.main(script.Args(**flags))
         assert result.keys() == set(runtime.EVALUATION) and np.isfinite(result["return_mean"])
-        script.main(script.Args(**SMALL, knowledge=knowledge, run_dir=str(folder), evaluate=str(folder)))
+        script.main(script.Args(**flags, evaluate=str(folder)))
         scalars = {row["name"]: float(row["value"]) for row in rows(folder, "scalars.csv")}
         assert {"eval/success_rate", "policy_loss", "value_loss", "phi_invalid"} <= scalars.keys()
         assert np.isfinite(list(scalars.values())).all() and scalars["phi_invalid"] == 0

@@ -375,6 +375,8 @@ def test_preferences_from_rules_to_a_potential(small, tmp_path):
     made = train_preferences.main(train_preferences.Args(labels=str(labels), dataset=str(small), epochs=1))
     potential = potentials.load(f"pref:{made}", GRID, envs.clauses, WORDS)
     assert torch.isfinite(potential(Dataset(small).histories(20, 5))).all()
+    with pytest.raises(UserError, match=f"add --env {GRID}"):
+        label_preferences.main(label_preferences.Args(dataset=str(small), env="Crafter-Text-Reward"))
     with pytest.raises(UserError, match="another dataset"):
         train_preferences.main(train_preferences.Args(labels=str(labels)))
     with pytest.raises(UserError, match="does not exist"):
