@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 import envs
 import knowledge
 import runtime
-from algos import br_rcrl
+from algos import br_rcrl, ddpg
 from algos.br_rcrl import (Args, Batch, bayes_loss, behaviour, decide, draw, draw_search, gaussian_log_prob,
                            joint, joint_loss, make_agent, nce_loss, outcomes, prepare, project, rewards_to_go, search,
                            tail_log_prob, threshold, to_bins, update)
 from benchmarks import curves
+from benchmarks import offline as making
 from buffers import ReplayBuffer
 from envs import offline
 from errors import UserError
@@ -267,6 +269,34 @@ def test_minari(tmp_path):
     assert sorted({int(row[0]) for row in best.obs}) == [9, 10, 11]
 
 
+def test_minari_keeps_it_by_its_id(tmp_path, monkeypatch):
+    write_minari(tmp_path / "toy" / "test-v0" / "data", [4])
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    assert offline.load("toy/test-v0").rew.tolist() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="minari download"):
+        offline.load("toy/other-v0")
+
+
+def test_minari_with_goals(tmp_path):
+    """Its groups of observations become the state that the scripts see, with what is left of the episode."""
+    vec = envs.make_vec("tests.tasks:PointDense-v0", 1)
+    obs = {name: np.asarray(x[0]) for name, x in vec.reset(0).items()}
+    obs["observation"] = obs["observation"][:-1]  # what is left is appended by our environments
+    folder = write_minari(tmp_path / "data", [3])
+    import h5py
+    with h5py.File(folder / "main_data.hdf5", "a") as file:
+        del file["episode_0/observations"]
+        del file["episode_0/actions"]
+        file["episode_0/actions"] = np.zeros((3, 2), np.float32)
+        for i, name in enumerate(obs):
+            file[f"episode_0/observations/{name}"] = np.full((4, len(obs[name])), i, np.float32)
+    data = offline.load_for(str(folder), vec)
+    widths = [len(obs[name]) for name in ("achieved_goal", "desired_goal", "observation")]
+    order = np.repeat([list(obs).index(name) for name in ("achieved_goal", "desired_goal", "observation")], widths)
+    assert data.obs[:, :-1].tolist() == [order.tolist()] * 3
+    assert data.obs[:, -1].tolist() == pytest.approx([1, 1 - 1 / 200, 1 - 2 / 200])
+
+
 def test_a_nan_leaves_its_episode_out(tmp_path, capsys):
     actions = np.zeros((3, 1), np.float32)
     folder = write_minari(tmp_path / "data", [3, 3], actions=actions)
@@ -335,6 +365,43 @@ def test_collected_episodes_are_whole_and_equal_for_equal_seeds(tmp_path):
     again = offline.load(str(tmp_path / "both.npz"))
     assert np.allclose(again.obs, both.obs) and again.starts.tolist() == both.starts.tolist()
     assert again.meta["ref_min"] == 20.0 and again.policy_id.tolist() == [0] * len(data.rew) + [1] * len(data.rew)
+
+
+@pytest.mark.exports
+def test_medium_replay_and_medium_expert_of_a_run(tmp_path, monkeypatch, capsys):
+    """From a run of 800 steps of Pendulum, whose episodes have 200: what it plays with noise, all that it saw, and half
+    of what it plays with noise and half of what it plays without."""
+    folder = tmp_path / "RUN"
+    ddpg.main(ddpg.Args(env="Pendulum-v1", total_timesteps=800, num_envs=2, learning_starts=200, hidden="8x1",
+                        batch_size=16, compile=False, eval_every=0, eval_episodes=1, run_dir=str(folder)))
+
+    def made(*policies: str, expert: str = "") -> offline.Dataset:
+        words = ["--env", "Pendulum-v1", "--out", str(tmp_path / "d.npz"), "--policies", *policies, "--steps", "4000"]
+        monkeypatch.setattr(sys, "argv", ["", *words, *(["--expert", expert] if expert else [])])
+        making.main()
+        return offline.load(str(tmp_path / "d.npz"))
+
+    vec = envs.make_vec("Pendulum-v1", 1)
+    plays, = knowledge.load(f"run:{folder}", "Pendulum-v1", 1, envs.example_of(vec, vec.reset(0)), -1.0).values()
+
+    def noise_of(data: offline.Dataset) -> np.ndarray:
+        """What was added to the policy's actions, as a share of the bound of 2, where that was not clipped."""
+        inside = np.abs(data.act[:, 0]) < 1.99
+        return (data.act[:, 0] / 2 - plays(torch.from_numpy(data.obs))[:, 0].numpy())[inside]
+
+    replay = made(f"replay:{folder}", expert="random")
+    assert np.diff(replay.starts).tolist() == [200] * 4 and replay.trunc.sum() == 4
+    buffer = torch.load(folder / "checkpoint.pt", weights_only=True)["buffer"]["rows"][:800]
+    assert sorted(map(tuple, buffer[:, :3].tolist())) == sorted(map(tuple, replay.obs.tolist()))
+    assert "ref_max" not in replay.meta and "--expert names a better one" in capsys.readouterr().out  # random's own
+    medium = made(f"run:{folder}@0.2")
+    assert len(medium.rew) == 4000 and noise_of(medium).std() == pytest.approx(0.2, abs=0.03)
+    both = made(f"run:{folder}@0.2", f"run:{folder}", expert=f"run:{folder}")
+    assert np.bincount(both.policy_id).tolist() == [2000, 2000] and np.diff(both.starts).tolist() == [200] * 20
+    assert both.meta["policies"] == [f"run:{folder}@0.2", f"run:{folder}"] and len(set(both.meta["digests"])) == 1
+    exact = np.abs(both.act[2000:, 0] / 2 - plays(torch.from_numpy(both.obs[2000:]))[:, 0].numpy())
+    assert exact.max() < 1e-4
+    assert both.meta["expert"] == f"run:{folder}"
 
 
 def test_damaged_and_foreign_datasets_are_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """LESR by hand: Lipschitz estimates, the shipped pairs at two states, what is refused, and that `none` is TD3."""
 import csv
+import math
 
 import gymnasium as gym
 import numpy as np
@@ -79,6 +80,59 @@ def test_shipped_pairs_at_the_ramp_and_at_zero(env_id):
     assert pair.reward(x).tolist() == pytest.approx([ramp_reward, zero_reward], abs=2e-6)
     if env_id in EXTRAS:
         assert x[0, pair.n:].tolist() == pytest.approx(EXTRAS[env_id], abs=1e-5)
+
+
+# The table of the paper's program once more, for one state, without torch: s -> features, and (s, features) -> reward.
+def norm(*x):
+    return math.sqrt(sum(float(y) ** 2 for y in x))
+
+
+FORMULAS = {
+    "HalfCheetah-v": (lambda s: [s[8], np.mean(s[1:7]), np.var(s[1:7]), sum(s[4:8] ** 2),
+                                 s[8] * math.cos(np.mean(s[1:7]))],
+                      lambda s, e: e[0] - 0.01 * e[2] - 0.001 * e[3] + 0.5 * e[4]),
+    "Hopper-v": (lambda s: [s[2] - s[1], s[3] - s[2], s[4] - s[3], norm(s[5], s[6]), abs(s[1]), sum(abs(s[7:11])),
+                            s[5]],
+                 lambda s, e: e[3] + 2 * e[6] - e[4] - 0.1 * e[5]),
+    "Walker2d-v": (lambda s: [s[8], math.cos(s[1]), sum(s[8:17] ** 2) / 2, s[0], s[8] / (sum(s[8:17] ** 2) / 2 + 1e-6),
+                              s[3] - s[2], s[4] - s[3], s[5] - s[4], s[6] - s[5], s[7] - s[6]],
+                   lambda s, e: e[0] + e[4] + e[1] - 0.01 * e[2]),
+    "Ant-v": (lambda s: [s[13], s[0], np.var(s[1:5]), np.std(s[19:27]), sum(s[5:13] ** 2), min(s[5:13])],
+              lambda s, e: 2 * e[0] + 0.1 * e[1] - 0.5 * e[2] - 0.1 * e[3] - 0.01 * e[4] + 0.5 * e[5]),
+    "Swimmer-v": (lambda s: [s[3] ** 2, sum(s[5:8] ** 2), *np.cos(s[:3]), *np.sin(s[:3]), s[2] - s[1]],
+                  lambda s, e: max(0, e[0] - 0.01 * e[1])),
+    "AntMaze_OpenDense-v": (lambda s: [norm(s[0] - s[27], s[27] - s[28]), np.var(s[1:5]), np.std(s[19:27])],
+                            lambda s, e: -e[0] + e[1] + e[2]),
+    "AntMaze_MediumDense-v": (
+        lambda s: [norm(s[0] - s[27], s[1] - s[28]), math.cos(s[3] - math.atan2(s[28] - s[1], s[27] - s[0])),
+                   np.std(s[5:13]), np.var(s[19:27])],
+        lambda s, e: -0.5 * e[0] + 0.3 * e[1] + 0.2 * e[2] + 0.1 * e[3] + 5 * max(0, 0.5 - e[2])),
+    "AntMaze_LargeDense-v": (
+        lambda s: [norm(s[27] - s[0], s[28] - s[1]), 1 - sum(abs(s[1:5])), np.var(s[5:13]) + np.var(s[19:27])],
+        lambda s, e: -e[0] + e[1] + e[2]),
+    "FetchPushDense-v": (
+        lambda s: [norm(*s[3:6] - s[25:28]), norm(*s[3:6] - s[:3]),
+                   math.acos(np.dot(s[3:6] - s[:3], s[25:28] - s[3:6])
+                             / (norm(*s[3:6] - s[:3]) * norm(*s[25:28] - s[3:6]) + 1e-8)),
+                   1 / (1 + norm(*s[17:20])), s[20] - s[14], s[21] - s[15], s[22] - s[16]],
+        lambda s, e: -e[0] - 0.5 * e[1] - 0.5 * e[2] + e[3] + 0.1 * norm(*e[4:7])),
+    "AdroitHandHammer-v": (
+        lambda s: [norm(*s[36:39] - s[42:45]), -s[41] / norm(*s[39:42]), np.std(s[4:26]), np.std(s[:4]), -s[29]],
+        lambda s, e: (-e[0] + 2 * e[1] + (3 if s[26] < 0.1 else 1.5) * (e[2] + e[3]) + 1.5 * e[4]
+                      - max(0, s[45] - 15) ** 2)),
+    "AdroitHandDoor-v": (lambda s: [norm(*s[35:38]), *s[35:38] / norm(*s[35:38])], lambda s, e: -e[0] + e[3]),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_shipped_pairs_are_the_published_formulas(name):
+    """At random states, small and large ones: every branch is taken."""
+    pair, (extras, reward) = PAIRS[name], FORMULAS[name]
+    s = np.random.default_rng(0).standard_normal((200, pair.n)) * np.linspace(0.1, 20, 200)[:, None]
+    x = torch.cat([torch.from_numpy(s), pair.extras(torch.from_numpy(s))], 1)
+    expected = np.array([extras(row) for row in s])
+    assert np.allclose(x[:, pair.n:].numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert np.allclose(pair.reward(x).numpy(), [reward(*both) for both in zip(s, expected)], rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize("env_id", AT)

@@ -259,9 +259,22 @@ def test_ablations_and_the_double_pass():
                 assert torch.allclose(q[:, i], alone[:, i], atol=1e-5)
 
 
-def test_presets():
-    assert with_preset(Args(env="HalfCheetah-v4")).sigma_max == 2.0 and with_preset(Args(env="Ant-v5")).tau == 0.0001
-    assert with_preset(Args(env="Pendulum-v1")).alpha == 0.2
+@pytest.mark.parametrize("env_id, alpha, tau, learning_starts, sigma_max", [
+    ("Hopper-v4", 0.25, 0.005, 5000, -0.3), ("HalfCheetah-v4", 0.25, 0.003, 10_000, 2.0),
+    ("Walker2d-v4", 0.1, 0.005, 10_000, -0.3), ("Ant-v4", 0.05, 0.0001, 5000, -0.3),
+    ("Humanoid-v5", 0.125, 0.0005, 5000, -0.3), ("Pendulum-v1", 0.2, 0.005, 5000, -0.3)])
+def test_presets_are_the_published_settings(env_id, alpha, tau, learning_starts, sigma_max):
+    args = with_preset(Args(env=env_id))
+    assert (args.alpha, args.tau, args.learning_starts, args.sigma_max) == (alpha, tau, learning_starts, sigma_max)
+    shared = dict(sigma_min=-5.0, gamma=0.99, learning_rate=1e-3, batch_size=256, buffer_size=1_000_000, grad_clip=30.0,
+                  dropout=0.1, updates_per_step=1.0, hidden="64x2", shift_hidden="256x2", couplings=4)
+    assert {name: getattr(args, name) for name in shared} == shared
+
+
+def test_preset_of_the_toy_and_flags_that_override():
+    args = with_preset(Args(env=multigoal.ID))
+    assert (args.alpha, args.gamma, args.tau, args.sigma_min, args.sigma_max, args.learning_starts) == (
+        2.5, 0.9, 0.0005, -2.0, 1.0, 1000)
     assert with_preset(Args(env="Hopper-v4", alpha=0.1)).alpha == 0.1
 
 
