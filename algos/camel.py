@@ -33,6 +33,7 @@ import envs
 import knowledge
 import runtime
 from buffers import Batch, ReplayBuffer
+from errors import UserError
 from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
@@ -76,8 +77,8 @@ class Args:
     normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
 
     # method: masks
-    knowledge: str = "auto"  # auto, rules, groups, your_file.py, llm:<file>, run:<RUN_DIR> (expert masks), none
-    center: Literal["policy", "zero", "random"] = "policy"  # of the box: that knowledge, or a control without any
+    knowledge: str = "auto"  # auto, rules, groups, your_file.py, llm:<file>, run:<RUN_DIR> (an expert), none
+    center: Literal["policy", "zero", "random", "expert"] = "policy"  # of the box; zero and random: controls
     half_width: float = 0.5  # w: half of the box around one policy; 2: all of [-1, 1], so plain TD3
     mask_mode: Literal["episode", "step", "shrink", "affine", "adaptive"] = "episode"  # adaptive: falls faster
     mask_steps: int = 60_000  # environment steps until epsilon is 0: no mask, or in shrink and affine all of [-1, 1]
@@ -244,10 +245,18 @@ def draw_masks(epsilon: float, shape: tuple[int, ...], count: int, args: Args) -
     return torch.rand(shape, generator=generator) < epsilon
 
 
+def center_checked(args: Args) -> Args:
+    """Controls are without knowledge; an expert is a trained agent. Raises UserError where it is none."""
+    if args.center == "expert" and not args.knowledge.startswith("run:"):
+        raise UserError(f"--center expert is a box around a trained agent, not around --knowledge {args.knowledge}: name "
+                        "its run, --knowledge run:RUN_DIR")
+    return args if args.center in ("policy", "expert") else replace(args, knowledge="none")
+
+
 @torch.no_grad()  # gradients are taken by torch.func, inside `update`
 def main(args: Args) -> dict[str, float]:
     """Train, resume or evaluate, as `args` say; returns the last evaluation (keys: runtime.EVALUATION)."""
-    args = args if args.center == "policy" else replace(args, knowledge="none")
+    args = center_checked(args)
     args, saved = runtime.checked(args, ALGO, RANGES)
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads())

@@ -240,7 +240,7 @@ class Sandbox:
             result, text = self._ask(function, part, shape)
             failed = ~np.isfinite(result).reshape(len(result), -1).all(1)
             if failed.any() and not self.error:
-                self.error = text or "a number in the result is not finite"
+                self.error = _printable(text) or "a number in the result is not finite"
             result[failed] = np.nan
             self.rows, self.failed = self.rows + len(result), self.failed + int(failed.sum())
             if shape is None and not failed.all():
@@ -257,12 +257,12 @@ class Sandbox:
         result, text = self._ask(function, list(arguments), (), info=True)
         self.rows, self.failed = self.rows + 1, self.failed + int(not np.isfinite(result[0]))
         if not np.isfinite(result[0]):
-            self.error = text or "the value is not finite"
+            self.error = _printable(text) or "the value is not finite"
             return math.nan, {}
         try:
             info = json.loads(text)
             return float(result[0]), {_printable(name): float(value) for name, value in info.items()}
-        except (ValueError, TypeError, AttributeError, RecursionError):
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
             self.close()
             raise SandboxError("generated code gave info that is no dict of numbers") from None
 
@@ -292,7 +292,7 @@ class Sandbox:
         _, text = self._exchange(load, b"", 0, ())
         if text:
             self.close()
-            raise SandboxError(f"generated code fails as it is loaded: {text}")
+            raise SandboxError(f"generated code fails as it is loaded: {_printable(text)}")
 
     def _ask(self, function: str, arguments: list[Arrays], shape: tuple | None, info: bool = False
              ) -> tuple[np.ndarray, str]:
@@ -485,7 +485,19 @@ def _import(name: str, globals=None, locals=None, fromlist=(), level: int = 0):
     """What `import` does in generated code. numpy itself imports its parts through it, when called from there."""
     if name.partition(".")[0] not in MODULES or level:
         raise ImportError(f"import of {name} is not allowed")
-    return builtins.__import__(name, globals, locals, fromlist)
+    module = builtins.__import__(name, globals, locals, fromlist)
+    return NUMPY if module is np else module
+
+
+class _ArrayType(type):
+    """np.ndarray in generated code, for annotations and isinstance: the real one lays arrays over any memory."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, np.ndarray)
+
+
+NUMPY = types.ModuleType("numpy")  # the numpy of generated code
+NUMPY.__dict__.update(vars(np), ndarray=_ArrayType("ndarray", (), {}))
 
 
 def _receive() -> tuple[dict, bytes]:
@@ -520,7 +532,7 @@ def _alarm(seconds: int) -> None:
 
 # What a worker may ask of the kernel: memory, locks of its own, clocks, the alarm, its end. Reading and writing are
 # allowed on the two pipes alone. Everything else fails with EPERM.
-SYSCALLS = """brk mmap munmap mremap mprotect madvise futex rt_sigreturn rt_sigprocmask sigaltstack alarm setitimer
+SYSCALLS = """brk mmap munmap mremap mprotect futex rt_sigreturn rt_sigprocmask sigaltstack alarm setitimer
     clock_gettime gettimeofday time sched_yield restart_syscall exit exit_group""".split()
 
 
@@ -554,6 +566,7 @@ def _shut_in(memory: int) -> str:
                 pass  # not a call of this processor
         box.add_rule(pyseccomp.ALLOW, "read", pyseccomp.Arg(0, pyseccomp.EQ, 0))
         box.add_rule(pyseccomp.ALLOW, "write", pyseccomp.Arg(0, pyseccomp.EQ, 1))
+        box.add_rule(pyseccomp.ALLOW, "madvise", pyseccomp.Arg(2, pyseccomp.LT, 100))  # 100 and 101 retire memory
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         missing = f"this machine has no seccomp ({type(error).__name__}: {error})"
     for name, value in limits.items():

@@ -13,6 +13,7 @@ import knowledge
 from algos import camel, td3
 from buffers import Batch
 from envs import Evaluator, flatten, unflatten
+from errors import UserError
 from tests.tasks import SIGNAL_AT
 from tests.test_sandbox import pytestmark as needs_seccomp
 
@@ -191,7 +192,7 @@ def trained(script, folder: Path, **flags) -> dict:
         script.main(script.Args(**{**POINT, "run_dir": str(folder), **flags}))
     rows = [(row["step"], row["name"], row["value"]) for row in csv.DictReader((folder / "scalars.csv").open())]
     losses = [row for row in rows if row[1] in ("critic_loss", "target_q", "actor_loss", "q")]
-    return torch.load(folder / "checkpoint.pt", weights_only=True) | {"losses": losses}
+    return torch.load(folder / "checkpoint.pt", weights_only=True) | {"losses": losses, "folder": folder}
 
 
 def flat(tree: dict) -> list[torch.Tensor]:
@@ -217,6 +218,17 @@ def test_without_a_mask_it_is_td3_bit_for_bit(flags, plain, tmp_path):
     outcomes = [rows.split([*widths, 4], 1)[-1] for rows, widths in  # action, reward, terminated
                 ((ours["buffer"]["rows"][:, :F + 8], [F, 4]), (plain["buffer"]["rows"][:, :F + 4], [F]))]
     assert torch.equal(*outcomes) and sorted(ours["losses"]) == sorted(plain["losses"]) and len(plain["losses"]) > 24
+
+
+def test_a_thousand_updates_without_a_mask_are_td3_bit_for_bit(tmp_path):
+    """Beside the flags above: many updates, in which a difference would grow."""
+    many = dict(updates_per_step=3.3, eval_every=0)
+    plain = trained(td3, tmp_path / "td3", **many)
+    assert plain["agent"]["count"]["critic"] >= 1000
+    for flags in (dict(mask_steps=0), dict(half_width=2.0)):
+        ours = trained(camel, tmp_path / "-".join(flags), **(RULES | many | flags))
+        assert all(torch.equal(a, b) for a, b in zip(flat(ours["agent"]), flat(plain["agent"]), strict=True))
+        assert sorted(ours["losses"]) == sorted(plain["losses"])
 
 
 def test_masks_change_it(plain, tmp_path):
@@ -329,6 +341,22 @@ def test_ctrl_c_saves_a_run_with_generated_code(tmp_path):
                           start_new_session=True, env={**os.environ, SIGNAL_AT: "100 SIGINT"})
     assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("saved; continue with"), done.stderr
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
+
+
+def test_an_expert_is_a_run(plain, tmp_path):
+    """The box of `expert` is around the agent of a finished run of td3.py; anything else is refused."""
+    for known in ("auto", "none", RULES["knowledge"]):
+        with pytest.raises(UserError, match="--center expert is a box around a trained agent, not") as error:
+            trained(camel, tmp_path / "refused", center="expert", knowledge=known)
+        assert "\n" not in str(error.value) and not (tmp_path / "refused").exists()
+    expert = f"run:{plain['folder']}"
+    rows = [trained(camel, tmp_path / center, center=center, knowledge=expert, half_width=0.1, mask_steps=10 ** 12)[
+        "buffer"]["rows"] for center in ("expert", "policy")]
+    assert torch.equal(*rows)  # `policy` takes a run as well
+    obs, low, high, action, _ = rows[0].split([F, 2, 2, 2, F + 6], 1)
+    policies = knowledge.load(expert, POINT["env"], 2, unflatten(obs[:2], 2))
+    assert torch.allclose(low, (knowledge.advise(policies, unflatten(obs, 2), 2)[:, 0] - 0.1).clamp(min=-1), atol=1e-6)
+    assert ((low <= action + 1e-6) & (action <= high + 1e-6)).all()
 
 
 def test_a_control_needs_no_knowledge_and_says_so(tmp_path):

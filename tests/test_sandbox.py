@@ -219,6 +219,16 @@ def call(number, *args):
     if result < 0:
         raise B.OSError(sys.modules["ctypes"].get_errno(), "syscall")
     return result
+def machine(code):
+    ctypes = sys.modules["ctypes"]
+    libc, code = ctypes.CDLL(None), B.bytes.fromhex(code)
+    libc.mmap.restype = ctypes.c_void_p
+    page = ctypes.c_void_p(libc.mmap(0, 4096, 7, 0x22, -1, 0))  # may be run
+    ctypes.memmove(page, code, len(code))
+    result = ctypes.CFUNCTYPE(ctypes.c_long)(page.value)()
+    if result < 0:
+        raise B.OSError(-result, "machine code")
+    return result
 '''
 # Each writes, reads, starts or reaches something, and returns 1 if it could. DIR, PORT and PID are filled in.
 ESCAPES = {
@@ -297,6 +307,19 @@ ESCAPES = {
     "seccomp again": "call(317, 1, 0, 0)",
     "prctl": "call(157, 4, 1, 0, 0, 0)",
     "random numbers of the kernel": "os.urandom(1)",
+    "memory out of use": "call(28, 0, 0, 102)",  # madvise; 101 would take a page of the machine from it
+    "machine code": "machine('b8390000000f05c3')",  # fork
+    "a file by its handle": "call(304, -100, 0, 0)",
+    "openat2": "call(437, -100, b'DIR/secret', 0, 24)",
+    "execveat": "call(322, -100, b'/bin/true', 0, 0, 0)",
+    "a pipe of the parent": "call(438, 0, 0, 0)",  # pidfd_getfd
+    "write into the parent": "call(311, PID, 0, 0, 0, 0, 0)",  # process_vm_writev
+    "limits of the parent": "call(302, PID, 7, 0, 0)",
+    "priority of the parent": "call(141, 0, PID, 19)",
+    "ports": "call(172, 3)",  # iopl
+    "splice": "call(275, 0, 0, 1, 0, 1, 0)",
+    "more bits than a file has": "call(1, sys.modules['ctypes'].c_long(0x100000002), b'x', 1)",
+    "type into the terminal": "call(16, 0, 0x5412, b'x')",
 }
 
 
@@ -316,7 +339,7 @@ def jail(tmp_path_factory):
         patch.setattr(sandbox, "check", lambda source, functions: None)
         source, names = OUT, {}
         for number, (case, body) in enumerate(ESCAPES.items()):
-            if "call(" in body and not X86:
+            if ("call(" in body or "machine(" in body) and not X86:
                 continue
             body = body.replace("DIR", str(folder)).replace("PORT", str(port)).replace("PID", str(os.getpid()))
             names[case] = f"escape{number}"
@@ -372,6 +395,15 @@ BOMBS = {  # what ends the process, and what only fails its row
     "abort": ("os.abort()", "ended"),
     "zero pointer": ("sys.modules['ctypes'].string_at(0)", "ended"),
     "a call of 32 bits": ("call(0x40000000 + 39)", "ended"),
+    "a call of an older processor": ("machine('b802000000cd80c3')", "ended"),  # int 0x80
+    "stack": ("sys.setrecursionlimit(10 ** 9)\n    return B.repr(nested())", "longer than|ended|RecursionError"),
+    "all signals blocked": ("load('_signal').pthread_sigmask(0, range(1, 60))\n    for i in iter_forever():\n"
+                            "        pass", "longer than"),
+    "a lock that nobody opens": ("call(202, sys.modules['ctypes'].byref(sys.modules['ctypes'].c_int(0)), 0, 0, 0)",
+                                 "longer than|Errno"),
+    "an error whose text does not end": ("raise B.type('E', (B.Exception,), {'__str__': lambda e: [i for i in "
+                                         "iter_forever()]})()", "longer than"),
+    "a pickle": ("os.write(1, b'\\x80\\x04\\x8c\\x05posix\\x8c\\x06system\\x93.' * 9)", "invalid answer"),
     "the alarm": ("sys.modules['signal'].alarm(0)\n    for i in iter_forever():\n        pass", "longer than"),
     "takes the next question": ("os.read(0, 10 ** 6)", "longer than"),
     "answers by itself": ("os.write(1, B.bytes(1000))\n    return 1", "pipe by itself|invalid answer"),
@@ -396,6 +428,11 @@ def iter_forever():
 def pack(*numbers):
     return b"".join(n.to_bytes(8, "little", signed=True) for n in numbers)
 system_exit = B.SystemExit(3)
+def nested():
+    a = []
+    for i in range(10 ** 5):
+        a = [a]
+    return a
 def alive(x):
     return 42
 """
@@ -426,6 +463,39 @@ def test_bomb(range_of_bombs, case):
     if BOMBS[case][1]:
         assert any(words in said for words in BOMBS[case][1].split("|")), said
     assert box.call("alive", np.zeros((1, 1))) == [42]
+
+
+FORGED = """
+def forge(text, value):
+    os.write(1, b"".join(n.to_bytes(8, "little", signed=True) for n in (1, 0, 0, 0, len(text))) + value + text)
+    os._exit(0)
+def speaks(x):
+    forge(b"\\x1b[2J\\nsecond line", b"\\0" * 6 + b"\\xf8\\x7f")
+def counts(x):
+    forge(b'{"a": 1' + b"0" * 3900 + b"}", B.bytes(8))
+"""
+
+
+def test_an_answer_that_the_code_writes_itself_is_one_line(monkeypatch):
+    monkeypatch.setattr(sandbox, "check", lambda source, functions: None)
+    with Sandbox(OUT + FORGED, ["speaks", "counts"]) as box:
+        for said in (lambda: box.call("speaks", np.zeros(1)), lambda: box.explain("speaks", np.zeros(1))):
+            box.close()
+            assert np.isnan(np.asarray(said(), object).ravel()[0]) and box.error == "[2J second line"
+        box.close()
+        with pytest.raises(SandboxError, match="no dict of numbers") as error:  # a number that no float holds
+            box.explain("counts", np.zeros(1))
+        one_line(error)
+
+
+def test_no_array_is_laid_over_other_memory():
+    """np.ndarray is there for annotations and isinstance; called, the real one takes any offset for its memory."""
+    source = ("import numpy as np\ndef f(x):\n    return np.ndarray((3,), 'f8', x, -80)[0]\n"
+              "def g(x: np.ndarray) -> np.ndarray | None:\n"
+              "    return isinstance(x, np.ndarray) + isinstance(1, (np.ndarray, list))\n")
+    with Sandbox(source, ["f", "g"]) as box:
+        assert np.isnan(box.call("f", np.zeros((1, 3)))) and box.error.startswith("TypeError")
+        assert box.call("g", np.zeros((1, 3))) == [1]
 
 
 def test_code_that_hangs_or_ends_while_it_is_loaded():
