@@ -50,6 +50,7 @@ bench: setup  ## every headline in an hour, beside the committed number; SUITE=c
 
 report: setup  ## tables and figures in docs/ and README, and report.html, from benchmarks/results/
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/forms.py
 
 tune: setup  ## search hyper-parameters: ALGO=sac_kian ENV=FetchPush-v2 TRIALS=20
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check optuna==5.0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import curves, report
+from benchmarks import curves, forms, report
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,6 +28,15 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
     drawn, committed = ({figure.name for figure in (root / "docs" / "figures").glob("*_curves.svg")}
                         for root in (tmp_path, ROOT))
     assert drawn == committed, "make report"
+
+
+def test_the_figure_of_forms_finds_its_curves():
+    """A form whose variant has another name in the results would be drawn as "not run"."""
+    env, budget, score, nothing, names = forms.TASKS[0]
+    curves_of = forms.all_curves(env, score)
+    for name in (nothing, *(name.format(forms.KNOWLEDGE[env] + ending) for name in names.values()
+                            for ending in forms.QUALITIES.values())):
+        assert len(forms.scores(curves_of, name, budget)) == 3, name
 
 
 def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys):
