@@ -373,6 +373,7 @@ def short_episodes(monkeypatch):
         self, env_id, num_envs, **{"max_steps": 30} | kwargs))
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("kwargs", [{}, dict(inner_key="head", sharpness=1.0, silent="uniform", entropy_of="fused"),
                                     dict(env="MiniGrid-Dynamic-Obstacles-5x5-v0")])
 def test_a_run_leaves_the_probabilities_of_its_agent(kwargs, tmp_path, short_episodes):
