@@ -248,8 +248,8 @@ def draw_masks(epsilon: float, shape: tuple[int, ...], count: int, args: Args) -
 def center_checked(args: Args) -> Args:
     """Controls are without knowledge; an expert is a trained agent. Raises UserError where it is none."""
     if args.center == "expert" and not args.knowledge.startswith("run:"):
-        raise UserError(f"--center expert is a box around a trained agent, not around --knowledge {args.knowledge}: name "
-                        "its run, --knowledge run:RUN_DIR")
+        raise UserError(f"--center expert is a box around a trained agent, not around --knowledge {args.knowledge}: "
+                        "name its run, --knowledge run:RUN_DIR")
     return args if args.center in ("policy", "expert") else replace(args, knowledge="none")
 
 

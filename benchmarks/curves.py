@@ -8,11 +8,12 @@ A variant is named by its script, and by what its settings in `config.json` diff
 of today: first the encoder behind the id, then the knowledge, then other flags. A peer's `config.json` names its
 variant, and the algorithm that it stands beside.
 """
+import ast
 import csv
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,26 +44,32 @@ def file_of(algo: str, env: str) -> Path:
     return there[0] if there else RESULTS / algo / f"{name}.csv"
 
 
+def source_of(algo: str) -> ast.Module:
+    """The source of `algos/<algo>.py`: this folder runs commands and imports nothing of ours."""
+    return ast.parse((RESULTS.parents[1] / "algos" / f"{algo}.py").read_text())
+
+
+def arguments(source: ast.Module) -> dict[str, ast.expr]:
+    """Arguments of a script, {name: default}."""
+    return {field.target.id: field.value for node in source.body
+            if isinstance(node, ast.ClassDef) and node.name == "Args"
+            for field in node.body if isinstance(field, ast.AnnAssign)}
+
+
 def defaults(algo: str, env: str = "") -> dict:
-    """Defaults of `algos/<algo>.py`, for `env` where the script has PRESETS, read from its source: this folder runs
-    commands and imports nothing of ours.
+    """Defaults of `algos/<algo>.py`, for `env` where the script has PRESETS.
 
     Raises ValueError, a one-line message, for a default that has to be computed.
     """
-    import ast
-
-    tree = ast.parse((RESULTS.parents[1] / "algos" / f"{algo}.py").read_text())
-    presets = {"": {}}
-    for node in tree.body:
+    source, presets, found = source_of(algo), {"": {}}, {}
+    for node in source.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
             presets = ast.literal_eval(node.value)
-    args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    found = {}
-    for a in (a for a in args.body if isinstance(a, ast.AnnAssign)):
+    for name, value in arguments(source).items():
         try:
-            found[a.target.id] = ast.literal_eval(a.value)
+            found[name] = ast.literal_eval(value)
         except ValueError as error:
-            raise ValueError(f"algos/{algo}.py: the default of {a.target.id} is computed; write it as it is") from error
+            raise ValueError(f"algos/{algo}.py: the default of {name} is computed; write it as it is") from error
     return found | presets[""] | presets.get(env.split("-v")[0], {})
 
 
@@ -173,14 +180,21 @@ def gather(folders: list[str], into: str = "") -> None:
                 print(f"note: rows of {name} in {file} differ in {column}: {found}")
 
 
-def write_table(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
-    """A CSV file, written whole: the old one stays until then."""
-    half = path.with_name(f"{path.name}.tmp")
-    with half.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` on another path, and rename that to `path`: the old file stays until the new one is whole."""
+    half = path.with_name(f"half-{path.name}")  # with the ending of `path`, which matplotlib looks at
+    write(half)
     half.replace(path)
+
+
+def write_table(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
+    """A CSV file, written whole."""
+    def write(half: Path) -> None:
+        with half.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    write_whole(path, write)
 
 
 def said(rows: list[dict], column: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.curves import RESULTS, Curve, file_of, load_curves
+from benchmarks.curves import RESULTS, Curve, file_of, load_curves, write_whole
 from benchmarks.report import areas, long
 
 QUALITIES = {"right": "", "weak": "-half", "wrong": "-mirrored"}  # {column: what the knowledge's name ends in}
@@ -48,7 +48,7 @@ def all_curves(env: str, score: str) -> dict[str, list[Curve]]:
         path = file_of(method.name, env)
         if method.name not in ("rules", "speed", "zero_shot") and path.is_file():
             for name, curves in load_curves(path, score).items():
-                if len(curves) > len(found.get(name, [])):  # a variant that stands in two files: the one with more seeds
+                if len(curves) > len(found.get(name, [])):  # in two files: the one with more seeds
                     found[name] = curves
     return found
 
@@ -93,9 +93,7 @@ def draw(target: Path) -> None:
             panel.grid(axis="x", alpha=0.3)
         line[0].set_ylabel(env.removesuffix("-v0").removesuffix("-v4").removeprefix("MiniGrid-"))
         line[1].set_xlabel(f"mean {score.split('_')[0]} up to {budget // 1000}k steps; dashed: without knowledge")
-    half = target.with_name(f"half-{target.name}")  # the old picture stays until the new one is whole
-    figure.savefig(half, metadata={"Date": None})
-    half.replace(target)
+    write_whole(target, lambda half: figure.savefig(half, metadata={"Date": None}))
     plt.close(figure)
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import stats
-from benchmarks.curves import RESULTS, Curve, file_of, load, load_curves, real_id
+from benchmarks.curves import RESULTS, Curve, file_of, load, load_curves, real_id, write_whole
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"]  # Okabe and Ito: for all eyes
 STYLES = {"-": "none", ":": "2 3", "-.": "7 3 2 3"}  # the next one where colours start again; as dashes in the page
@@ -276,9 +276,7 @@ def draw(algo: str, environments: dict[str, Variants], target: Path) -> None:
         panel.grid(alpha=0.3)
     figure.legend([lines[name] for name in labels], labels.values(), loc="outside lower center", ncols=beside)
     target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(f"half-{target.name}")  # the old picture stays until the new one is whole
-    figure.savefig(half, metadata={"Date": None})
-    half.replace(target)
+    write_whole(target, lambda half: figure.savefig(half, metadata={"Date": None}))
     plt.close(figure)
 
 
@@ -318,12 +316,6 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
                 if p.suffix in (".png", ".gif") and p.stat().st_size < 500_000]
     data = json.dumps({"panels": panels, "pictures": pictures}).replace("</", "<\\/")  # never ends the script element
     return (ROOT / "benchmarks" / "report_template.html").read_text().replace("/*DATA*/null", data)
-
-
-def write_whole(path: Path, text: str) -> None:
-    half = path.with_name(f"half-{path.name}")  # the old page stays until the new one is whole
-    half.write_text(text)
-    half.replace(path)
 
 
 def main(html: Path) -> None:
@@ -372,9 +364,10 @@ def main(html: Path) -> None:
         old = path.read_text()
         new = MARK.sub(fill, old)
         if new != old:
-            write_whole(path, new)
+            write_whole(path, lambda half: half.write_text(new))
             print(f"rewrote {path.relative_to(ROOT)}")
-    write_whole(html, page({algo: results[algo] for algo in results if algo not in others}))
+    shown = page({algo: results[algo] for algo in results if algo not in others})
+    write_whole(html, lambda half: half.write_text(shown))
     print(f"open {html}")
 
 

@@ -8,7 +8,6 @@ the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops e
 one kills them. Cells that fail, in whatever way, are named at the end, and the others run on. A table then compares what
 is finished with the committed results (benchmarks/verdict.py).
 """
-import ast
 import csv
 import fcntl
 import hashlib
@@ -35,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import verdict
+from benchmarks.curves import arguments, source_of
 
 
 GRACE = 60  # seconds that a cell has to save, once its time is over
@@ -62,7 +62,7 @@ class Cell:
         name = re.sub(r"[^\w.]+", "-", text).strip("-")[:60] or "defaults"
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         paths = ":run:" in self.env or ".py:" in self.env
-        env = self.env.replace("/", "-").strip("-.") if paths else self.env  # a path before or behind an id is no folder
+        env = self.env.replace("/", "-").strip("-.") if paths else self.env  # a path is no folder
         return self.root / self.algo / env / f"{name}-{digest}" / f"seed{self.seed}"
 
     @property
@@ -196,13 +196,6 @@ def crossed(entry: dict) -> list[tuple[str, ...]]:
     return [sum(way, flags) for way in itertools.product(*ways)]
 
 
-def flags_of(script: Path) -> set[str]:
-    """Names of a script's arguments, read from its source: nothing is imported here."""
-    return {field.target.id for node in ast.parse(script.read_text()).body
-            if isinstance(node, ast.ClassDef) and node.name == "Args"
-            for field in node.body if isinstance(field, ast.AnnAssign)}
-
-
 def load_suite(args: Args) -> list[Cell]:
     """The cells that `args` asks for, seed 1 of everything first: an early stop leaves a broad picture.
 
@@ -225,14 +218,14 @@ def load_suite(args: Args) -> list[Cell]:
         raise ValueError(f"{path} is no suite ({type(error).__name__}: {error}): give each [[cell]] algo, a text, envs "
                          "and seeds, lists of texts and of whole numbers, and if need be flags, one text, and cross, "
                          "a table of lists") from error
-    for cell in cells:
-        if not (ROOT / "algos" / f"{cell.algo}.py").is_file():
-            raise ValueError(f"{path} names {cell.algo}, but there is no algos/{cell.algo}.py")
-        known = flags_of(ROOT / "algos" / f"{cell.algo}.py")
-        for word in cell.flags:
+    for algo in dict.fromkeys(cell.algo for cell in cells):
+        if not (ROOT / "algos" / f"{algo}.py").is_file():
+            raise ValueError(f"{path} names {algo}, but there is no algos/{algo}.py")
+        known = arguments(source_of(algo)).keys()
+        for word in (word for cell in cells if cell.algo == algo for word in cell.flags):
             name = word.split("=")[0].removeprefix("--").replace("-", "_")
             if known and word.startswith("--") and not {name, name.removeprefix("no_")} & known:
-                raise ValueError(f"{path}: algos/{cell.algo}.py has no flag {word}")
+                raise ValueError(f"{path}: algos/{algo}.py has no flag {word}")
     cells = [c for c in cells if c.algo == (args.algo or c.algo) and c.env == (args.env or c.env)
              and c.seed <= (args.seeds or c.seed)]
     if not cells:

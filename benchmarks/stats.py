@@ -67,7 +67,8 @@ def interval(statistic: Statistic, scores: np.ndarray, bounds: tuple[float, floa
 def t_quantile(freedom: float) -> float:
     """The 0.975 quantile of Student's t, from 2 degrees of freedom on, to 0.4 %."""
     known = {np.inf: 1.960, 60: 2.000, 30: 2.042, 20: 2.086, 15: 2.131, 12: 2.179, 10: 2.228, 9: 2.262, 8: 2.306,
-             7: 2.365, 6: 2.447, 5: 2.571, 4: 2.776, 3.5: 2.940, 3: 3.182, 2.75: 3.353, 2.5: 3.575, 2.25: 3.875, 2: 4.303}
+             7: 2.365, 6: 2.447, 5: 2.571, 4: 2.776, 3.5: 2.940, 3: 3.182, 2.75: 3.353, 2.5: 3.575, 2.25: 3.875,
+             2: 4.303}
     return float(np.interp(1 / freedom, [1 / f for f in known], list(known.values())))  # nearly straight in 1 / f
 
 

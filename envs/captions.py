@@ -1,7 +1,7 @@
 """Text of observations and actions: what is described is in the arrays, so nobody pays for text that nobody reads."""
 import numpy as np
 
-from envs import babyai_text, crafter_text, franka_button, mobile
+from envs import babyai_text, crafter_text
 from envs.ids import EnvError
 from envs.minigrid import is_grid
 from envs.vector import Observation
@@ -24,12 +24,9 @@ def captions(obs: Observation) -> list[str]:
 
 
 def action_words(env_id: str) -> tuple[str, ...]:
-    """What each action does, in words. Raises EnvError for tasks without words."""
+    """What each action does, in words, where there are captions too. Raises EnvError for other tasks."""
     if crafter_text.is_crafter(env_id):
         return crafter_text.ACTION_WORDS
     if is_grid(env_id):
         return babyai_text.ACTION_WORDS
-    for robot in (mobile, franka_button):
-        if env_id in robot.IDS:
-            return robot.ACTION_WORDS
     raise EnvError(f"{env_id} has no words for its actions; BabyAI-Text, MiniGrid and Crafter tasks have some")

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from envs import franka_button, mobile
 from envs.captions import action_words
 from envs.crafter_text import is_crafter
 from envs.encoders import adopt_encoder
@@ -182,6 +183,9 @@ def in_learners_units(actions: np.ndarray, space: gym.Space) -> np.ndarray:
 def names_of_actions(env_id: str, space: gym.Space) -> list[str]:
     """What discrete actions are called: numbers where they have no words."""
     count = int(getattr(space, "n", 0))
+    for robot in (mobile, franka_button):
+        if env_id in robot.IDS:
+            return list(robot.ACTION_WORDS[:count])
     try:
         return list(action_words(env_id)[:count])
     except EnvError:

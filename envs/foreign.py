@@ -13,7 +13,7 @@ from envs.ids import EnvError
 
 NUMBERS = (float, int, bool, np.float64, np.float32)  # rewards that need no second look
 ENDS = (bool, np.bool_, int, np.integer)
-OURS = ("envs", "gymnasium", "gymnasium_robotics", "minigrid", "minatar", "shimmy", "ale_py")  # packages; no trial there
+OURS = ("envs", "gymnasium", "gymnasium_robotics", "minigrid", "minatar", "shimmy", "ale_py")  # packages without a trial
 TRIED: set[tuple] = set()  # what was tried in this process
 TRIAL = 10  # steps
 
@@ -39,7 +39,8 @@ def attempt(env: gym.Env) -> None:
         obs = reset(env, 0)[0]
         for _ in range(TRIAL):
             check_shapes(env, obs)
-            check_finite(env, {name: np.asarray(x) for name, x in (obs if isinstance(obs, dict) else {"": obs}).items()})
+            parts = obs if isinstance(obs, dict) else {"": obs}
+            check_finite(env, {name: np.asarray(x) for name, x in parts.items()})
             if over:
                 break
             obs, _, terminated, truncated, _ = step(env, actions.sample())

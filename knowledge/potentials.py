@@ -232,8 +232,6 @@ def load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kep
     """The potential that `spec` names, for `env_id`. `describe` gives the phrases of observations {name: (B, ...)},
     `words` what the actions do: for potentials that read text. `kept_in` is the folder of a run that goes on: of files
     its copies are taken. Raises KnowledgeError for whatever cannot be used."""
-    if words and "do nothing" not in words:
-        raise KnowledgeError(f"{env_id} has nothing that potentials read; BabyAI-Text, MiniGrid and Crafter tasks have")
     kind, path = path_of(spec, env_id)
     named = path
     if path is not None:

@@ -36,7 +36,8 @@ NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overf
 @contextmanager
 def exit_codes(algo: str):
     """End the program with one line on stderr. The exit code is 2 for a UserError, a path that is too long, a full
-    disk, and too little memory. It is 130 for a Ctrl-C that comes before there is a run to save, or for a second one while it is being saved."""
+    disk, and too little memory. It is 130 for a Ctrl-C that comes before there is a run to save, or for a second one
+    while it is being saved."""
     try:
         yield
     except UserError as error:

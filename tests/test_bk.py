@@ -198,7 +198,7 @@ def test_a_run_keeps_its_potential(tmp_path, capsys):
 
 def test_what_cannot_be_shaped(tmp_path):
     for flags, message in ((dict(env="CartPole-v1"), "no words"), (dict(knowledge="nothing"), "is unknown"),
-                           (dict(env="MobileRobot-v0"), "nothing that potentials read"),
+                           (dict(env="MobileRobot-v0"), "no words"),
                            (dict(knowledge="goals", horizon=2), "use --horizon 4"),
                            (dict(shape_coef=-1.0), "--shape-coef must be"), (dict(horizon=0), "--horizon must be"),
                            (dict(env="BabyAI-Text-GoToLocal-Pretraining-S20", knowledge="target"), "another target")):

@@ -136,7 +136,8 @@ def main(args: Args) -> int:
     commit = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
                                                     text=True, cwd=Path(__file__).parent).stdout.strip()
     packages = ["torch", "stable-baselines3", "sb3-contrib", "numpy", "gymnasium"]
-    config = {"algo": args.algo, "variant": f"{args.algo} (stable-baselines3)", "args": asdict(args), "env_id": args.env,
+    config = {"algo": args.algo, "variant": f"{args.algo} (stable-baselines3)", "args": asdict(args),
+              "env_id": args.env,
               "commit": commit or None, "versions": {name: version(name) for name in packages},
               "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
