@@ -44,13 +44,8 @@ def file_of(algo: str, env: str) -> Path:
     return there[0] if there else RESULTS / algo / f"{name}.csv"
 
 
-def source_of(algo: str) -> ast.Module:
-    """The source of `algos/<algo>.py`: this folder runs commands and imports nothing of ours."""
-    return ast.parse((RESULTS.parents[1] / "algos" / f"{algo}.py").read_text())
-
-
 def arguments(source: ast.Module) -> dict[str, ast.expr]:
-    """Arguments of a script, {name: default}."""
+    """Arguments of a script, {name: default}, from its source: this folder runs commands and imports nothing of ours."""
     return {field.target.id: field.value for node in source.body
             if isinstance(node, ast.ClassDef) and node.name == "Args"
             for field in node.body if isinstance(field, ast.AnnAssign)}
@@ -61,7 +56,8 @@ def defaults(algo: str, env: str = "") -> dict:
 
     Raises ValueError, a one-line message, for a default that has to be computed.
     """
-    source, presets, found = source_of(algo), {"": {}}, {}
+    source = ast.parse((RESULTS.parents[1] / "algos" / f"{algo}.py").read_text())
+    presets, found = {"": {}}, {}
     for node in source.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
             presets = ast.literal_eval(node.value)

@@ -8,6 +8,7 @@ the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops e
 one kills them. Cells that fail, in whatever way, are named at the end, and the others run on. A table then compares what
 is finished with the committed results (benchmarks/verdict.py).
 """
+import ast
 import csv
 import fcntl
 import hashlib
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import verdict
-from benchmarks.curves import arguments, source_of
+from benchmarks.curves import arguments
 
 
 GRACE = 60  # seconds that a cell has to save, once its time is over
@@ -219,9 +220,10 @@ def load_suite(args: Args) -> list[Cell]:
                          "and seeds, lists of texts and of whole numbers, and if need be flags, one text, and cross, "
                          "a table of lists") from error
     for algo in dict.fromkeys(cell.algo for cell in cells):
-        if not (ROOT / "algos" / f"{algo}.py").is_file():
+        script = ROOT / "algos" / f"{algo}.py"
+        if not script.is_file():
             raise ValueError(f"{path} names {algo}, but there is no algos/{algo}.py")
-        known = arguments(source_of(algo)).keys()
+        known = arguments(ast.parse(script.read_text())).keys()
         for word in (word for cell in cells if cell.algo == algo for word in cell.flags):
             name = word.split("=")[0].removeprefix("--").replace("-", "_")
             if known and word.startswith("--") and not {name, name.removeprefix("no_")} & known:
