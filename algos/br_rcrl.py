@@ -388,10 +388,9 @@ def main(args: Args) -> dict[str, float]:
         if run.over and args.curve:
             run.log({"return_by_c": returns_by_c()}, [f"{c:g}" for c in CURVE])
         run.save_if_due()
-    run.finish()
-    runtime.save_policy(run.folder / "policy.pt2", policy, example)
+    run.finish(example, policy=policy)
     evaluator.film(act, run.folder)
-    return result
+    return run.result
 
 
 if __name__ == "__main__":

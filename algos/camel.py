@@ -340,10 +340,9 @@ def main(args: Args) -> dict[str, float]:
                 with_masks = evaluator.play(partial(act, mask=True))
                 compare(run, loop, epsilon.item(), result["return_mean"], with_masks["return_mean"], args)
         run.save_if_due()
-    run.finish()
-    runtime.save_policy(run.folder / "policy.pt2", policy, example)
+    run.finish(example, policy=policy)
     evaluator.film(act, run.folder)
-    return result
+    return run.result
 
 
 if __name__ == "__main__":

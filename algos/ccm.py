@@ -372,15 +372,14 @@ def main(args: Args) -> dict[str, float]:
         if run.due(LOG_EVERY):
             run.log(scalars.take())
         if run.due(args.eval_every) or run.over:
-            evaluator.log(run, result := evaluator.play(player, twice=run.over))
+            evaluator.log(run, evaluator.play(player, twice=run.over))
         if run.over:
             run.log(evaluator.diagnose(player))
         run.save_if_due()
-    run.finish()
-    runtime.save_policy(run.folder / "policy.pt2", policy, row.unsqueeze(1).repeat(1, buffer.window, 1))
+    run.finish(row.unsqueeze(1).repeat(1, buffer.window, 1), policy=policy)
     evaluator.keep(run.folder)
     evaluator.film(player, run.folder)
-    return result["train"]
+    return run.result
 
 
 if __name__ == "__main__":

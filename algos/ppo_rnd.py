@@ -383,16 +383,15 @@ def main(args: Args) -> dict[str, float]:
         if run.due(LOG_EVERY):
             run.log(scalars.take())
         if run.due(args.eval_every) or run.over:
-            run.log_evaluation(result := evaluator.play(act))
+            run.log_evaluation(evaluator.play(act))
             first = 10_000 * args.seed + 8_000 + len(recorder.episodes)
             recorder.play(evaluator.vec, act, args.collect, first, envs.captions)
         run.save_if_due()
-    run.finish()
+    run.finish(example, policy=policy)
     if args.collect:
         recorder.save(run.folder / "dataset", args.env, envs.action_words(args.env), by=ALGO, seed=args.seed)
-    runtime.save_policy(run.folder / "policy.pt2", policy, example)
     evaluator.film(act, run.folder)
-    return result
+    return run.result
 
 
 if __name__ == "__main__":

@@ -223,12 +223,11 @@ def main(args: Args) -> dict[str, float]:
         if run.due(LOG_EVERY):
             run.log(scalars.take())
         if run.due(args.eval_every) or run.over:
-            run.log_evaluation(result := evaluator.play(act, twice=run.over))
+            run.log_evaluation(evaluator.play(act, twice=run.over))
         run.save_if_due()
-    run.finish()
-    runtime.save_policy(run.folder / "policy.pt2", policy, example)
+    run.finish(example, policy=policy)
     evaluator.film(act, run.folder)
-    return result
+    return run.result
 
 
 if __name__ == "__main__":

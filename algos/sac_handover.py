@@ -380,13 +380,11 @@ def main(args: Args) -> dict[str, float]:
         if run.due(LOG_EVERY):
             run.log(scalars.take() | handover.mean | {"return_gap": handover.return_gap}, names)
         if run.due(args.eval_every) or run.over:
-            run.log_evaluation(result := evaluator.play(act, twice=run.over))
+            run.log_evaluation(evaluator.play(act, twice=run.over))
         run.save_if_due()
-    run.finish()
-    runtime.save_policy(run.folder / "policy.pt2", policy, example)
-    runtime.save_policy(run.folder / "inner.pt2", inner, example)
+    run.finish(example, policy=policy, inner=inner)
     evaluator.film(act, run.folder, names)
-    return result
+    return run.result
 
 
 if __name__ == "__main__":

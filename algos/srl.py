@@ -366,11 +366,10 @@ def main(args: Args) -> dict[str, float]:
     run = runtime.Run(ALGO, args, envs.resolve(args.env), saved, parts)
     loss_of = runtime.compiled(srl_loss, args.compile, device)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> None:
         result, measured = frames.measure(model, device)
         run.log(measured)
         run.log_evaluation(result)
-        return result
     if not saved:
         evaluate()  # the untrained encoder
     while run.advance(args.batch_size):
@@ -380,18 +379,17 @@ def main(args: Args) -> dict[str, float]:
         if run.due(LOG_EVERY):
             run.log(scalars.take())
         if run.due(args.eval_every) or run.over:
-            result = evaluate()
+            evaluate()
         run.save_if_due()
-    run.finish()
     code = frames.codes(model, frames.train, device)
     mean, std = code.mean(0), code.std(0).clamp(min=1e-3 * float(code.std()))  # what hardly varies is not blown up
 
     def encode(picture: torch.Tensor) -> torch.Tensor:
         """Codes of mean 0 and deviation 1: what the run leaves as encoder.pt2."""
         return ((model.code(picture.to(device)).cpu() - mean) / std).clamp(-LIMIT, LIMIT)
-    runtime.save_policy(run.folder / "encoder.pt2", encode, frames.columns.picture[:2])
+    run.finish(frames.columns.picture[:2], encoder=encode)
     frames.film(model, args.video, run.folder, device)
-    return result
+    return run.result
 
 
 if __name__ == "__main__":

@@ -280,13 +280,11 @@ def main(args: Args) -> dict[str, float]:
             agent["totals"].zero_()
             loop["overshoots"] = 0
         if run.due(args.eval_every) or run.over:
-            run.log_evaluation(result := evaluator.play(act, twice=run.over))
+            run.log_evaluation(evaluator.play(act, twice=run.over))
         run.save_if_due()
-    run.finish()
-    runtime.save_policy(run.folder / "policy.pt2", lambda obs: policy(agent, nets, obs, env, args),
-                        torch.zeros(2, env.size))
+    run.finish(torch.zeros(2, env.size), policy=lambda obs: policy(agent, nets, obs, env, args))
     evaluator.film(act, run.folder)
-    return result
+    return run.result
 
 
 if __name__ == "__main__":

@@ -210,11 +210,11 @@ def main(args: Args) -> dict[str, float]:
             agent["totals"].zero_()
             loop["overshoots"] = 0
         if run.due(args.eval_every) or run.over:
-            run.log_evaluation(result := evaluator.play(run.step))
+            run.log_evaluation(evaluator.play(run.step))
         run.save_if_due()
     run.finish()
     evaluator.film(run.step, run.folder)
-    return result
+    return run.result
 
 
 if __name__ == "__main__":

@@ -81,18 +81,20 @@ class Cell:
             return False
 
     def finished(self) -> bool:
-        """Its command ended well; or its curve and its checkpoint are complete, though the engine was killed, or a film
-        failed. A cell with files that cannot be read is not finished."""
+        """Its command ended well; or its curve, checkpoint and policy are complete, though the engine was killed, or a
+        film failed. A cell with files that cannot be read is not finished."""
         config, curve = self.folder / "config.json", self.folder / "eval.csv"
         if not (config.is_file() and curve.is_file()):  # deleted by hand, to be made again
             return False
         if self.ended_well():
             return True
         try:
-            total = json.loads(config.read_text())["args"]["total_timesteps"]
+            run = json.loads(config.read_text())
+            total = run["args"]["total_timesteps"]
             with curve.open() as file:
                 steps = [int(row["step"]) for row in csv.DictReader(file)]
-            return bool(steps) and steps[-1] >= total and self.saved_step() >= total
+            # runs of before do not say whether they are finished
+            return run.get("finished", True) and bool(steps) and steps[-1] >= total and self.saved_step() >= total
         except (OSError, ValueError, KeyError, TypeError, csv.Error):
             return False
 

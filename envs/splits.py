@@ -104,8 +104,8 @@ class SplitEvaluator:
         return self.tasks[split][int(np.argmax(means))], int(np.argmax(means))
 
     def film(self, player: Player, folder: Path) -> None:
-        """Film `args.video` episodes of the best task of every split into the run `folder`."""
-        if self.args.video < 1:
+        """Film `args.video` episodes of the best task of every split into the run `folder`, if any was played."""
+        if self.args.video < 1 or not self.played:
             return
         for split in SPLITS:
             task, k = self.best(split)
@@ -122,7 +122,9 @@ class SplitEvaluator:
 
     def keep(self, folder: Path) -> None:
         """Write what the last evaluation played: tasks.csv, a row per episode; where there are contexts, contexts.pt,
-        those at the ends of episodes, and contexts.png, a picture of them."""
+        those at the ends of episodes, and contexts.png, a picture of them. Without an evaluation write nothing."""
+        if not self.played:
+            return
         lines = ["split,task,return,length,success,skill,parameters"]
         for split, episodes in self.played.items():
             for task, total, length, success, skill in zip(*episodes[:5]):

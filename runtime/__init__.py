@@ -2,7 +2,8 @@
 
 A run folder holds
 
-    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware; also those of resumes
+    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware; also those of resumes;
+                    whether the run is finished
     scalars.csv     step, wall_s, name, value
     eval.csv        step, wall_s, episodes, return_mean, return_std, success_rate, length_mean
     checkpoint.pt   everything `--resume` needs, tensors and plain types only
@@ -16,8 +17,9 @@ A run folder holds
 from errors import UserError
 from runtime.args import checked, cli, hidden_layers, load_run
 from runtime.device import can_compile, compile_for, compiled, finishing, pick_device, use_fast_matmul
+from runtime.files import to_plain, write_whole
 from runtime.policy import save_policy
-from runtime.run import EVALUATION, Means, Run, exit_codes, restore, to_plain, write_whole
+from runtime.run import EVALUATION, Means, Run, exit_codes, restore
 
 __all__ = ["EVALUATION", "Means", "Run", "UserError", "can_compile", "checked", "cli", "compile_for", "compiled",
            "exit_codes", "finishing", "hidden_layers", "load_run", "pick_device", "restore", "save_policy",

@@ -83,10 +83,11 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
         stored, saved = load_run(folder, algo, type(args))
         starts = ("seed",) if hasattr(args, "eval_episodes") else ()  # of the episodes that --evaluate plays
         _check_kept(args, stored, RESUMED if args.resume else (*EVALUATED, *starts, *anew))
-        exact = _read_config(folder, algo).get("exact_env")
+        config = _read_config(folder, algo)
+        exact = config.get("exact_env")
         if isinstance(exact, str) and args.env == stored.env and split_id(exact)[:2] == split_id(args.env)[:2]:
             args = replace(args, env=exact)
-        if args.resume and saved["step"] >= args.total_timesteps:
+        if args.resume and saved["step"] >= args.total_timesteps and config.get("finished"):
             raise UserError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")
     for field in fields(args):
         value = getattr(args, field.name)

@@ -79,7 +79,8 @@ def compile_for(function: Callable, options: dict, *example: Any) -> Callable:
 
 
 def tell_compiling() -> None:
-    tqdm.write("compiling the update: up to a minute, at the next start less", file=sys.stderr)  # above a bar
+    tqdm.write("compiling the update: up to a minute, at the next start less; --no-compile does without, and trains "
+               "slower", file=sys.stderr)  # above a bar
 
 
 def tell_failed(error: BackendCompilerFailed) -> None:

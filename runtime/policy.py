@@ -13,7 +13,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_map
 
-from runtime.run import write_whole
+from runtime.files import write_whole
 
 Obs = torch.Tensor | dict[str, torch.Tensor]
 

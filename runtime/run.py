@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
+from runtime import policy
 from runtime.args import flag_of, own_code
+from runtime.files import save, to_plain, write_whole
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
 PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minigrid"]
@@ -67,7 +69,8 @@ def exit_codes(algo: str):
 class Run:
     """A run: it counts environment steps, writes its folder and obeys signals.
 
-    step: environment steps so far. over: whether all of them are done. folder: the run folder.
+    step: environment steps so far. over: whether all of them are done. folder: the run folder. result: the last
+    evaluation of all that counts, with the keys EVALUATION at least.
     """
 
     def __init__(self, algo: str, args: Any, env_id: str, saved: dict | None, parts: dict[str, Any]):
@@ -105,6 +108,8 @@ class Run:
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         self.scalars = self._csv("scalars.csv", ["step", "wall_s", "name", "value"])
         self.evals = {"eval": self._csv("eval.csv", ["step", "wall_s", *EVALUATION])}  # and those of parts of the tasks
+        rows = (self.folder / "eval.csv").read_text().splitlines()[1:]
+        self.result = dict(zip(EVALUATION, map(float, rows[-1].split(",")[2:]))) if rows else {}
         self.signal, self.stopped = 0, False  # the signal that came; whether it was obeyed
         heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
         self.handlers = {s: signal.signal(s, self._ask) for s in heard}  # nohup ignores SIGHUP, and so do we then
@@ -121,14 +126,14 @@ class Run:
             if args.resume:  # it may have more steps, other code or another machine by now
                 self._lock()
                 config = json.loads((self.folder / "config.json").read_text())
-                config["args"]["total_timesteps"] = args.total_timesteps
+                config["args"]["total_timesteps"], config["finished"] = args.total_timesteps, False
                 config["resumed"] = [*config.get("resumed", []), {"step": self.step, **describe_machine()}]
             else:
                 if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                     raise UserError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock()
-                config = {"algo": algo, "args": asdict(args), "env_id": env_id, **describe_machine()}
+                config = {"algo": algo, "args": asdict(args), "env_id": env_id, "finished": False, **describe_machine()}
                 if exact := getattr(self.parts.get("vec"), "exact_id", ""):  # args.env may name the newest of something
                     config["exact_env"] = exact
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
@@ -228,6 +233,8 @@ class Run:
         self.evals[name].write(f"{self.step},{self.wall_s()},{values}\n")
         self.rows[f"{name}.csv"] += 1
         self.log({f"{name}/{key}": value for key, value in result.items()})
+        if not part:
+            self.result = result
         success = result["success_rate"]
         line = f"{part} return {result['return_mean']:.2f}".strip()
         line += "" if math.isnan(success) else f", success {success:.2f}"
@@ -247,9 +254,18 @@ class Run:
                 checkpoint[name] = part.state_dict() if hasattr(part, "state_dict") else part
             write_whole(self.folder / "checkpoint.pt", lambda path: save(to_plain(checkpoint), path))
 
-    def finish(self) -> None:
-        """Close the files, restore the signal handlers and print the command that comes next. A run that was stopped
-        before its end exits with 128 + signal."""
+    def finish(self, example: Any = None, **functions: Callable) -> None:
+        """End the run: close the files, restore the signal handlers and print the command that comes next. A run that
+        was stopped before its end exits with 128 + signal.
+
+        At its end each of `functions`, {name: function of observations like `example`}, is first written as <name>.pt2
+        (`save_policy`), and config.json says that the run is finished. A kill between the two costs nothing: --resume
+        then has no step to make, and writes them."""
+        if self.over:
+            for name, function in functions.items():
+                policy.save_policy(self.folder / f"{name}.pt2", function, example)
+            config = json.loads((self.folder / "config.json").read_text()) | {"finished": True}
+            write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         for thing in (self.bar, self.board, self.scalars, *self.evals.values(), self.lock):
@@ -322,36 +338,6 @@ class Means:
 
     def load_state_dict(self, state: dict) -> None:
         self.totals, self.counts = state["totals"], state["counts"]
-
-
-def write_whole(path: Path, write) -> None:
-    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file. Raises
-    OSError where it cannot be written; nothing is left then."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # torch hides the reason
-    os.replace(temporary, path)
-
-
-def save(tree: Any, path: Path) -> None:
-    """torch.save, by a file of Python's: with one of its own, torch does not tell why it could not be written."""
-    with path.open("wb") as file:
-        torch.save(tree, file)
-
-
-def to_plain(tree: Any) -> Any:
-    """Turn the arrays in nested dicts and lists into tensors. `torch.load(weights_only=True)` reads the result without
-    executing code."""
-    if isinstance(tree, dict):
-        return {key: to_plain(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [to_plain(value) for value in tree]
-    if isinstance(tree, np.generic):
-        return tree.item()
-    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
 def describe_machine() -> dict:

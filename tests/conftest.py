@@ -12,4 +12,4 @@ import runtime
 def no_exports(request, monkeypatch):
     """Runs of this process leave no policy.pt2, which takes longer to write than a short run takes; marked tests do."""
     if not request.node.get_closest_marker("exports"):
-        monkeypatch.setattr(runtime, "save_policy", lambda *args: False)
+        monkeypatch.setattr(runtime.policy, "save_policy", lambda *args: False)

@@ -234,6 +234,20 @@ def test_killed_and_resumed_is_the_uncut_run(script, uncut, cut, tmp_path):
     assert [again["step"] for again in json.loads((folder / "config.json").read_text())["resumed"]] == [saved]
 
 
+def test_a_run_that_died_in_its_last_seconds_is_finished_by_resume(script, uncut, tmp_path, monkeypatch, capsys):
+    """All steps are made, and its policy is not written."""
+    folder, written = tmp_path / "run", []
+    shutil.copytree(uncut[0], folder, ignore=shutil.ignore_patterns("*.pt2"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["finished"]
+    (folder / "config.json").write_text(json.dumps(config | {"finished": False}))
+    monkeypatch.setattr(runtime.policy, "save_policy", lambda path, *_: written.append(path.name))
+    result = command(script, "--resume", str(folder))
+    assert set(written) == set(script.leaves.split()) and curves(folder) == curves(uncut[0])
+    assert result == pytest.approx(uncut[1], rel=1e-5, nan_ok=True)
+    assert "give it more --total-timesteps" in refused(script, capsys, "--resume", str(folder))
+
+
 def test_evaluate_plays_the_checkpoint_and_leaves_no_trace(script, cut, capsys):
     before, row = contents(cut), curves(cut)[0][-1]
     result = command(script, "--evaluate", str(cut))
@@ -350,6 +364,19 @@ def test_a_finished_run_can_be_given_more_steps(tmp_path):
     command(script, "--resume", str(tmp_path / "run"), "--total-timesteps", str(STEPS))
     for found, whole in zip(curves(tmp_path / "run"), curves(tmp_path / "uncut")):
         assert [row for row in found if row["step"] != last] == whole
+
+
+@pytest.mark.exports
+def test_a_ctrl_c_while_the_policy_is_written_waits_for_it(tmp_path, monkeypatch, capsys):
+    save = runtime.policy.save_policy
+
+    def interrupted(*given):
+        assert not json.loads((tmp_path / "run" / "config.json").read_text())["finished"]
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*given)
+    monkeypatch.setattr(runtime.policy, "save_policy", interrupted)
+    command(BY_NAME["sac"], *words(BY_NAME["sac"], tmp_path / "run", 256))
+    assert (tmp_path / "run" / "policy.pt2").is_file() and "finished; score" in capsys.readouterr().err
 
 
 def test_a_run_loses_nothing_by_signals(tmp_path):

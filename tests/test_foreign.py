@@ -10,8 +10,7 @@ import torch
 import envs
 from algos import sac, stream_ac
 from buffers import ReplayBuffer
-from runtime import to_plain
-from runtime.run import write_whole
+from runtime import to_plain, write_whole
 
 ROW = gym.spaces.Box(-5, 5, (1,), np.float32)
 

@@ -1,0 +1,37 @@
+"""Files that are written whole, in plain types."""
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def write_whole(path: Path, write) -> None:
+    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file. Raises
+    OSError where it cannot be written; nothing is left then."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # torch hides the reason
+    os.replace(temporary, path)
+
+
+def save(tree: Any, path: Path) -> None:
+    """torch.save, by a file of Python's: with one of its own, torch does not tell why it could not be written."""
+    with path.open("wb") as file:
+        torch.save(tree, file)
+
+
+def to_plain(tree: Any) -> Any:
+    """Turn the arrays in nested dicts and lists into tensors. `torch.load(weights_only=True)` reads the result without
+    executing code."""
+    if isinstance(tree, dict):
+        return {key: to_plain(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [to_plain(value) for value in tree]
+    if isinstance(tree, np.generic):
+        return tree.item()
+    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
