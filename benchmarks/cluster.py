@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 from typing import IO
 
+if __name__ == "__main__":  # it is no command of its own
+    sys.exit(__doc__)
+
 import benchmarks.run
 from benchmarks.run import ROOT, Cell, attend, say
 

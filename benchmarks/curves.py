@@ -3,11 +3,13 @@
     python benchmarks/curves.py gather runs/sac_kian/FetchPush-v2     # adds or replaces the rows of all runs in there,
                                                                       # but never a longer run by a shorter one
     python benchmarks/curves.py gather --into stream_barrier RUN...   # several scripts side by side, under this name
+    python benchmarks/curves.py gather --unfinished RUN...            # also runs that have not come to their end
 
 A variant is named by its script, and by what its settings in `config.json` differ in from the script's defaults
 of today: first the encoder behind the id, then the knowledge, then other flags. A peer's `config.json` names its
 variant, and the algorithm that it stands beside.
 """
+import argparse
 import ast
 import csv
 import json
@@ -111,10 +113,11 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
         before = int(row["step"])
 
 
-def gather(folders: list[str], into: str = "") -> None:
+def gather(folders: list[str], into: str = "", unfinished: bool = False) -> None:
     """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`: that of eval.csv to
     <env>.csv, that of eval-extreme.csv, where there is one, to <env>-extreme.csv. A run that is there already is
-    replaced, unless it is the longer one.
+    replaced, unless it is the longer one. Runs that have not come to their end are skipped, because a table goes no
+    further than its shortest run, unless `unfinished` asks for them.
 
     Raises ValueError, before anything is written, for a folder without runs, for one of smoke runs, and for a name
     that leads elsewhere."""
@@ -150,10 +153,14 @@ def gather(folders: list[str], into: str = "") -> None:
         if not curve:
             print(f"skipped, not evaluated yet: {folder}")
             continue
+        last, total = int(curve[-1]["step"]), args["total_timesteps"]
+        if last < total and not unfinished:
+            print(f"skipped, unfinished: {folder} has {last} of {total} steps; finish it with --resume, or take it as it "
+                  "is with --unfinished")
+            continue
         if (other := seen.get((path, name, seed), folder)) != folder:
             print(f"note: {other} and {folder} have the same settings and seed; the longer counts, or the later")
         seen[path, name, seed] = folder
-        last, total = int(curve[-1]["step"]), args["total_timesteps"]
         if (there := max((int(row["step"]) for row in replaced), default=0)) > last:
             print(f"kept, longer: {name}, seed {seed} of {path.name} has {there} steps, {folder} {last}; to replace "
                   "it, delete its rows")
@@ -238,14 +245,14 @@ def load_curves(path: Path, score: str) -> dict[str, list[Curve]]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["gather"])
+    parser.add_argument("folders", nargs="+", metavar="RUN")
+    parser.add_argument("--into", default="", metavar="NAME")
+    parser.add_argument("--unfinished", action="store_true")
+    flags = parser.parse_args()
     try:
-        match sys.argv[1:]:
-            case ["gather", "--into", into, folder, *more]:
-                gather([folder, *more], into)
-            case ["gather", folder, *more] if not folder.startswith("--"):
-                gather([folder, *more])
-            case _:
-                sys.exit(__doc__)
+        gather(flags.folders, flags.into, flags.unfinished)
     except (ValueError, OSError) as error:
         print(f"curves: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,7 +15,8 @@ def continuous_sizes(vec: VectorEnv) -> tuple[int, int, int]:
     """How many numbers there are in the features, in an action, and in a goal (0: no goals). Raises EnvError for
     actions that are not continuous."""
     if not isinstance(vec.action_space, gym.spaces.Box):
-        raise EnvError(f"{vec.env.spec.id} has {vec.action_space} actions; continuous ones (Box) are needed")
+        raise EnvError(f"{vec.env.spec.id} has {vec.action_space} actions; continuous ones (Box) are needed, "
+                       "or a script for discrete ones, as algos/ppo.py")
     d = vec.action_space.shape[0]
     if len(vec.observation_space.shape or ()) == 3:
         raise EnvError(f"{vec.env.spec.id} observes pictures; name an encoder behind the id, as in "

@@ -218,10 +218,11 @@ def _load_rules(item: str, env_id: str) -> dict[str, Policy]:
     if item in rules:
         return {item: rules[item]}
     if not rules:
-        remedy = "no rules are registered for it; --knowledge takes a Python file of yours, run:<RUN_DIR> or none"
-    elif item == "auto":
-        remedy = f"it has no default rules; name some of {', '.join([*groups, *rules])}"
-    elif close := difflib.get_close_matches(item, [*groups, *rules], n=1):
+        raise KnowledgeError(f"no rules ship for {env_id}; --knowledge takes a Python file of yours, run:<RUN_DIR>, or "
+                             "none")
+    if item == "auto":
+        raise KnowledgeError(f"{env_id} has no default rules; --knowledge takes some of {', '.join([*groups, *rules])}")
+    if close := difflib.get_close_matches(item, [*groups, *rules], n=1):
         remedy = f"did you mean {close[0]}?"
     else:
         remedy = f"known are {', '.join([*groups, *rules])}; of a file of yours, name mine.py or mine.py:function"

@@ -34,8 +34,8 @@ def load_features(spec: str, env_id: str, example: torch.Tensor, kept_in: str = 
     `mine.py` with torch functions of batches, or `llm:mine.py` with functions of single states, run in the sandbox.
 
     `example` (B, n): states to try it on. `kept_in`: folder of a run that is resumed or evaluated, whose copy of the
-    file is used; a line on stderr says where the file differs. Raises KnowledgeError, one line, for what cannot be
-    used.
+    file is used; a line on stderr says where the file differs. Of a new run it says which pair it has. Raises
+    KnowledgeError, one line, for what cannot be used.
     """
     if spec == "none":
         return Features(lambda s: s, lambda x: torch.zeros(x.shape[0]))
@@ -48,6 +48,9 @@ def load_features(spec: str, env_id: str, example: torch.Tensor, kept_in: str = 
         file = kept_file(spec, kept_in) or path
         features = _generated(path, file) if spec.startswith("llm:") else _from_file(path, file)
     _try(features, spec, example)
+    if not kept_in:
+        print(f"features: {spec}, {features.revise(example).shape[1] - example.shape[1]} beside {example.shape[1]} "
+              "observed", file=sys.stderr)
     return features
 
 

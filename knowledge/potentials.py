@@ -12,6 +12,7 @@ of the task, unless its name says so. `load` finds one by name or by file, as `-
 """
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,8 @@ from knowledge.dataset import Dataset, shipped_for
 from knowledge.history import History, Potential
 from knowledge.registry import KnowledgeError
 
-SHIPPED = Path(__file__).resolve().parent / "shipped"
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "knowledge" / "shipped"
 SUFFIXES = {"code": "py", "pref": "pt", "goals": "json", "goals-minilm": "json"}  # of the files that hold them
 LARGEST = 1000.0  # potentials are clipped to +- this
 KEY, BALL, BOX, DOOR, GOAL = 5, 6, 7, 4, 8
@@ -231,7 +233,15 @@ def path_of(spec: str, env_id: str) -> tuple[str, Path | None]:
 def load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kept_in: str = "") -> Checked:
     """The potential that `spec` names, for `env_id`. `describe` gives the phrases of observations {name: (B, ...)},
     `words` what the actions do: for potentials that read text. `kept_in` is the folder of a run that goes on: of files
-    its copies are taken. Raises KnowledgeError for whatever cannot be used."""
+    its copies are taken. Of a new run stderr says what it is. Raises KnowledgeError for whatever cannot be used."""
+    found, path = _load(spec, env_id, describe, words, kept_in), path_of(spec, env_id)[1]
+    if spec != "none" and not kept_in:
+        print(f"knowledge: {spec}" + (f", {path.relative_to(ROOT)}" if path and path.is_relative_to(ROOT) else ""),
+              file=sys.stderr)
+    return found
+
+
+def _load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kept_in: str) -> Checked:
     kind, path = path_of(spec, env_id)
     named = path
     if path is not None:

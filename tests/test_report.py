@@ -63,7 +63,9 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     with pytest.raises(ValueError, match="holds smoke runs"):
         curves.gather([*folders[:1], str(tmp_path / "smoke")])
     assert not curves.RESULTS.exists()  # nothing was written
-    curves.gather(folders[:-1])
+    curves.gather(folders[1:2])
+    assert "has 999 of 1000 steps; finish it with --resume" in capsys.readouterr().out and not curves.RESULTS.exists()
+    curves.gather(folders[:-1], unfinished=True)
     said = capsys.readouterr().out.splitlines()
     assert "unfinished" not in said[0] and said[1].endswith("sac_kian none, seed 1; unfinished, 999 of 1000 steps")
     found = curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v4.csv", "success_rate")
@@ -76,7 +78,7 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     assert found["sac_kian"][0].commits == {"c"}
     assert found["sac_kian none"][0].commits == {"c", "d"}  # nothing is left of b's
     (tmp_path / "run1" / "MinAtar" / "eval.csv").write_text("step,wall_s,success_rate\n0,1,0.7\n400,2,0.7\n")
-    curves.gather(folders[1:2])  # a smoke run by the same name
+    curves.gather(folders[1:2], unfinished=True)  # a smoke run by the same name
     assert "kept, longer: sac_kian none, seed 1 of FetchPush-v4.csv has 999 steps" in capsys.readouterr().out
     assert curves.load_curves(curves.RESULTS / "sac_kian" / "FetchPush-v4.csv", "success_rate") == found
     script = (tmp_path / "algos" / "sac_kian.py").read_text()  # a flag of a fork
@@ -97,11 +99,11 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     (tmp_path / "algos" / "sac_kian.py").write_text(script)
     (tmp_path / "benchmarks/results/side").mkdir()
     (tmp_path / "benchmarks/results/side/FetchPush-v2.csv").write_text(",".join(curves.COLUMNS) + "\n")
-    curves.gather(folders[1:2], into="side")
+    curves.gather(folders[1:2], into="side", unfinished=True)
     assert curves.file_of("side", "FetchPush-v4").stem == "FetchPush-v2"  # tables show the id that ran, v4
     (tmp_path / "run1/MinAtar/config.json").write_text(json.dumps(config | {"env_id": "FetchPush-v5"}))
     with pytest.raises(ValueError, match="run1/MinAtar ran in FetchPush-v5, and the tables have FetchPush-v4"):
-        curves.gather(folders[1:2], into="side")
+        curves.gather(folders[1:2], into="side", unfinished=True)
     assert list(curves.load_curves(curves.RESULTS / "side" / "FetchPush-v2.csv", "success_rate")) == ["sac_kian none"]
 
 
