@@ -217,15 +217,16 @@ def _load_rules(item: str, env_id: str) -> dict[str, Policy]:
         return {name: rules[name] for name in groups[item]}
     if item in rules:
         return {item: rules[item]}
+    known = ", ".join([*groups, *rules])
+    if item == "auto":  # which nobody has to type
+        remedy = f"some of {known}" if known else "a Python file of yours, run:<RUN_DIR>, or none"
+        raise KnowledgeError(f"no default rules ship for {env_id}; --knowledge takes {remedy}")
     if not rules:
-        raise KnowledgeError(f"no rules ship for {env_id}; --knowledge takes a Python file of yours, run:<RUN_DIR>, or "
-                             "none")
-    if item == "auto":
-        raise KnowledgeError(f"{env_id} has no default rules; --knowledge takes some of {', '.join([*groups, *rules])}")
-    if close := difflib.get_close_matches(item, [*groups, *rules], n=1):
+        remedy = "no rules ship for it; --knowledge takes a Python file of yours, run:<RUN_DIR>, or none"
+    elif close := difflib.get_close_matches(item, [*groups, *rules], n=1):
         remedy = f"did you mean {close[0]}?"
     else:
-        remedy = f"known are {', '.join([*groups, *rules])}; of a file of yours, name mine.py or mine.py:function"
+        remedy = f"known are {known}; of a file of yours, name mine.py or mine.py:function"
     raise KnowledgeError(f"knowledge '{item}' is unknown for {env_id}: {remedy}")
 
 

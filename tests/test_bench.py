@@ -286,7 +286,7 @@ def test_rules_are_measured_before_any_learning(tmp_path):
                                                                ("doing nothing", "4")]
     assert found[0]["success_rate"] == "1" and float(found[1]["return_mean"]) < float(found[0]["return_mean"])
     wrong = subprocess.run([*command[:3], "CartPole-v1"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "no rules ship for" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+    assert wrong.returncode == 2 and "no default rules ship for" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
     (tmp_path / "rules.csv").write_text("somebody's\n")
     wrong = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert wrong.returncode == 2 and "rules.csv is not a table of this command" in wrong.stderr

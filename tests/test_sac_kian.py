@@ -175,7 +175,7 @@ def test_keys_are_taken_over_by_name(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (dict(knowledge="missing.py"), "missing.py"), (dict(knowledge="run:missing"), "missing"),
-    (dict(knowledge="auto"), "no rules ship for"), (dict(init_from="missing"), "missing"),
+    (dict(knowledge="auto"), "no default rules ship for"), (dict(init_from="missing"), "missing"),
     (dict(hidden="256"), "--hidden"), (dict(goal_range=5.0), "--goal-range"),
     (dict(cosine_scale=math.inf), "--cosine-scale"), (dict(her_goals=-1), "--her-goals")])
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, tmp_path):
