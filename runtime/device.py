@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, Callable
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm
 
 from errors import UserError
@@ -46,6 +45,8 @@ def compiled(function: Callable, wanted: bool, device: torch.device, fullgraph: 
     compiler fails with, at the first call, is one line."""
     if not wanted or not can_compile(device):
         return function
+    from torch._dynamo.exc import BackendCompilerFailed  # a second, for which --help and an error need not wait
+
     graph, first = torch.compile(function, fullgraph=fullgraph, dynamic=False), True
 
     def call(*inputs):
@@ -68,6 +69,8 @@ def compile_for(function: Callable, options: dict, *example: Any) -> Callable:
 
     Later arguments must be tensors of the same shapes and types, and everything else must be equal. Nobody checks that:
     the check that torch.compile makes at every call takes half as long as the update of a small network."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
     tell_compiling()
     try:
         graph = torch.compile(function, fullgraph=True, dynamic=False, options=options).aot_compile((example, {}))
@@ -83,7 +86,7 @@ def tell_compiling() -> None:
                "slower", file=sys.stderr)  # above a bar
 
 
-def tell_failed(error: BackendCompilerFailed) -> None:
+def tell_failed(error: Any) -> None:
     why = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
     tqdm.write(f"the update is not compiled ({why}): training is slower but the same", file=sys.stderr)
 
