@@ -318,7 +318,9 @@ def page(results: dict[str, dict[str, Variants]]) -> str:
     return (ROOT / "benchmarks" / "report_template.html").read_text().replace("/*DATA*/null", data)
 
 
-def main(html: Path) -> None:
+def all_results() -> dict[str, dict[str, Variants]]:
+    """{method: {environment: curves}} of all committed results. Methods that stand beside another one are in its tables,
+    too, read by its score."""
     results = {}
     for path in sorted(RESULTS.glob("*/*.csv")):
         algo, env = path.parent.name, real_id(path.stem)
@@ -333,9 +335,15 @@ def main(html: Path) -> None:
     listed = {(entry["algo"], real_id(entry["env"])) for entry in paper()["environment"]}
     for algo in paper()["method"]:
         for other in reading(algo).beside:
-            for env, variants in results.get(other, {}).items():
+            for env in results.get(other, {}):
                 if env in results.get(algo, {}) or (algo, env) in listed:  # also where `algo` itself has no curve yet
+                    variants = load_curves(file_of(other, env), reading(algo, env).score)  # all rows by one score
                     results.setdefault(algo, {}).setdefault(env, {}).update(variants)
+    return results
+
+
+def main(html: Path) -> None:
+    results = all_results()
     others = {other for algo in results for other in reading(algo).beside}  # they are shown there
     for algo, environments in results.items():
         if algo in others:

@@ -30,6 +30,15 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
     assert drawn == committed, "make report"
 
 
+def test_rows_beside_a_method_are_read_by_its_score():
+    """bk_pref has no entry of its own in paper.toml; in the tables of bk_code success counts."""
+    door = "MiniGrid-DoorKey-8x8-v0"
+    beside = report.all_results()["bk_code"][door]
+    for algo in ("bk_code", "bk_pref", "ppo_rnd"):
+        alone = curves.load_curves(curves.file_of(algo, door), "success_rate")
+        assert alone and all(beside[name] == variant for name, variant in alone.items())
+
+
 def test_the_figure_of_forms_finds_its_curves():
     """A form whose variant has another name in the results would be drawn as "not run"."""
     env, budget, score, nothing, names = forms.TASKS[0]
