@@ -1,14 +1,16 @@
 """A2C: synchronous advantage actor-critic, for discrete and continuous actions.
 
-Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning" (arXiv 1602.01783), with all environments in step.
-Each iteration plays `num_steps` steps and learns from them once: a policy gradient with advantages that count the
-rewards of these steps and the value after them (gae_lambda 1), a value error, an entropy bonus, and RMSprop.
+Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning" (arXiv 1602.01783), with all environments stepped
+together. Each iteration plays `num_steps` steps and makes one update with them, by RMSprop:
 
-The released code runs RMSprop as TensorFlow has it: epsilon under the root, and squared gradients that start at 1. As
-PyTorch has it, the first steps are ten learning rates long in every weight. --rmsprop torch does that.
+    A_t  = r_t + gamma r_(t+1) + ... + gamma^(T-t) V(s_T) - V(s_t),   s_T the state after the last step (gae_lambda 1)
+    loss = -E A log pi(a|s) + value_coef E (V(s) - V_old(s) - A)^2 - entropy_coef E H(pi(.|s))
 
-Everything else is PPO's: `diff algos/ppo.py algos/a2c.py`. So the first layer is shared by actor and critic. A
-Gaussian policy has the same deviation in all states.
+The released code uses TensorFlow's RMSprop: epsilon is under the root, and the mean of squared gradients starts at 1.
+With PyTorch's RMSprop (--rmsprop torch) the first steps are ten learning rates long in every weight.
+
+Everything else is PPO's: `diff algos/ppo.py algos/a2c.py`. So actor and critic share the first layer. A Gaussian policy
+has the same deviation in all states.
 
 python algos/a2c.py --env MiniGrid-DoorKey-5x5-v0
 python algos/a2c.py --env CartPole-v1 --num-envs 8 --entropy-coef 0 --eval-select argmax --total-timesteps 150000
@@ -41,39 +43,39 @@ WIDTH = 64  # of the encoder's output and of all hidden layers
 class Args:
     """A2C."""
     # twin: run arguments of PPO
-    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another id may be given
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 16  # environments stepped together
     eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 100  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     num_steps: int = 5  # steps of every environment per iteration, which is one update
     learning_rate: float = 7e-4  # RMSprop, constant
-    rmsprop: Literal["tf", "torch"] = "tf"  # epsilon under the root and squares from 1 on; or outside, and from 0 on
+    rmsprop: Literal["tf", "torch"] = "tf"  # tf: epsilon under the root, squares start at 1; torch: outside, at 0
     rmsprop_decay: float = 0.99  # alpha, of the mean of squared gradients
     rmsprop_eps: float = 1e-5  # epsilon
     gamma: float = 0.99  # discount per step
-    gae_lambda: float = 1.0  # of the advantage estimate; 1: rewards of the rollout and the value after it
-    entropy_coef: float = 0.01  # weight of the entropy bonus; on CartPole it keeps from a return of 500
+    gae_lambda: float = 1.0  # lambda of the advantage estimate (GAE); 1: rewards of the rollout and the value after it
+    entropy_coef: float = 0.01  # weight of the entropy bonus; with a bonus, CartPole stays below a return of 500
     value_coef: float = 0.5  # weight of the value loss, which has no factor 1/2 of its own
-    max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
-    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
-    normalize: bool = False  # flat observations shifted and scaled by running statistics, clipped to +-5
-    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+    max_grad_norm: float = 0.5  # the gradient of all parameters is clipped to this norm
+    bootstrap: bool = True  # at a time limit, add the value of the last state to the return
+    normalize: bool = False  # flat observations normalised by running mean and deviation, clipped to +-5
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluations draw actions, or take the most likely ones
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf),
           "rmsprop_decay": (0, 1)}
 TUNE = {"learning_rate": (1e-4, 3e-3), "entropy_coef": (1e-5, 3e-2), "num_steps": [5, 8, 16, 32],
@@ -81,7 +83,7 @@ TUNE = {"learning_rate": (1e-4, 3e-3), "entropy_coef": (1e-5, 3e-2), "num_steps"
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A layer whose units have weights of length 1 at the start, and no bias."""
+    """A layer that starts with biases 0 and, for each unit, a random weight vector of length 1."""
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
@@ -90,8 +92,8 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class GridEncoder(nn.Module):
-    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
-    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, and 2x2 max pooling after the first. They are matrix
+    products of gathered cells: for 7x7 cells on a CPU this is more than twice as fast as nn.Conv2d."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +113,7 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: the convolutions of DQN (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
@@ -121,7 +123,7 @@ class PixelEncoder(nn.Sequential):
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of the view
 
 
 Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
@@ -145,7 +147,7 @@ class Categorical(NamedTuple):
 
 # twin: Gaussian policy
 class Gaussian(NamedTuple):
-    """A policy's distributions over continuous actions (B, d), which only the environment gets clipped to [-1, 1]."""
+    """A policy's distributions over continuous actions (B, d). The environment gets actions clipped to [-1, 1]."""
     mean: torch.Tensor  # (B, d)
     log_std: torch.Tensor  # (B, d)
 
@@ -167,14 +169,14 @@ class Output(NamedTuple):
 
 
 class Agent(nn.Module):
-    """Actor and critic on one encoder."""
+    """Actor and critic with a common encoder."""
 
     def __init__(self, shape: tuple[int, ...], outputs: int, discrete: bool = True):
         super().__init__()
         self.encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
         self.critic = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, 1))
         self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
-        self.actor = linear(WIDTH, outputs)  # logits of actions, or the mean of one
+        self.actor = linear(WIDTH, outputs)  # logits of discrete actions, or the mean of a continuous one
         self.log_std = None if discrete else nn.Parameter(torch.zeros(outputs))  # the same in all states
         self.actor.weight.data.mul_(0.01)  # actions are about equally likely, or means near 0, at first
 
@@ -193,13 +195,13 @@ class Batch(NamedTuple):
     obs: Seen
     action: torch.Tensor  # (B,) or (B, d)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
-    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    value: torch.Tensor  # (B,), of the observation, by the critic during the rollout
     advantage: torch.Tensor  # (B,)
-    target_value: torch.Tensor  # (B,), what the critic is to learn
+    target_value: torch.Tensor  # (B,), target of the critic
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Noise that makes the argmax of log-probabilities a draw from them."""
+    """Gumbel noise: the argmax of log-probabilities plus this noise is a draw from them."""
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
@@ -218,8 +220,8 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` makes the agent's inputs
+    from observations, `loop` has the present ones, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     seen, steps = look(loop["obs"]), []
     for _ in range(args.num_steps):
@@ -245,8 +247,8 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
 
 
 def a2c_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a rollout, and what is logged of it. Means over steps: with sums, the step would grow with num_envs.
-    Advantages are not normalised, for the deviation of a few steps is noise."""
+    """Loss of a rollout, and scalars for the log. Means over steps: with sums, the step would grow with num_envs.
+    Advantages are not normalised, because the deviation of a few steps is noise."""
     output = agent(batch.obs)
     policy, value = output.policy, output.value
     policy_loss = -(batch.advantage * policy.log_prob(batch.action)).mean()
@@ -297,7 +299,7 @@ def main(args: Args) -> dict[str, float]:
 
     vec = envs.make_vec(args.env, args.num_envs)
     shape, outputs, discrete = envs.policy_sizes(vec)
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = Agent(shape, outputs, discrete).to(device)
     optimizer = RMSprop(agent.parameters(), args)
@@ -310,20 +312,20 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, copies=100)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor], count: bool = False) -> Seen:
-        """What the agent sees of observations. With `count` the running statistics take them in first."""
+        """Observations -> inputs of the agent. With `count` they update the running statistics first."""
         features = envs.seen(obs) if discrete else envs.flatten(obs)
         if count and normalizer.on:
             normalizer.add(features)
         return normalizer(features).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]. The run exports this as policy.pt2."""
         found = agent(look(obs)).policy
         return (found.log_probs if discrete else found.mean.clamp(-1, 1)).cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         found = agent(look(envs.to_tensors(obs))).policy
         best = evaluator.noted(found.log_probs) if discrete else evaluator.noted(found.mean, found.log_std.exp())
         if args.eval_select == "sample":

@@ -1,15 +1,17 @@
 """ACER: actor-critic with experience replay, for discrete actions.
 
 Wang et al., "Sample Efficient Actor-Critic with Experience Replay" (arXiv 1611.01224). Each iteration plays a segment
-of `num_steps` steps in every environment, learns from it, stores it, and learns from stored segments, `replay_ratio`
-times in the mean. A ratio is pi / mu: today's probability of an action, and that of the policy which acted then.
-- Q learns Retrace returns, in which ratios are cut at 1.
-- The actor's ratios are cut at `ratio_limit`. An expectation over all actions makes up for what is cut.
-- The actor's gradient is projected, so that a step leads only so far away from a slow average of past policies. It is
-  the gradient in the probabilities of actions, as in the released code, not that in logits.
+of `num_steps` steps in every environment, learns from it, stores it, and learns from stored segments, on average
+`replay_ratio` times. mu is the policy that acted, rho(a) = pi(a|s) / mu(a|s) and V(s) = sum_a pi(a|s) Q(s, a):
 
-Episodes may end inside a segment, and a time limit bootstraps. The learning rate falls to 0 over the run. Networks and
-RMSprop are A2C's: `diff algos/a2c.py algos/acer.py`. docs/classic.md has the equations.
+    target of Q:  R_t = r_t + gamma [min(1, rho_(t+1)) (R_(t+1) - Q_(t+1)) + V_(t+1)]                 (Retrace)
+    actor:        g_t = gradient of min(c, rho_t) (R_t - V_t) log pi(a_t)
+                        + sum_a max(0, 1 - c / rho(a)) pi(a) (Q(a) - V_t) log pi(a),   c = ratio_limit
+    trust region: z   = the vector nearest to g with k.z <= delta,   k = gradient of KL(average policy || pi)
+
+The average policy is a slow copy of pi. Gradients g, k and z are in the probabilities of actions, as in the released
+code, not in logits. Episodes may end inside a segment, and a time limit bootstraps. The learning rate falls to 0 over
+the run. Networks and RMSprop are A2C's: `diff algos/a2c.py algos/acer.py`. docs/classic.md has more.
 
 python algos/acer.py --env CartPole-v1
 python algos/acer.py --env MiniGrid-DoorKey-5x5-v0 --eval-select sample --total-timesteps 300000
@@ -45,44 +47,44 @@ EPS = 1e-6  # keeps ratios and logarithms finite where a policy is sure of its a
 class Args:
     """ACER for discrete actions."""
     # twin: run arguments
-    env: str = "CartPole-v1"  # environment id; with --evaluate another one may be named
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "CartPole-v1"  # environment id; with --evaluate another id may be given
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 100_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 8  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 20  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     num_steps: int = 20  # steps of every environment per iteration, which are one segment
-    learning_rate: float = 2e-3  # RMSprop, linear to 0
-    rmsprop: Literal["tf", "torch"] = "tf"  # epsilon under the root and squares from 1 on; or outside, and from 0 on
+    learning_rate: float = 2e-3  # RMSprop; it falls linearly to 0
+    rmsprop: Literal["tf", "torch"] = "tf"  # tf: epsilon under the root, squares start at 1; torch: outside, at 0
     rmsprop_decay: float = 0.99  # alpha, of the mean of squared gradients
     rmsprop_eps: float = 1e-5  # epsilon
     gamma: float = 0.99  # discount per step
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss, which has a factor 1/2 of its own
-    max_grad_norm: float = 10.0  # gradients of all parameters together are cut to this length
-    eval_select: Literal["sample", "argmax"] = "argmax"  # evaluation draws actions, or takes the likeliest
+    max_grad_norm: float = 10.0  # the gradient of all parameters is clipped to this norm
+    eval_select: Literal["sample", "argmax"] = "argmax"  # evaluations draw actions, or take the most likely ones
 
     # method
     replay_ratio: float = 4.0  # updates from the buffer per rollout: the mean of a Poisson distribution
     buffer_size: int = 5_000  # steps of every environment that are kept
     replay_starts: int = 1_000  # steps of every environment before the first update from the buffer
-    ratio_limit: float = 10.0  # c, at which the actor's ratios are cut
-    delta: float = 1.0  # of the trust region: how fast KL(average || policy) may grow along z; 1e9: no limit
+    ratio_limit: float = 10.0  # c, the largest ratio in the actor's gradient
+    delta: float = 1.0  # largest k.z of the trust region: how fast KL(average || policy) may grow; 1e9: no limit
     average_decay: float = 0.99  # of the average policy, per update
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf), "rmsprop_decay": (0, 1),
           "replay_ratio": (0, math.inf), "replay_starts": (0, math.inf), "average_decay": (0, 1)}
 TUNE = {"learning_rate": (1e-4, 3e-3), "delta": (0.1, 3.0), "replay_ratio": [1.0, 2.0, 4.0, 8.0],
@@ -90,7 +92,7 @@ TUNE = {"learning_rate": (1e-4, 3e-3), "delta": (0.1, 3.0), "replay_ratio": [1.0
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A layer whose units have weights of length 1 at the start, and no bias."""
+    """A layer that starts with biases 0 and, for each unit, a random weight vector of length 1."""
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
@@ -99,8 +101,8 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class GridEncoder(nn.Module):
-    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
-    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, and 2x2 max pooling after the first. They are matrix
+    products of gathered cells: for 7x7 cells on a CPU this is more than twice as fast as nn.Conv2d."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +122,7 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: the convolutions of DQN (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
@@ -130,7 +132,7 @@ class PixelEncoder(nn.Sequential):
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of the view
 
 
 Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
@@ -143,7 +145,7 @@ class Output(NamedTuple):
 
 
 class Agent(nn.Module):
-    """Actor and critic on one encoder."""
+    """Actor and critic with a common encoder."""
 
     def __init__(self, shape: tuple[int, ...], num_actions: int):
         super().__init__()
@@ -181,7 +183,7 @@ class SegmentBuffer:
         self.rollouts.append(tree_map(lambda column: column.cpu(), rollout))
 
     def draw(self) -> Batch:
-        """One segment of every environment, each from a rollout of its own, for steps of one time are alike."""
+        """One segment of every environment, each from a random rollout: segments of the same time are alike."""
         index = torch.randint(len(self.rollouts), (len(self.rollouts[0].action),)).tolist()
         return Batch(*(torch.stack([self.rollouts[j][column][i] for i, j in enumerate(index)])
                        for column in range(len(Batch._fields))))
@@ -194,14 +196,14 @@ class SegmentBuffer:
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Noise that makes the argmax of log-probabilities a draw from them."""
+    """Gumbel noise: the argmax of log-probabilities plus this noise is a draw from them."""
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their segments (N, T, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    """Play `num_steps` steps in every environment -> their segments (N, T, ...). `look` makes the agent's inputs
+    from observations, `loop` has the present ones, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
@@ -234,8 +236,8 @@ def next_values(agent: Agent, batch: Batch) -> torch.Tensor:
 def retrace(batch: Batch, q: torch.Tensor, value: torch.Tensor, next_value: torch.Tensor, ratio: torch.Tensor,
             gamma: float) -> torch.Tensor:
     """Retrace returns (N, T), what Q is to learn (Munos et al., arXiv 1606.02647), from q and ratio of the actions that
-    were taken, values of the states, and `next_values`, all (N, T). A return goes on past a step as far as today's
-    policy would have taken it, too; beyond that V counts."""
+    were taken, values of the states, and `next_values`, all (N, T). A return goes on past a step as far as the present
+    policy would take that step, too; for the rest V counts."""
     running, target = next_value[:, -1], torch.zeros_like(q)
     for t in reversed(range(q.shape[1])):
         following = torch.where(batch.truncated[:, t], next_value[:, t], running)
@@ -248,7 +250,7 @@ def actor_weights(action: torch.Tensor, probs: torch.Tensor, ratios: torch.Tenso
                   value: torch.Tensor, target: torch.Tensor, limit: float) -> torch.Tensor:
     """Weights w (N, T, A) of the actor's objective sum_a w(a) log pi(a), from action (N, T, 1), probs, ratios and q
     (N, T, A), values and Retrace returns (N, T, 1). The action that was taken counts with its ratio, cut at `limit`,
-    and its advantage by the return. What is cut off, of any action, counts with its advantage by Q."""
+    and its advantage by the return. What is cut off, of all actions, counts with the advantage by Q."""
     taken = ratios.gather(2, action).clamp(max=limit) * (target - value)
     correction = (1 - limit / ratios).clamp(min=0) * probs * (q - value)
     return correction.scatter_add(2, action, taken)
@@ -257,20 +259,20 @@ def actor_weights(action: torch.Tensor, probs: torch.Tensor, ratios: torch.Tenso
 def trust_region(gradient: torch.Tensor, probs: torch.Tensor, average_probs: torch.Tensor, delta: float
                  ) -> tuple[torch.Tensor, torch.Tensor]:
     """The vector z nearest to `gradient` with k.z <= delta, where k is the gradient of KL(average || policy) in
-    `probs`, all (N, T, A); and whether z is another one than `gradient` (N, T, 1)."""
+    `probs`, all (N, T, A); and whether z differs from `gradient` (N, T, 1)."""
     k = -average_probs / (probs + EPS)
     excess = ((k * gradient).sum(2, keepdim=True) - delta) / k.square().sum(2, keepdim=True)
     return gradient - excess.clamp(min=0) * k, excess > 0
 
 
 def forward(agent: Agent, obs: Seen) -> Output:
-    """What the agent says of observations (N, T, ...), with the same first two dimensions."""
+    """The agent's outputs for observations (N, T, ...), with the same first two dimensions."""
     return Output(*(x.unflatten(0, obs.shape[:2]) for x in agent(obs.flatten(0, 1))))
 
 
 def acer_loss(agent: Agent, average: Agent, batch: Batch, next_value: torch.Tensor, args: Args
               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a batch of segments, and what is logged of it."""
+    """Loss of a batch of segments, and scalars for the log."""
     output, action = forward(agent, batch.obs), batch.action.unsqueeze(2)
     probs, q = output.log_probs.exp(), output.q.gather(2, action).squeeze(2)
     with torch.no_grad():
@@ -332,8 +334,8 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device)
 
     vec = envs.make_vec(args.env, args.num_envs)
-    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3): cells in view, or (f,): features; number of actions
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = Agent(shape, num_actions).to(device)
     average = copy.deepcopy(agent).requires_grad_(False)
@@ -347,16 +349,16 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, copies=100)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
-        """What the agent sees of observations."""
+        """Observations -> inputs of the agent."""
         return envs.seen(obs).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A). The run exports this as policy.pt2."""
         return agent(look(obs)).log_probs.cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         output = agent(look(envs.to_tensors(obs)))
         log_probs = evaluator.noted(output.log_probs.cpu())
         if args.eval_select == "sample":

@@ -1,13 +1,15 @@
 """ACKTR: actor-critic with a natural gradient from Kronecker factors.
 
 Wu et al., "Scalable trust-region method for deep reinforcement learning using Kronecker-factored approximation"
-(arXiv 1708.05144). The loss is A2C's. For each layer the Fisher matrix is approximated by the Kronecker product of two
-small matrices: A, of the layer's inputs, and S, of the gradients of the log-likelihood at its outputs. Their inverses
-turn the gradient into the natural gradient U. The step is nu U, where nu keeps the predicted change of the policy below
-kl_clip. The critic counts as a Gaussian around its values, so its layers have factors as well.
+(arXiv 1708.05144). The loss is A2C's. For each layer the Fisher matrix is approximated by a Kronecker product of A, of
+the layer's inputs x, and S, of the gradients g of the log-likelihood at its outputs. G is the gradient of the loss,
+and the inverses are damped:
 
-Departures: advantages are GAE's with lambda 0.95, and normalised. Actor and critic share no layer, but one nu; with
---separate each has its own. Observations are flat arrays. The rest is A2C's: `diff algos/a2c.py algos/acktr.py`.
+    A = E x x^T,   S = E g g^T,   U = S^-1 G A^-1,   step = -lr nu U,   nu = min(1, sqrt(kl_clip / (lr^2 sum <U, G>)))
+
+The critic counts as a Gaussian around its values, so its layers have factors as well. Departures: advantages are GAE's
+with lambda 0.95, and normalised. Actor and critic share no layer, but one nu; with --separate each has its own.
+Observations are flat arrays. The rest is A2C's: `diff algos/a2c.py algos/acktr.py`.
 
 python algos/acktr.py --env CartPole-v1
 """
@@ -39,25 +41,25 @@ class Args:
     """ACKTR."""
     # twin: run arguments
     env: str = "CartPole-v1"  # environment id
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 100_000  # environment steps, summed over environments; plans the learning rate
     num_envs: int = 8  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 20  # episodes per evaluation
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     num_steps: int = 20  # steps of every environment per iteration, which is one update
     learning_rate: float = 0.25  # at the start, then linearly to 0 at the end; nu shortens most steps
-    kl_clip: float = 1e-3  # the step keeps the predicted change of the policy below this
+    kl_clip: float = 1e-3  # bound of the squared length of a step, lr^2 nu^2 <U, F U>: twice the predicted divergence
     damping: float = 0.01  # added to the eigenvalues of the Fisher matrix
     factor_decay: float = 0.99  # rho, of the running means of the factors
     momentum: float = 0.9  # of the steps
@@ -65,24 +67,24 @@ class Args:
     cold_updates: int = 10  # first updates, by the plain gradient, while factors are only averaged
     separate: bool = False  # a trust region for the actor and one for the critic, not one for both
     gamma: float = 0.99  # discount per step
-    gae_lambda: float = 0.95  # of the advantage estimate; 1: rewards of the rollout and the value after it
-    normalize_advantage: bool = True  # advantages of a rollout to mean 0 and deviation 1
-    entropy_coef: float = 0.0  # weight of the entropy bonus; on CartPole it keeps from a return of 500
+    gae_lambda: float = 0.95  # lambda of the advantage estimate (GAE); 1: rewards of the rollout and the value after it
+    normalize_advantage: bool = True  # shift and scale the advantages of a rollout to mean 0 and deviation 1
+    entropy_coef: float = 0.0  # weight of the entropy bonus; with a bonus, CartPole stays below a return of 500
     value_coef: float = 0.25  # weight of the value loss, which has no factor 1/2 of its own
-    max_grad_norm: float = 0.5  # in cold updates, gradients of all parameters together are cut to this length
-    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
-    normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
-    eval_select: Literal["sample", "argmax"] = "argmax"  # evaluation draws actions, or takes the likeliest
+    max_grad_norm: float = 0.5  # in cold updates, the gradient of all parameters is clipped to this norm
+    bootstrap: bool = True  # at a time limit, add the value of the last state to the return
+    normalize: bool = False  # inputs normalised by running mean and deviation, clipped to +-5
+    eval_select: Literal["sample", "argmax"] = "argmax"  # evaluations draw actions, or take the most likely ones
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf),
           "factor_decay": (0, 1), "momentum": (0, 1), "cold_updates": (0, math.inf)}
 TUNE = {"learning_rate": (0.03, 0.5), "kl_clip": (1e-4, 1e-2), "damping": (1e-3, 0.1), "num_steps": [5, 10, 20]}
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A layer whose units have weights of length 1 at the start, and no bias."""
+    """A layer that starts with biases 0 and, for each unit, a random weight vector of length 1."""
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
@@ -111,7 +113,7 @@ class Categorical(NamedTuple):
 
 # twin: Gaussian policy
 class Gaussian(NamedTuple):
-    """A policy's distributions over continuous actions (B, d), which only the environment gets clipped to [-1, 1]."""
+    """A policy's distributions over continuous actions (B, d). The environment gets actions clipped to [-1, 1]."""
     mean: torch.Tensor  # (B, d)
     log_std: torch.Tensor  # (B, d)
 
@@ -141,9 +143,9 @@ class Agent(nn.Module):
         def network(width: int) -> nn.Sequential:
             return nn.Sequential(linear(f, WIDTH), nn.Tanh(), linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, width))
         self.critic = network(1)
-        self.actor = network(outputs)  # logits of actions, or the mean of one
+        self.actor = network(outputs)  # logits of discrete actions, or the mean of a continuous one
         self.actor[-1].weight.data.mul_(0.01)  # actions are about equally likely at first
-        # a layer whose input is 0, so only its bias acts, the same in all states; but a layer has factors
+        # the deviation is a layer, because only layers have factors; its input is 0, so only its bias acts
         self.actor_log_std = None if discrete else linear(1, outputs)
 
     def forward(self, obs: Seen) -> Output:
@@ -160,13 +162,13 @@ class Batch(NamedTuple):
     obs: Seen
     action: torch.Tensor  # (B,) or (B, d)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
-    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    value: torch.Tensor  # (B,), of the observation, by the critic during the rollout
     advantage: torch.Tensor  # (B,)
-    target_value: torch.Tensor  # (B,), what the critic is to learn
+    target_value: torch.Tensor  # (B,), target of the critic
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Noise that makes the argmax of log-probabilities a draw from them."""
+    """Gumbel noise: the argmax of log-probabilities plus this noise is a draw from them."""
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
@@ -185,8 +187,8 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` makes the agent's inputs
+    from observations, `loop` has the present ones, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     seen, steps = look(loop["obs"]), []
     for _ in range(args.num_steps):
@@ -212,7 +214,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
 
 
 def a2c_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a rollout, and what is logged of it. Means over steps: with sums, the step would grow with num_envs."""
+    """Loss of a rollout, and scalars for the log. Means over steps: with sums, the step would grow with num_envs."""
     output = agent(batch.obs)
     policy, value, advantage = output.policy, output.value, batch.advantage
     if args.normalize_advantage:
@@ -232,7 +234,7 @@ def layers_of(agent: Agent) -> dict[str, nn.Linear]:
 
 def factors(inputs: torch.Tensor, gradients: torch.Tensor) -> dict[str, torch.Tensor]:
     """A (k+1, k+1) and S (o, o) of a layer, from its inputs (B, k) and the gradients (B, o) of each sample's
-    log-likelihood at its outputs. An input more is always 1: what it is multiplied with is the bias."""
+    log-likelihood at its outputs. One more input is always 1; its weight is the bias."""
     inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)  # (B, k+1)
     return {"inputs": inputs.T @ inputs / len(inputs), "gradients": gradients.T @ gradients / len(inputs)}
 
@@ -262,8 +264,8 @@ def step_share(steps: list[torch.Tensor], gradients: list[torch.Tensor], learnin
 
 
 def batch_factors(agent: Agent, batch: Batch, noise: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
-    """A and S of all layers for the states and actions of `batch`, and values drawn by Gaussian `noise` (B,). What is
-    differentiated is the likelihood, not the loss: no advantage is in S."""
+    """A and S of all layers for the states and actions of `batch`, and values drawn by Gaussian `noise` (B,). The
+    likelihood is differentiated, not the loss, so S contains no advantage."""
     layers, passed = layers_of(agent), {}
     hooks = [layer.register_forward_hook(lambda layer, inputs, output: passed.update({layer: (inputs[0], output)}))
              for layer in layers.values()]
@@ -288,7 +290,7 @@ def make_kfac(agent: Agent) -> dict:
 
 
 def update_factors(agent: Agent, kfac: dict, batch: Batch, args: Args) -> None:
-    """Take a rollout into the running factors: into a mean of all while updates are cold, then into a decaying one."""
+    """Update the running factors with a rollout: a plain mean during cold updates, then an exponential one."""
     count, warm = kfac["updates"], kfac["updates"] - args.cold_updates
     share = 1 / (count + 1) if warm < 0 or count == 0 else 1 - args.factor_decay
     noise = torch.randn(len(batch.value)).to(batch.value)
@@ -320,7 +322,7 @@ def update(agent: Agent, kfac: dict, loss_of: Callable, batch: Batch, learning_r
         scalars["nu_" + prefix if prefix else "nu"] = nu
         for (name, layer), u in zip(region.items(), steps):
             momentum = kfac[name]["momentum"].mul_(args.momentum).add_(nu * u)
-            step = learning_rate * (1 - args.momentum) * momentum  # the factor keeps the size of the steps
+            step = learning_rate * (1 - args.momentum) * momentum  # 1 - momentum keeps the size of the steps
             layer.weight.data -= step[:, :-1]
             layer.bias.data -= step[:, -1]
     kfac["updates"] += 1
@@ -337,7 +339,7 @@ def main(args: Args) -> dict[str, float]:
     if len(shape) > 1:
         raise envs.EnvError(f"{args.env} observes views of shape {shape}; flat arrays are needed, for pictures an "
                             "encoder behind the id, as :pca, or algos/ppo.py")
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = Agent(shape[0], outputs, discrete).to(device)
     kfac = make_kfac(agent)
@@ -349,20 +351,20 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, copies=100)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor], count: bool = False) -> Seen:
-        """What the agent sees of observations. With `count` the running statistics take them in first."""
+        """Observations -> inputs of the agent. With `count` they update the running statistics first."""
         features = envs.seen(obs) if discrete else envs.flatten(obs)
         if count:
             normalizer.add(features)
         return normalizer(features).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]. The run exports this as policy.pt2."""
         found = agent(look(obs)).policy
         return (found.log_probs if discrete else found.mean.clamp(-1, 1)).cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         found = agent(look(envs.to_tensors(obs))).policy
         best = evaluator.noted(found.log_probs) if discrete else evaluator.noted(found.mean, found.log_std.exp())
         if args.eval_select == "sample":

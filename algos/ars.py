@@ -1,14 +1,18 @@
 """ARS: augmented random search, for discrete and continuous actions. The parent of `cma_es.py`.
 
 Mania et al., "Simple random search provides a competitive approach to reinforcement learning" (arXiv 1803.07055). Each
-iteration draws directions in the space of a policy's weights and plays one episode with the weights moved a little
-along each direction and one against it. The weights then move along the best directions, in proportion to the
-difference of the two returns (Algorithm 2). The policy is linear, M x, and M starts at 0. Inputs are normalised by
-running statistics (V2), which change between iterations only; --no-normalize is V1.
+iteration draws directions delta_k in the space of a policy's weights M. Two episodes are played per direction, one with
+M + noise delta_k and one with M - noise delta_k; their returns are r_k+ and r_k-. M then moves along the b best
+directions, with sigma the deviation of their 2 b returns (Algorithm 2):
+
+    M <- M + learning_rate / (b sigma) sum_k (r_k+ - r_k-) delta_k
+
+The policy is linear, M x, and M starts at 0. Inputs x are normalised by running statistics (V2), which change between
+iterations only; --no-normalize is V1.
 
 All episodes of an iteration start from the same state and are played side by side, so --num-envs is twice the number of
-directions. A discrete action is the argmax, a continuous one is cut to the box. Inputs are clipped to +-5. The steps of
-unfinished episodes after a candidate's own one has ended are not counted.
+directions. A discrete action is the argmax, a continuous one is clipped to its bounds. Inputs are clipped to +-5. An
+environment goes on until the longest episode is over; only the steps of its first episode count.
 
 python algos/ars.py --env CartPole-v1
 python algos/ars.py --env Pendulum-v1 --hidden 16 --num-envs 8 --top 1 --noise 0.1 --learning-rate 0.018
@@ -40,38 +44,38 @@ SURE = 1 - 1e-6  # probability of the chosen action in policy.pt2, where logarit
 class Args:
     """ARS."""
     # twin: run arguments
-    env: str = "CartPole-v1"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: directions, environments
+    env: str = "CartPole-v1"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: directions, environments
     total_timesteps: int = 50_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 16  # candidates that are played together, two for each direction
     eval_every: int = 5_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 20  # episodes per evaluation
     checkpoint_every: int = 25_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policies; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policies run; auto: on a GPU if there is one
     compile: bool = False  # compile the policy: about 30 s at the first start, for large policies only
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
-    top: int = 4  # b, directions that count, those with the best of their two returns
+    top: int = 4  # b, number of directions that count: those with the largest of their two returns
     noise: float = 0.05  # nu, how far candidates are moved along a direction
     learning_rate: float = 0.02  # alpha
     hidden: int = 0  # units of a hidden tanh layer; 0: the policy is linear
-    normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5
-    survival_bonus: float = 0.0  # taken from every reward in training, where tasks pay it for being alive
+    normalize: bool = True  # inputs normalised by running mean and deviation, clipped to +-5
+    survival_bonus: float = 0.0  # subtracted from every reward in training, for tasks that pay for being alive
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"hidden": (0, math.inf), "survival_bonus": (0, math.inf)}
 TUNE = {"learning_rate": (5e-3, 0.1), "noise": (5e-3, 0.2), "num_envs": [8, 16, 32, 64], "top": [1, 2, 4]}
 
 
 def sizes(vec: envs.VectorEnv) -> tuple[int, int]:
-    """How many numbers there are in the features, and actions or numbers of an action. Raises EnvError for views."""
+    """Size of the features, and number of discrete actions or size of an action. Raises EnvError for views."""
     if not isinstance(vec.action_space, gym.spaces.Discrete):
         return envs.continuous_sizes(vec)[:2]
     shape, num_actions = envs.discrete_sizes(vec)
@@ -82,7 +86,7 @@ def sizes(vec: envs.VectorEnv) -> tuple[int, int]:
 
 
 def num_weights(f: int, d: int, hidden: int) -> int:
-    """Numbers in the weights of a policy."""
+    """Number of weights of a policy."""
     return hidden * (f + d) if hidden else f * d
 
 
@@ -95,7 +99,7 @@ def forward(theta: torch.Tensor, x: torch.Tensor, d: int, hidden: int) -> torch.
 
 
 def log_probs_of_best(outputs: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (B, A) of a policy that takes the action with the largest output (B, A), as good as always."""
+    """Log-probabilities (B, A) of a policy that takes the action with the largest output (B, A), almost always."""
     best = F.one_hot(outputs.argmax(1), outputs.shape[1]).to(outputs.dtype)
     return (SURE * best + (1 - SURE) / outputs.shape[1]).log()
 
@@ -104,7 +108,7 @@ def log_probs_of_best(outputs: torch.Tensor) -> torch.Tensor:
 def play(vec: envs.VectorEnv, act: Callable, seed: int, survival_bonus: float
          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One episode of every copy, from the same start state -> returns (P,) without the bonus, lengths (P,), and all
-    features that were seen (S, f). A copy whose episode is over goes on, and counts no more."""
+    features that were seen (S, f). A copy whose episode is over is stepped on, but not counted."""
     obs, playing = vec.reset_alike(seed), np.ones(vec.num_envs, bool)
     returns, lengths, seen = torch.zeros(vec.num_envs).double(), torch.zeros(vec.num_envs, dtype=torch.long), []
     while playing.any():
@@ -129,7 +133,7 @@ def ask(agent: dict, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def update(agent: dict, delta: torch.Tensor, returns: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
-    """A step along the best directions, of which `delta` (N, n) are all and `returns` (2N,) those of `ask`'s weights.
+    """A step along the best of the directions `delta` (N, n). `returns` (2N,) are those of the weights from `ask`.
     Changes `agent` in place, returns what is logged. Where all returns are equal there is no step."""
     along, against = returns.chunk(2)  # (N,) each
     best = torch.maximum(along, against).argsort(descending=True, stable=True)[:args.top]
@@ -168,7 +172,7 @@ def main(args: Args) -> dict[str, float]:
     policies = runtime.compiled(forward, args.compile, device)
 
     def look(features: torch.Tensor) -> torch.Tensor:
-        """What policies see of features (B, f)."""
+        """Features (B, f) -> inputs of the policies."""
         return normalizer(features).double().to(device)
 
     def to_env(outputs: torch.Tensor) -> np.ndarray:
@@ -182,12 +186,12 @@ def main(args: Args) -> dict[str, float]:
         return forward(agent["theta"].unsqueeze(0).to(device), look(features).unsqueeze(0), d, args.hidden)[0]
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A) or actions (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A) or actions (B, d) in [-1, 1]. The run exports this as policy.pt2."""
         outputs = outputs_of(envs.flatten(obs)).cpu()
         return (log_probs_of_best(outputs) if discrete else outputs.clamp(-1, 1)).float()
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         return to_env(evaluator.noted(outputs_of(envs.flatten(obs)), scores="output"))
 
     if args.evaluate:

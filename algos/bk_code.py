@@ -1,15 +1,17 @@
 """BK-Code: PPO whose reward is shaped by a potential that a language model wrote as code.
 
 Zhang et al., "Improving Sample Efficiency of Reinforcement Learning with Background Knowledge from Large Language
-Models" (arXiv 2407.03964). A potential phi says how promising a history h of observations and actions is, in an
-environment, whatever the task. Shaping adds what a step gains of it (Ng et al. 1999), which changes no optimal policy:
+Models" (arXiv 2407.03964). A potential phi(h) says how promising a history h of observations and actions is in an
+environment, whatever the task. Shaping adds the gain of a step (Ng et al. 1999), which changes no optimal policy:
 
     r'_t = ext_coef r_t + shape_coef (gamma phi(h_{t+1}) - phi(h_t)) / scale,   phi = 0 where the task has ended
 
-Departures: --shaping official is the released form, in which the reward comes one step late, (10 r_t + gamma phi(h_t) -
-phi(h_{t-1})), flows from one episode into the next and has a scale that wanders. No language model is asked here, or at
-any time in training: knowledge/label_code.py is the stage before. docs/background_knowledge.md has the measurements.
-Everything else is PPO with advantages normalised per batch: `diff algos/ppo.py algos/bk_code.py`.
+No language model is asked here, or at any time in training: knowledge/label_code.py is the stage before.
+
+Departures: --shaping official is the released form. Its reward comes one step late, 10 r_t + gamma phi(h_t) -
+phi(h_{t-1}). It flows from one episode into the next, and its scale changes during training.
+docs/background_knowledge.md has the measurements. Everything else is PPO with advantages normalised per batch:
+`diff algos/ppo.py algos/bk_code.py`.
 
 python algos/bk_code.py --env BabyAI-Text-GoToLocal-RedBall-S20
 """
@@ -44,20 +46,20 @@ WIDTH = 64  # of the encoder's output and of all hidden layers
 class Args:
     """PPO with background knowledge as code (BK-Code)."""
     # twin: run arguments
-    env: str = "BabyAI-Text-GoToLocal-RedBall-S20"  # environment id; with --evaluate another one may be named
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "BabyAI-Text-GoToLocal-RedBall-S20"  # environment id; with --evaluate another id may be given
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 16  # environments stepped together
     eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 100  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
@@ -66,26 +68,26 @@ class Args:
     batch_size: int = 256  # transitions per update
     learning_rate: float = 1e-3  # Adam, constant
     gamma: float = 0.99  # discount per step
-    gae_lambda: float = 0.95  # of the advantage estimate
-    clip: float = 0.2  # of the probability ratio, and of the change of values
-    clip_values: bool = True  # whether values are clipped as well: right for returns near 1, slow for larger ones
-    normalize_advantage: bool = True  # advantages of a batch to mean 0 and deviation 1
+    gae_lambda: float = 0.95  # lambda of the advantage estimate (GAE)
+    clip: float = 0.2  # range of the probability ratio, and of the change of values
+    clip_values: bool = True  # also clip the change of values: right for returns near 1, slow for larger ones
+    normalize_advantage: bool = True  # shift and scale the advantages of a batch to mean 0 and deviation 1
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
-    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
-    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+    max_grad_norm: float = 0.5  # the gradient of all parameters is clipped to this norm
+    bootstrap: bool = True  # at a time limit, add the value of the last state to the return
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluations draw actions, or take the most likely ones
 
     # method: background knowledge
     knowledge: str = "code"  # code, near, target, none, your_file.py, llm:FILE.py, pref:FILE.pt, goals:FILE.json
-    shaping: Literal["pbrs", "official", "none"] = "pbrs"  # as above, as released, or not at all: PPO
+    shaping: Literal["pbrs", "official", "none"] = "pbrs"  # potential-based; as released; none: plain PPO
     ext_coef: float = 1.0  # weight of the task's reward (official: 10)
     shape_coef: float = 0.1  # weight of the shaping reward (official: 1)
     horizon: int = 5  # steps of the past that a potential reads
-    critic_sees_phi: bool = False  # the potential as an input of the critic, which sees the present observation alone
+    critic_sees_phi: bool = False  # give the critic the potential as an input, beside the present observation
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf),
           "ext_coef": (0, math.inf), "shape_coef": (0, math.inf)}
 TUNE = {"learning_rate": (2e-4, 3e-3), "entropy_coef": (1e-3, 5e-2), "num_steps": [64, 128, 256],
@@ -93,7 +95,7 @@ TUNE = {"learning_rate": (2e-4, 3e-3), "entropy_coef": (1e-3, 5e-2), "num_steps"
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A layer whose units have weights of length 1 at the start, and no bias."""
+    """A layer that starts with biases 0 and, for each unit, a random weight vector of length 1."""
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
@@ -102,8 +104,8 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class GridEncoder(nn.Module):
-    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
-    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, and 2x2 max pooling after the first. They are matrix
+    products of gathered cells: for 7x7 cells on a CPU this is more than twice as fast as nn.Conv2d."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +125,7 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: the convolutions of DQN (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
@@ -133,7 +135,7 @@ class PixelEncoder(nn.Sequential):
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of the view
 
 
 class Seen(NamedTuple):
@@ -148,7 +150,7 @@ class Output(NamedTuple):
 
 
 class Agent(nn.Module):
-    """Actor and critic on one encoder."""
+    """Actor and critic with a common encoder."""
 
     def __init__(self, shape: tuple[int, ...], num_actions: int, critic_sees_phi: bool):
         super().__init__()
@@ -170,13 +172,13 @@ class Batch(NamedTuple):
     obs: Seen
     action: torch.Tensor  # (B,)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
-    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    value: torch.Tensor  # (B,), of the observation, by the critic during the rollout
     advantage: torch.Tensor  # (B,)
-    target_value: torch.Tensor  # (B,), what the critic is to learn
+    target_value: torch.Tensor  # (B,), target of the critic
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Noise that makes the argmax of log-probabilities a draw from them."""
+    """Gumbel noise: the argmax of log-probabilities plus this noise is a draw from them."""
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
@@ -194,14 +196,14 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 
 def gain(phi: torch.Tensor, next_phi: torch.Tensor, terminated: torch.Tensor, gamma: float) -> torch.Tensor:
-    """gamma phi' - phi of potentials before and after each step (T, N). What follows the end of a task is worth
-    nothing, else it would pay to end, or not to; an episode that its time limit cuts goes on."""
+    """gamma phi' - phi of potentials before and after each step (T, N). The potential after the end of a task is
+    0, else it would pay to end the task, or not to end it. An episode that its time limit cuts counts as going on."""
     return gamma * (1 - terminated) * next_phi - phi
 
 
 class Shaping:
-    """Rewards as the agent learns them, and the scale of potentials: their deviation over a dataset, or as released
-    that of their discounted sums so far."""
+    """Shaped rewards, and the scale of potentials: their deviation over a dataset or, as released, the deviation of
+    their discounted sums so far."""
 
     def __init__(self, scale: float, num_envs: int):
         self.scale = scale
@@ -218,7 +220,7 @@ class Shaping:
             return args.ext_coef * reward + added, added
         rows = torch.cat([self.carry.unsqueeze(0), phi])  # (T + 1, N)
         self.count_in(rows, args.gamma)
-        rows = rows / self.scale  # the carried one for the second time
+        rows = rows / self.scale  # the carried row for the second time, as released
         self.carry = rows[-1]
         added = args.shape_coef * (args.gamma * rows[1:] - rows[:-1])  # a step late, and over the ends of episodes
         return args.ext_coef * reward + added, added
@@ -246,9 +248,9 @@ class Shaping:
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, past: Past,
             potential: Checked, shaping: Shaping, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations and potentials, `loop` has those to go on from, `scalars` gets the returns of finished episodes, `past`
-    has the histories that potentials read."""
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` makes the agent's inputs
+    from observations and potentials, `loop` has the present ones, `scalars` gets the returns of finished episodes,
+    `past` has the histories that potentials read."""
     device = next(agent.parameters()).device
     noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"], loop["phi"]), []
@@ -264,7 +266,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
         loop["open_return"][ended] = 0.0
         final_obs, obs = envs.to_tensors(info["final_obs"]), envs.to_tensors(obs)
         next_phi = potential(past.step(action.cpu(), final_obs, obs, ended))
-        rest = torch.zeros_like(reward)  # what an episode that is cut was still worth
+        rest = torch.zeros_like(reward)  # value of the last state, where a time limit cut the episode
         cut = torch.from_numpy(truncated & ~terminated)
         if args.bootstrap and cut.any():  # obs already belongs to the next episode, final_obs to this one
             final_value = agent(look(final_obs, next_phi)).value.cpu()
@@ -286,7 +288,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
 
 
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a batch (Eq. 9), and what is logged of it."""
+    """Loss of a batch (Eq. 9), and scalars for the log."""
     output = agent(batch.obs)
     log_probs, value = output.log_probs, output.value
     log_ratio = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1) - batch.log_prob
@@ -295,7 +297,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()  # Eq. 7
     value_error = (value - batch.target_value).square()
-    if args.clip_values:  # the worse of two: a value gains nothing from going further than `clip`
+    if args.clip_values:  # the larger of both errors: a value gains nothing by changing more than `clip`
         clipped_value = batch.value + (value - batch.value).clamp(-args.clip, args.clip)
         value_error = value_error.max((clipped_value - batch.target_value).square())
     value_loss = value_error.mean()
@@ -323,8 +325,8 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device)
 
     vec = envs.make_vec(args.env, args.num_envs)
-    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3): cells in view, or (f,): features; number of actions
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     words = envs.action_words(args.env)
     potential = potentials.load("none" if args.shaping == "none" else args.knowledge, args.env, envs.clauses, words,
@@ -342,17 +344,17 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, copies=100)
 
     def look(obs: dict[str, torch.Tensor], phi: torch.Tensor) -> Seen:
-        """What the agent sees of observations, and the potential that goes with them."""
+        """Observations and their potentials -> inputs of the agent."""
         return Seen(envs.seen(obs).to(device), phi.to(device))
 
     def policy(obs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A): what the run leaves as policy.pt2. Only the critic would ask for the potential."""
+        """Log-probabilities (B, A). The run exports this as policy.pt2. Only the critic may need phi."""
         view = envs.seen(obs)
         return agent(Seen(view.to(device), torch.zeros(view.shape[0], device=device))).log_probs.cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         log_probs = evaluator.noted(policy(envs.to_tensors(obs)))
         if args.eval_select == "sample":
             log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)

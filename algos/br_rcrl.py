@@ -1,15 +1,16 @@
 """BR-RCRL: offline reward-conditioned RL by Bayes' rule. The return is not an input of the policy, but an output.
 
 Ding, Che, Zhao, Pavone, "Bayesian Reparameterization of Reward-Conditioned Reinforcement Learning with Energy-based
-Models" (ICML 2023, arXiv 2305.11340). R is the discounted sum of rewards to the end of the episode, in K bins.
+Models" (ICML 2023, arXiv 2305.11340). R is the discounted sum of rewards to the end of the episode, in K bins. beta is
+the policy that made the data. By Bayes' rule
 
     pi(a|s, R) = beta(a|s) p(R|s, a) / p(R|s),  and f(a) = log beta(a|s) + log p(R|s, a)                      (1)
-    loss = log sum of exp f(a_j) - f(a) - log p(R|s, a) - log p(R|s), for candidates a_j: the data's action a, and
+    loss = log sum_j exp f(a_j) - f(a) - log p(R|s, a) - log p(R|s), for candidates a_j: the data's action a, and
            others drawn from beta and uniformly                                                               (2)
-    act: the largest k with P(R >= k|s) >= c, then the largest beta(a|s) P(R >= k|s, a)                       (3)
+    act: the largest k with P(R >= k|s) >= c, then the action with the largest beta(a|s) P(R >= k|s, a)       (3)
 
-It asks for the best fraction c of what the data shows from this state, never out of reach; c = 1 is behaviour cloning.
-Departures: (3) keeps the best of all actions that it tries, and tries fewer; docs/br_rcrl.md has the others.
+So the agent asks for a return in the best fraction c of those in the data from this state, which is never out of reach;
+c = 1 is behaviour cloning. Departures: (3) tries fewer actions, and keeps the best of them; docs/br_rcrl.md has others.
 
 python algos/br_rcrl.py --env Hopper-v4 --dataset data/Hopper-v4-replay.npz   # made by benchmarks/offline.py
 """
@@ -43,27 +44,27 @@ TARGET_STEP = 0.005  # Polyak step of the target network, with --discrete td
 class Args:
     """Offline RL by Bayes' rule. Steps are updates; environments are stepped in evaluations alone."""
     # twin: run arguments
-    env: str = "Hopper-v4"  # environment id of the dataset: of evaluations
-    seed: int = 1  # of all that is random: networks, batches, candidates
+    env: str = "Hopper-v4"  # environment id of the dataset; evaluations play it
+    seed: int = 1  # seed of all random numbers: networks, batches, candidates
     total_timesteps: int = 20_000  # updates; with --resume: a new total
     num_envs: int = 10  # environments that evaluations step together, at most
     eval_every: int = 10_000  # updates between evaluations; 0: only at start and end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 10_000  # updates between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     dataset: str = ""  # .npz of benchmarks/offline.py; or of Minari: a folder, an .hdf5 file, an id that is downloaded
     mode: Literal["br", "bc", "rcrl"] = "br"  # Bayes' rule; behaviour cloning; a policy that is given the return
-    discrete: Literal["mc", "td"] = "mc"  # discrete actions: p(R|s, a) from returns in the data, or from backups of it
-    top: float = 1.0  # share of the episodes to learn from, those of the highest returns; 0.1 with bc: "%BC"
+    discrete: Literal["mc", "td"] = "mc"  # discrete actions: p(R|s, a) from returns in the data, or by TD backups
+    top: float = 1.0  # share of the episodes to learn from, those of the highest returns; 0.1 with --mode bc: %BC
     gamma: float = 0.99  # discount of returns
     bins: int = 80  # K, of returns
     vmin: float | None = None  # return at which the bins begin; not given: the 0.1 % quantile in the data
@@ -73,7 +74,7 @@ class Args:
     batch_size: int = 128  # samples per update
     drop_tail: int = 0  # last steps of cut episodes to leave out: their returns are too small
     negatives: int = 32  # candidates of (2) beside the data's action, half from beta, half uniform
-    nce_correct: bool = False  # subtract the log-density that candidates are drawn with, which (2) lacks
+    nce_correct: bool = False  # subtract the log-density of the candidates' distribution, which (2) leaves out
     rtg_weight: float = 1.0  # of -log p(R|s, a) in the loss
     c: float = 0.05  # fraction of outcomes to ask for
     samples: int = 128  # actions that (3) tries in each of its steps
@@ -111,7 +112,7 @@ def to_bins(rtg: torch.Tensor, low: torch.Tensor | float, high: torch.Tensor | f
 
 
 def prepare(data: offline.Dataset, args: Args) -> tuple[dict, dict]:
-    """The columns to draw samples from, and `scale`: what has to be known of the returns to act."""
+    """The columns to draw samples from, and `scale`: what acting needs to know of the returns."""
     rtg = rewards_to_go(data.rew, data.starts, args.gamma)
     low, high = np.quantile(rtg, [0.001, 0.999])
     scale = {"low": low if args.vmin is None else args.vmin, "high": high if args.vmax is None else args.vmax,
@@ -130,7 +131,7 @@ def prepare(data: offline.Dataset, args: Args) -> tuple[dict, dict]:
 def sample(columns: dict, normalizer: envs.Normalizer, size: int) -> Batch:
     """Random rows, with replacement."""
     i = columns["rows"][torch.randint(len(columns["rows"]), (size,))]
-    following = (i + 1).clamp(max=len(columns["rtg"]) - 1)  # after the end of an episode: not looked at
+    following = (i + 1).clamp(max=len(columns["rtg"]) - 1)  # after the end of an episode: not used
     obs, next_obs = (normalizer(columns["obs"][rows].float()) for rows in (i, following))
     return Batch(obs, *(columns[name][i] for name in ("action", "rtg", "bin", "reward", "terminated")), next_obs)
 
@@ -154,7 +155,7 @@ def outcomes(params: dict, obs: torch.Tensor, action: torch.Tensor) -> torch.Ten
 
 
 def threshold(log_prob: torch.Tensor, c: float) -> torch.Tensor:
-    """k* (B,) of log p(R|s) (B, K): the largest bin from which on lies a probability of c or more; else 0."""
+    """k* (B,) of log p(R|s) (B, K): the largest bin k with P(R >= k|s) >= c; else 0."""
     tail = log_prob.exp().flip(-1).cumsum(-1).flip(-1)  # (B, K), P(R >= k|s), falls with k
     return ((tail >= c).sum(-1) - 1).clamp(min=0)
 
@@ -225,7 +226,7 @@ def joint_loss(params: dict, target: dict, batch: Batch, draws: torch.Tensor, sc
 
 
 def conditioned(obs: torch.Tensor, rtg: torch.Tensor, scale: dict, args: Args) -> torch.Tensor:
-    """What a policy that imitates sees: the state, and with --mode rcrl the standardised return."""
+    """Inputs of a policy that imitates: the state, and with --mode rcrl the standardised return."""
     given = ((rtg - scale["mean"]) / scale["std"]).unsqueeze(1)
     return obs if args.mode == "bc" else torch.cat([obs, given], 1)
 
@@ -241,7 +242,7 @@ def imitation_loss(params: dict, target: dict, batch: Batch, draws: torch.Tensor
 
 
 def draw_search(samples: int, d: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Chance of a search. It is drawn once in a run: the policy is a function of what it sees."""
+    """The random numbers of a search. They are drawn once per run, so the policy is a function of its inputs."""
     start = torch.randn(samples, d, generator=generator)
     start[0] = 0  # beta's mean itself: with c = 1 the best action
     return {"start": start, "moves": torch.randn(DFO_STEPS, samples, d, generator=generator),
@@ -304,7 +305,7 @@ def make_agent(args: Args, f: int, d: int, discrete: bool, device: torch.device)
 
 
 def draw(args: Args, d: int) -> torch.Tensor:
-    """Chance of an update: (2, B, n, d), Gaussian and uniform numbers."""
+    """The random numbers of an update: (2, B, n, d), Gaussian and uniform ones."""
     shape = (args.batch_size, args.negatives // 2, d)
     return torch.stack([torch.randn(shape), 2 * torch.rand(shape) - 1])
 
@@ -350,11 +351,11 @@ def main(args: Args) -> dict[str, float]:
         return tree_map(lambda x: x.cpu(), decide(agent["params"], inputs, noise, there, replace(args, c=c), discrete))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The action (B, d), or log-probabilities (B, A): what the run leaves as policy.pt2."""
+        """The action (B, d), or log-probabilities (B, A). The run exports this as policy.pt2."""
         return choose(obs)[0]
 
     def act(obs: envs.Observation, c: float = args.c) -> np.ndarray:
-        """What evaluations play: of discrete actions the likeliest."""
+        """The actions of evaluations; discrete ones are the most likely."""
         output, k = choose(envs.to_tensors(obs), c)
         center = scale["low"] + (k + 0.5) / args.bins * (scale["high"] - scale["low"])
         told = {"br": {"asked_bin": k.float(), "asked_return": center}, "rcrl": {"asked_return": scale["query"]}}
@@ -381,7 +382,7 @@ def main(args: Args) -> dict[str, float]:
         if run.due(LOG_EVERY):
             run.log(scalars.take())
         if run.due(args.eval_every) or run.over:
-            asked.take()  # forget those of other evaluations
+            asked.take()  # drop what other evaluations left
             run.log_evaluation(result := evaluator.play(act, twice=run.over))
             score = offline.normalized(result["return_mean"], scale["ref_min"], scale["ref_max"])
             run.log(asked.take() | {"eval/normalized": score})

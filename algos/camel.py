@@ -1,17 +1,17 @@
-"""CAMEL-style action masks on TD3: early in training, actions stay in a box around what external policies would do.
+"""CAMEL-style action masks on TD3: early in training, actions stay in a box around those of external policies.
 
 Zhao et al., "CAMEL: Continuous Action Masking Enabled by Large Language Models for Reinforcement Learning" (RLDM 2025,
-arXiv 2502.11896). A language model writes crude policies; they limit the actions, less and less, until the agent acts
+arXiv 2502.11896). A language model writes crude policies. They limit the actions, less and less, until the agent acts
 alone. Only the abstract was at hand, so box, schedule and losses are this project's design, and no number of the paper
 is claimed. `diff algos/td3.py algos/camel.py` shows all of it:
 
     box:     low = min_k p_k(s) - w, high = max_k p_k(s) + w, within [-1, 1], of policies p_k and half-width w
     map:     clip(x, low, high) of the actor's output x, or affine, middle of the box + x (high - low) / 2
-    epsilon: 1 - step / mask_steps: the share of episodes that are masked; in shrink and affine, how far the box still
-             is from full
+    epsilon: 1 - step / mask_steps, at least 0. In most modes it is the share of episodes (or steps) that are masked. In
+             `shrink` and `affine` all are masked, and the box grows: low -> -1 and high -> 1 as epsilon -> 0
 
-Acting, targets and the actor's objective use the same map with the same epsilon: TD3 on the masked task at epsilon 1,
-plain TD3 at 0. docs/camel.md has the measurements.
+Acting, targets and the actor's objective use the same map with the same epsilon. So this is TD3 on the masked task at
+epsilon 1, and plain TD3 at 0. docs/camel.md has the measurements.
 
 python algos/camel.py --env Hopper-v4
 """
@@ -45,52 +45,52 @@ NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (TD3's paper: c
 class Args:
     """TD3 with action masks around external policies (CAMEL-style)."""
     # twin: run arguments
-    env: str = "Hopper-v4"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "Hopper-v4"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 1  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (TD3's paper: 400 and 300)
     batch_size: int = 256  # transitions per update (TD3's paper: 100)
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 3e-4  # Adam, for actor and critics (TD3's paper: 1e-3)
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # Polyak step of the target networks, per update
     updates_per_step: float = 1.0  # updates per environment step
     learning_starts: int = 5_000  # environment steps with uniform actions, before the first update
     exploration_noise: float = 0.1  # deviation of the noise on actions in [-1, 1]
-    policy_noise: float = 0.2  # the same on the actions of targets
+    policy_noise: float = 0.2  # deviation of the noise on the actions of targets
     policy_delay: int = 2  # updates of the critics per update of actor and targets
-    her_goals: int = 4  # hindsight goals per real one, on tasks with goals; 0: no HER
-    normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
+    her_goals: int = 4  # hindsight goals per real goal, on tasks with goals; 0: no HER
+    normalize: bool = False  # inputs normalised by running mean and deviation, clipped to +-5
 
     # method: masks
     knowledge: str = "auto"  # auto, rules, groups, your_file.py, llm:<file>, run:<RUN_DIR> (an expert), none
-    center: Literal["policy", "zero", "random", "expert"] = "policy"  # of the box; zero and random: controls
-    half_width: float = 0.5  # w: half of the box around one policy; 2: all of [-1, 1], so plain TD3
-    mask_mode: Literal["episode", "step", "shrink", "affine", "adaptive"] = "episode"  # adaptive: falls faster
-    mask_steps: int = 60_000  # environment steps until epsilon is 0: no mask, or in shrink and affine all of [-1, 1]
-    box_coef: float = 1.0  # weight of the actor's squared distance to the box, where it is masked
-    center_coef: float = 0.0  # weight of its squared distance to the middle of that box, times epsilon
+    center: Literal["policy", "zero", "random", "expert"] = "policy"  # of the box; zero, random: control experiments
+    half_width: float = 0.5  # w, half the width of the box around one policy; 2: all of [-1, 1], so plain TD3
+    mask_mode: Literal["episode", "step", "shrink", "affine", "adaptive"] = "episode"  # adaptive: epsilon falls faster
+    mask_steps: int = 60_000  # environment steps until epsilon is 0, and all of [-1, 1] is allowed
+    box_coef: float = 1.0  # weight of the squared distance between the actor's output and the box, where it is masked
+    center_coef: float = 0.0  # weight, times epsilon, of the squared distance to the middle of the box
 
 
-# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "learning_starts": (0, math.inf), "exploration_noise": (0, math.inf),
           "policy_noise": (0, math.inf), "her_goals": (0, math.inf), "half_width": (0, 2), "mask_steps": (0, math.inf),
           "box_coef": (0, math.inf), "center_coef": (0, math.inf)}
-GROWS = ("shrink", "affine")  # modes in which all is masked, in a box that grows
+GROWS = ("shrink", "affine")  # modes in which all actions are masked, by a box that grows
 TUNE = {"learning_rate": (1e-4, 3e-3), "tau": (0.001, 0.05), "exploration_noise": [0.05, 0.1, 0.2],
         "updates_per_step": [0.25, 0.5, 1.0], "batch_size": [128, 256, 512]}
 
@@ -107,14 +107,14 @@ def decide(actor: dict, obs: torch.Tensor) -> torch.Tensor:
 
 
 def centers_of(external: dict, obs: torch.Tensor, g: int, d: int, args: Args) -> torch.Tensor:
-    """What the box is around in states (B, f): actions of n external policies (B, n, d), NaN where one fails, or those
-    of a control (B, 1, d)."""
+    """The centres of the box in states (B, f): actions of n external policies (B, n, d), NaN where one fails, or those
+    of a control experiment (B, 1, d)."""
     if external:
         return knowledge.advise(external, envs.unflatten(obs, g), d, failed=math.nan)
     centers = torch.full((len(obs), 1, d), math.nan)  # --knowledge none: no box
     if args.center == "zero":
         centers = torch.zeros_like(centers)
-    if args.center == "random":  # noise that depends on the state alone: an evaluation draws nothing from training's
+    if args.center == "random":  # noise computed from the state, so that evaluations use no random numbers of training
         phase = 1000 * obs.sum(1, keepdim=True) * torch.arange(1, d + 1).sqrt()
         centers = (2 * phase.remainder(1) - 1).unsqueeze(1)  # (B, 1, d)
     return centers
@@ -122,8 +122,8 @@ def centers_of(external: dict, obs: torch.Tensor, g: int, d: int, args: Args) ->
 
 def box_around(centers: torch.Tensor, half_width: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Actions of n policies (B, n, d) -> low, high (B, d). Where policies disagree the box is wider. Every policy's
-    action is inside, and the box is at least `half_width` wide, up to 1. Policies with NaN are left out; without any
-    the box is all of [-1, 1]."""
+    action is inside, and the box is at least `half_width` wide. Policies with NaN are left out; if none remains, the
+    box is all of [-1, 1]."""
     known = centers.isfinite().all(2, keepdim=True)  # (B, n, 1)
     centers, some = centers.clamp(-1, 1), known.any(1)
     low = torch.where(known, centers, 1).amin(1) - half_width
@@ -132,13 +132,13 @@ def box_around(centers: torch.Tensor, half_width: float) -> tuple[torch.Tensor, 
 
 
 def add_box(obs: torch.Tensor, needed: bool = True, *, external: dict, g: int, d: int, args: Args) -> torch.Tensor:
-    """Features (B, f) -> features | low | high (B, f + 2 d), what the buffer keeps of a state: asking may be slow. If
-    no box is `needed`, nobody is asked, and it is all of [-1, 1]."""
+    """Features (B, f) -> features | low | high (B, f + 2 d). The buffer keeps the box, because external policies may be
+    slow. If no box is `needed`, they are not asked, and the box is all of [-1, 1]."""
     return torch.cat([obs, *box_around(centers_of(external if needed else {}, obs, g, d, args), args.half_width)], 1)
 
 
 def grown(low: torch.Tensor, high: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The box at epsilon 1, all of [-1, 1] at 0."""
+    """The grown box: at epsilon 1 the box itself, at 0 all of [-1, 1]."""
     return -1 + epsilon * (low + 1), 1 - epsilon * (1 - high)
 
 
@@ -160,17 +160,17 @@ def critic_inputs(obs: Seen, action: torch.Tensor) -> torch.Tensor:
 
 
 def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor) -> torch.Tensor:
-    return (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # of (2, B)
+    return (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # (2, B): two critics
 
 
 def actor_loss(actor: dict, critic: dict, obs: Seen, mask: torch.Tensor, epsilon: torch.Tensor, args: Args):
     raw = decide(actor, obs.features)
     action = masked(raw, obs, mask, epsilon, args)
-    first = {name: p[0] for name, p in critic.items()}  # of the two critics
+    first = {name: p[0] for name, p in critic.items()}  # the first of the two critics
     q = mlp(first, "q", critic_inputs(obs, action)).mean()
-    wanted = action if args.mask_mode == "affine" else raw  # in coordinates of actions
+    wanted = action if args.mask_mode == "affine" else raw  # affine: raw is no action before it is mapped
     outside = (wanted - action).square().sum(1).mean()  # 0 where nothing is masked, and inside of the box
-    held = mask & (obs.high - obs.low < 2)  # (B, d): without a box there is no middle to be led to
+    held = mask & (obs.high - obs.low < 2)  # (B, d): where the box is all of [-1, 1], its middle means nothing
     off_center = torch.where(held, wanted - (obs.low + obs.high) / 2, 0).square().sum(1).mean()
     loss = -q + args.box_coef * outside + args.center_coef * epsilon * off_center
     return loss, {"q": q, "outside": outside, "clipped": (wanted != action).float().mean()}
@@ -190,8 +190,8 @@ def make_agent(args: Args, f: int, d: int, device: torch.device) -> dict:
 
 def update(agent: dict, batch: Batch, noise: torch.Tensor, masks: torch.Tensor, epsilon: torch.Tensor,
            whole: bool, args: Args) -> dict:
-    """One step of the critics on normalised transitions, and where it is `whole` of actor and targets. masks:
-    (2, B, 1), of the states and of those after them. Changes `agent` in place, returns what is logged."""
+    """One step of the critics on normalised transitions and, if `whole`, of actor and target networks. masks
+    (2, B, 1): of the states and of the next states. Changes `agent` in place, returns what is logged."""
     actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
 
     noise = (args.policy_noise * noise).clamp(-NOISE_CLIP, NOISE_CLIP)
@@ -218,19 +218,19 @@ def make_buffer(args: Args, vec: envs.VectorEnv, f: int, d: int, g: int) -> tupl
     """An empty buffer, and how many transitions of a batch get a hindsight goal."""
     relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     horizon = envs.time_limit_of(vec) if relabelled else 1  # hindsight stores whole episodes
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     return ReplayBuffer(capacity, horizon, args.num_envs, f + 2 * d, d, g, vec.compute_reward), relabelled
 
 
 def epsilon_at(step: int, cap: float, args: Args) -> float:
-    """How much masks count: 1 at the start, linearly down to 0 after `mask_steps`, never above `cap`."""
+    """epsilon: 1 at the start, linearly down to 0 after `mask_steps`, never above `cap`."""
     linear = 1 - step / args.mask_steps if args.mask_steps else 0.0
     return min(max(linear, 0.0), cap)
 
 
 def compare(run: runtime.Run, loop: dict, epsilon: float, alone: float, with_masks: float, args: Args) -> None:
-    """After an evaluation without masks and with them: `adaptive` takes a tenth off epsilon where masks were no better
-    on average of the last ten."""
+    """Called after an evaluation without masks and one with them. `adaptive` lowers epsilon by a tenth if masks were no
+    better on average over the last ten of these pairs."""
     run.log({"masked_return": with_masks})
     loop["gaps"] = [*loop["gaps"], alone - with_masks][-10:]
     if args.mask_mode == "adaptive" and sum(loop["gaps"]) >= 0:
@@ -238,7 +238,7 @@ def compare(run: runtime.Run, loop: dict, epsilon: float, alone: float, with_mas
 
 
 def draw_masks(epsilon: float, shape: tuple[int, ...], count: int, args: Args) -> torch.Tensor:
-    """Who is masked, bool. Has its own generator, seeded by `count`, so all other random numbers are TD3's."""
+    """Which rows are masked, bool. With a generator of its own, seeded by `count`: other random numbers are TD3's."""
     if args.mask_mode in GROWS:
         return torch.full(shape, epsilon > 0)
     generator = torch.Generator().manual_seed((args.seed * 2 ** 34 + count) % 2 ** 63)
@@ -246,7 +246,7 @@ def draw_masks(epsilon: float, shape: tuple[int, ...], count: int, args: Args) -
 
 
 def center_checked(args: Args) -> Args:
-    """Controls are without knowledge; an expert is a trained agent. Raises UserError where it is none."""
+    """`args`, for control experiments without knowledge. Raises UserError if an expert is not a trained agent."""
     if args.center == "expert" and not args.knowledge.startswith("run:"):
         raise UserError(f"--center expert is a box around a trained agent, not around --knowledge {args.knowledge}: "
                         "name its run, --knowledge run:RUN_DIR")
@@ -260,8 +260,8 @@ def main(args: Args) -> dict[str, float]:
     args, saved = runtime.checked(args, ALGO, RANGES)
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads())
-    f, d, g = envs.continuous_sizes(vec)  # numbers in the features, an action, a goal (0: no goals)
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, g = envs.continuous_sizes(vec)  # sizes of features, action and goal (0: no goals)
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     external = knowledge.load(args.knowledge, args.env, d, example, kept_in=args.resume or args.evaluate)
     agent = make_agent(args, f, d, device)
@@ -276,16 +276,16 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args)
 
     def look(rows: torch.Tensor, anew: bool = False) -> Seen:
-        """What networks and masks see of features | low | high (B, f + 2 d)."""
-        rows = with_box(rows[:, :f]) if anew and relabelled else rows  # for another goal the box may be another
+        """Features | low | high (B, f + 2 d) -> inputs of networks and masks."""
+        rows = with_box(rows[:, :f]) if anew and relabelled else rows  # a hindsight goal may have another box
         return Seen(normalizer(rows[:, :f]), *rows[:, f:].chunk(2, 1))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The action without noise and mask (B, d): what the run leaves as policy.pt2."""
+        """The action without noise and mask (B, d). The run exports this as policy.pt2."""
         return decide(agent["actor"], normalizer(envs.flatten(obs)).to(device)).cpu()
 
     def act(obs: envs.Observation, mask: bool = False) -> np.ndarray:
-        """What evaluations play, without masks or with them."""
+        """The actions of evaluations, without masks or with them."""
         action = policy(obs)
         if mask:
             action = masked(action, look(with_box(envs.flatten(obs))), torch.tensor(True), epsilon, args)
@@ -310,7 +310,7 @@ def main(args: Args) -> dict[str, float]:
         action = masked(action, seen, loop["mask"], epsilon, args, affine=not learning)
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         needed = bool(epsilon > 0 or loop["mask"].any())  # else no box will be used any more
         final_rows, ended = with_box(envs.flatten(info["final_obs"]), needed), torch.from_numpy(terminated | truncated)
         buffer.add(rows, action, reward, terminated, truncated, final_rows)

@@ -1,12 +1,14 @@
 """CMA-ES: covariance matrix adaptation evolution strategy, for discrete and continuous actions.
 
 Hansen, "The CMA Evolution Strategy: A Tutorial" (arXiv 1604.00772), on the weights of a policy. Each generation draws
-the weights of `num_envs` candidates from a Gaussian, plays one episode with each, and moves mean, covariance and step
-size towards the better half. With active adaptation the covariance also shrinks along the worse half.
+the weights of `num_envs` candidates from a Gaussian and plays one episode with each:
 
-Candidates are theta + sigma C^(1/2) z with the symmetric root. So C^(-1/2) of their mean step is the mean of z, and no
-inverse is needed. The trained policy is the mean of the Gaussian, not the best candidate, whose return is luck in part.
-There are no restarts. The input 1 is the bias. All else is as in ARS: `diff algos/ars.py algos/cma_es.py`.
+    candidate = theta + sigma C^(1/2) z,   z standard normal
+
+Mean theta, covariance C and step size sigma then move towards the better half. With active adaptation C also shrinks
+along the worse half. C^(1/2) is the symmetric root, so C^(-1/2) of the mean step is the mean of z: no inverse is
+needed. The trained policy is the mean theta, not the best candidate, whose return is luck in part. There are no
+restarts. An input of 1 is added, for biases. All else is as in ARS: `diff algos/ars.py algos/cma_es.py`.
 
 python algos/cma_es.py --env CartPole-v1
 python algos/cma_es.py --env Pendulum-v1 --hidden 16 --num-envs 16
@@ -39,37 +41,37 @@ SURE = 1 - 1e-6  # probability of the chosen action in policy.pt2, where logarit
 class Args:
     """CMA-ES."""
     # twin: run arguments
-    env: str = "CartPole-v1"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: candidates, environments
+    env: str = "CartPole-v1"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: candidates, environments
     total_timesteps: int = 50_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 10  # lambda, candidates that are played together; tutorial: 4 + 3 ln(number of weights)
     eval_every: int = 5_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 20  # episodes per evaluation
     checkpoint_every: int = 25_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the policies; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policies run; auto: on a GPU if there is one
     compile: bool = False  # compile the policy: about 30 s at the first start, for large policies only
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     sigma: float = 0.5  # deviation of the candidates at the start
     active: bool = True  # whether the worse half counts as well, with negative weights
     hidden: int = 0  # units of a hidden tanh layer; 0: the policy is linear
-    normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5
-    survival_bonus: float = 0.0  # taken from every reward in training, where tasks pay it for being alive
+    normalize: bool = True  # inputs normalised by running mean and deviation, clipped to +-5
+    survival_bonus: float = 0.0  # subtracted from every reward in training, for tasks that pay for being alive
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"hidden": (0, math.inf), "survival_bonus": (0, math.inf)}
 TUNE = {"sigma": (0.05, 1.0), "hidden": [0, 8, 16], "num_envs": [10, 20, 40]}
 
 
 def sizes(vec: envs.VectorEnv) -> tuple[int, int]:
-    """How many numbers there are in the features, and actions or numbers of an action. Raises EnvError for views."""
+    """Size of the features, and number of discrete actions or size of an action. Raises EnvError for views."""
     if not isinstance(vec.action_space, gym.spaces.Discrete):
         return envs.continuous_sizes(vec)[:2]
     shape, num_actions = envs.discrete_sizes(vec)
@@ -80,7 +82,7 @@ def sizes(vec: envs.VectorEnv) -> tuple[int, int]:
 
 
 def num_weights(f: int, d: int, hidden: int) -> int:
-    """Numbers in the weights of a policy."""
+    """Number of weights of a policy."""
     return hidden * (f + d) if hidden else f * d
 
 
@@ -93,7 +95,7 @@ def forward(theta: torch.Tensor, x: torch.Tensor, d: int, hidden: int) -> torch.
 
 
 def log_probs_of_best(outputs: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (B, A) of a policy that takes the action with the largest output (B, A), as good as always."""
+    """Log-probabilities (B, A) of a policy that takes the action with the largest output (B, A), almost always."""
     best = F.one_hot(outputs.argmax(1), outputs.shape[1]).to(outputs.dtype)
     return (SURE * best + (1 - SURE) / outputs.shape[1]).log()
 
@@ -102,7 +104,7 @@ def log_probs_of_best(outputs: torch.Tensor) -> torch.Tensor:
 def play(vec: envs.VectorEnv, act: Callable, seed: int, survival_bonus: float
          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One episode of every copy, from the same start state -> returns (P,) without the bonus, lengths (P,), and all
-    features that were seen (S, f). A copy whose episode is over goes on, and counts no more."""
+    features that were seen (S, f). A copy whose episode is over is stepped on, but not counted."""
     obs, playing = vec.reset_alike(seed), np.ones(vec.num_envs, bool)
     returns, lengths, seen = torch.zeros(vec.num_envs).double(), torch.zeros(vec.num_envs, dtype=torch.long), []
     while playing.any():
@@ -117,7 +119,7 @@ def play(vec: envs.VectorEnv, act: Callable, seed: int, survival_bonus: float
 
 class Rates(NamedTuple):
     """What follows from the numbers of weights and candidates (tutorial, Table 1)."""
-    weights: torch.Tensor  # (P,), of the candidates by rank, the best first; sum 1 where positive, else negative or 0
+    weights: torch.Tensor  # (P,), of the candidates, the best first; positive ones have the sum 1, others are <= 0
     mueff: float  # how many candidates the positive weights are worth
     c_sigma: float  # of the step size's path
     d_sigma: float  # damping of the step size
@@ -146,7 +148,7 @@ def rates(n: int, candidates: int, active: bool) -> Rates:
 
 
 def make_agent(n: int, args: Args) -> dict:
-    """A Gaussian around weights 0. Raises UserError for so many weights that their covariance is hopeless."""
+    """A Gaussian around weights 0. Raises UserError if there are too many weights for a covariance."""
     if n > MOST_WEIGHTS:
         raise runtime.UserError(f"{n} weights are more than {MOST_WEIGHTS}, and their covariance has the square of "
                                 "that; lower --hidden, or use algos/ars.py")
@@ -172,13 +174,13 @@ def update(agent: dict, z: torch.Tensor, returns: torch.Tensor, args: Args) -> d
     agent["theta"] += agent["sigma"] * mean_y
     agent["generation"] += 1
 
-    # paths: steps of the last generations, summed; long where they agree
+    # paths: discounted sums of the mean's steps in the last generations; long where the steps agree
     path = (1 - r.c_sigma) * agent["path_sigma"] + math.sqrt(r.c_sigma * (2 - r.c_sigma) * r.mueff) * mean_z
-    usual = 1 - (1 - r.c_sigma) ** (2 * agent["generation"])  # less in the first generations
-    h = 1.0 if path.square().sum() / n / usual < 2 + 4 / (n + 1) else 0.0  # a long path would widen the covariance
+    usual = 1 - (1 - r.c_sigma) ** (2 * agent["generation"])  # less than 1 at first
+    h = 1.0 if path.square().sum() / n / usual < 2 + 4 / (n + 1) else 0.0  # 0 keeps a too long path out of C
     path_c = (1 - r.c_c) * agent["path_c"] + h * math.sqrt(r.c_c * (2 - r.c_c) * r.mueff) * mean_y
 
-    # covariance: worse candidates take away as much, however far from the mean they are
+    # covariance: every worse candidate takes away the same amount, however far from the mean it is
     weights = torch.where(r.weights < 0, r.weights * n / z.square().sum(1), r.weights)
     kept = 1 - r.c_1 * (1 - (1 - h) * r.c_c * (2 - r.c_c)) - r.c_mu * r.weights.sum()
     covariance = kept * agent["covariance"] + r.c_1 * path_c.outer(path_c) + r.c_mu * (y.T * weights) @ y
@@ -217,7 +219,7 @@ def main(args: Args) -> dict[str, float]:
     policies = runtime.compiled(forward, args.compile, device)
 
     def look(features: torch.Tensor) -> torch.Tensor:
-        """What policies see of features (B, f): also a 1."""
+        """Features (B, f) -> inputs of the policies (B, f + 1): a 1 is added, for the bias."""
         return F.pad(normalizer(features), (0, 1), value=1.0).double().to(device)
 
     def to_env(outputs: torch.Tensor) -> np.ndarray:
@@ -231,12 +233,12 @@ def main(args: Args) -> dict[str, float]:
         return forward(agent["theta"].unsqueeze(0).to(device), look(features).unsqueeze(0), d, args.hidden)[0]
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A) or actions (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A) or actions (B, d) in [-1, 1]. The run exports this as policy.pt2."""
         outputs = outputs_of(envs.flatten(obs)).cpu()
         return (log_probs_of_best(outputs) if discrete else outputs.clamp(-1, 1)).float()
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         return to_env(evaluator.noted(outputs_of(envs.flatten(obs)), scores="output"))
 
     if args.evaluate:

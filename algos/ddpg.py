@@ -1,11 +1,14 @@
 """DDPG: deep deterministic policy gradient, for continuous actions, with hindsight on tasks with goals.
 
-Lillicrap et al., "Continuous control with deep reinforcement learning" (arXiv 1509.02971): a critic learns the value of
-actions, and the actor follows its gradient. Slow copies of both make the targets; exploration is noise on the action.
+Lillicrap et al., "Continuous control with deep reinforcement learning" (arXiv 1509.02971). A critic Q and an actor mu,
+with slow copies Q' and mu':
+
+    critic: minimise (Q(s, a) - y)^2,   y = r + gamma (1 - terminated) Q'(s', mu'(s'))
+    actor:  maximise Q(s, mu(s));       to explore, the agent plays mu(s) + noise
 
 Departures: Gaussian noise in place of an Ornstein-Uhlenbeck process, one learning rate, layers of 256, no batch
-normalisation, no weight decay, actions enter the critic's first layer, uniform actions at the start. A time limit
-bootstraps. docs/classic.md has the measurements.
+normalisation, no weight decay, actions enter the critic's first layer, uniform actions at the start. A transition cut
+by a time limit bootstraps. docs/classic.md has the measurements.
 
 python algos/ddpg.py --env Pendulum-v1 --gamma 0.98 --total-timesteps 10000
 """
@@ -35,38 +38,38 @@ LOG_EVERY = 1000  # environment steps
 class Args:
     """DDPG."""
     # twin: run arguments
-    env: str = "HalfCheetah-v4"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "HalfCheetah-v4"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 1  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critic, width x depth (paper: 400 and 300)
     batch_size: int = 256  # transitions per update (paper: 64)
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 3e-4  # Adam, for actor and critic (paper: 1e-4 and 1e-3)
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # Polyak step of the target networks, per update (paper: 1e-3)
     updates_per_step: float = 1.0  # updates per environment step
     learning_starts: int = 5_000  # environment steps with uniform actions, before the first update
     exploration_noise: float = 0.1  # deviation of the noise on actions in [-1, 1]
-    her_goals: int = 4  # hindsight goals per real one, on tasks with goals; 0: no HER
-    normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
-    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all
+    her_goals: int = 4  # hindsight goals per real goal, on tasks with goals; 0: no HER
+    normalize: bool = False  # inputs normalised by running mean and deviation, clipped to +-5
+    goal_range: float = 0.0  # Fetch, Franka: goals come from this many tenths of their range; 0: from all of it
 
 
-# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "learning_starts": (0, math.inf), "exploration_noise": (0, math.inf),
           "her_goals": (0, math.inf), "goal_range": (0, 10)}
 TUNE = {"learning_rate": (1e-4, 3e-3), "tau": (0.001, 0.05), "exploration_noise": [0.05, 0.1, 0.2],
@@ -126,7 +129,7 @@ def make_buffer(args: Args, vec: envs.VectorEnv, f: int, d: int, g: int) -> tupl
     """An empty buffer, and how many transitions of a batch get a hindsight goal."""
     relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     horizon = envs.time_limit_of(vec) if relabelled else 1  # hindsight stores whole episodes
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     return ReplayBuffer(capacity, horizon, args.num_envs, f, d, g, vec.compute_reward), relabelled
 
 
@@ -136,8 +139,8 @@ def main(args: Args) -> dict[str, float]:
     args, saved = runtime.checked(args, ALGO, RANGES, anew=["goal_range"])
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
-    f, d, g = envs.continuous_sizes(vec)  # numbers in the features, an action, a goal (0: no goals)
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, g = envs.continuous_sizes(vec)  # sizes of features, action and goal (0: no goals)
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = make_agent(args, f, d, device)
     normalizer = envs.Normalizer(f, args.normalize)
@@ -149,18 +152,18 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, goal_range=args.goal_range)
 
     def look(obs: torch.Tensor) -> torch.Tensor:
-        """What networks see of features (B, f)."""
+        """Features (B, f) -> inputs of the networks."""
         return normalizer(obs)
 
     def choose(obs: torch.Tensor) -> torch.Tensor:
         return decide(agent["actor"], look(obs).to(device)).cpu()
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The action without noise (B, d): what the run leaves as policy.pt2."""
+        """The action without noise (B, d). The run exports this as policy.pt2."""
         return choose(envs.flatten(obs))
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         return vec.to_box(policy(obs).numpy())
 
     if args.evaluate:
@@ -179,7 +182,7 @@ def main(args: Args) -> dict[str, float]:
             action = (choose(obs) + noise).clamp(-1, 1)
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         buffer.add(obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"]))
         normalizer.add(obs)
         loop["obs"] = envs.flatten(next_obs)

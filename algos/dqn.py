@@ -1,16 +1,20 @@
 """DQN: deep Q-networks for discrete actions: double, dueling, prioritised, with n-step returns.
 
-Mnih et al., "Human-level control through deep reinforcement learning" (Nature 2015), with four extensions that can be
-switched off one by one:
-- double (van Hasselt et al., arXiv 1509.06461): the online network picks the next action, the target network values it;
+Mnih et al., "Human-level control through deep reinforcement learning" (Nature 2015). Q' is a copy of Q from some steps
+ago, the target network:
+
+    loss = Huber(Q(s, a) - y),   y = R + gamma^n Q'(s_n, argmax_b Q(s_n, b))
+
+Four extensions can be switched off one by one:
+- double (van Hasselt et al., arXiv 1509.06461): Q picks the next action, as above, and Q' values it;
 - dueling (Wang et al., arXiv 1511.06581): Q(s, a) = V(s) + A(s, a) - mean A(s, .);
-- prioritised (Schaul et al., arXiv 1511.05952): transitions with large errors are drawn more often, their loss weighs
-  less; --priority-alpha 0 draws all alike;
+- prioritised (Schaul et al., arXiv 1511.05952): transitions with large errors are drawn more often, and their loss gets
+  a smaller weight; --priority-alpha 0 draws all alike;
 - n-step: R sums n rewards, fewer at the end of an episode. There is no off-policy correction, so n stays small.
 
-A time limit bootstraps. The Huber loss cuts errors above 1, so rewards should be near 1. Settings are those that are
-common for CartPole, where many updates follow each 256 steps. Pictures go through the convolutions of 2015.
-docs/classic.md has the measurements.
+A time limit bootstraps. The gradient of the Huber loss is limited for errors above 1, so rewards should be near 1. The
+settings are common ones for CartPole, where many updates follow each 256 steps. Pictures go through the convolutions of
+2015. docs/classic.md has the measurements.
 
 python algos/dqn.py --env CartPole-v1
 python algos/dqn.py --env CartPole-v1 --no-double --no-dueling --priority-alpha 0 --n-step 1   # the plain one
@@ -38,7 +42,7 @@ from networks import adam, adam_state, init_mlp, mlp
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
 CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # of pictures: units, width, stride
-SMALLEST = 36  # pixels of a side that are left one by one at the end
+SMALLEST = 36  # pixels: the convolutions make 1 x 1 of 36 x 36
 
 
 @dataclass
@@ -46,43 +50,43 @@ class Args:
     """DQN."""
     # twin: run arguments
     env: str = "CartPole-v1"  # environment id
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 50_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 1  # environments stepped together
     eval_every: int = 5_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 20  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 25_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x2"  # hidden layers, width x depth
     batch_size: int = 64  # transitions per update
-    buffer_size: int = 100_000  # transitions that are kept; one of pictures of 64 x 64 has 25 kB
+    buffer_size: int = 100_000  # transitions kept for replay; one with pictures of 64 x 64 takes 25 kB
     learning_rate: float = 2.3e-3  # Adam
     gamma: float = 0.99  # discount per step
     learning_starts: int = 1_000  # environment steps before the first update
     train_every: int = 256  # environment steps between rounds of updates
-    updates: int = 128  # of a round
+    updates: int = 128  # updates per round
     target_every: int = 10  # environment steps between copies of the online network to the target network
-    epsilon_end: float = 0.04  # share of uniform actions, from 1 down to this
-    epsilon_fraction: float = 0.16  # of the run, in which the share falls
+    epsilon_end: float = 0.04  # share of uniform actions at the end; it is 1 at the start
+    epsilon_fraction: float = 0.16  # share of the run over which the share of uniform actions falls
 
     # method: extensions
     double: bool = True  # the online network picks the action of the target
     dueling: bool = True  # value and advantages in place of action values
     n_step: int = 3  # rewards that are summed before the target network takes over
-    priority_alpha: float = 0.6  # how much errors count when transitions are drawn; 0: not at all
-    priority_beta: float = 0.4  # how much the weights of the loss make up for that at the start; 1 at the end
+    priority_alpha: float = 0.6  # priority = error to the power of this; 0: all transitions are drawn alike
+    priority_beta: float = 0.4  # how much the weights of the loss correct for that at the start; 1 (fully) at the end
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "learning_starts": (0, math.inf), "epsilon_end": (0, 1), "epsilon_fraction": (0, 1),
           "priority_alpha": (0, 1), "priority_beta": (0, 1)}
 TUNE = {"learning_rate": (1e-4, 5e-3), "target_every": [10, 100, 500, 1000], "n_step": [1, 3],
@@ -129,14 +133,14 @@ class NStep:
 
 class SumTree:
     """Priorities in the leaves of a binary tree, every other node the sum of its two children. The number of leaves is
-    a power of two: with another one the order of leaves is not that of their sums."""
+    a power of two, so that prefix sums follow the order of the leaves."""
 
     def __init__(self, capacity: int):
         self.leaves = 2 ** math.ceil(math.log2(capacity))
         self.nodes = np.zeros(2 * self.leaves)  # node i has the children 2 i and 2 i + 1; leaves are the second half
 
     def __setitem__(self, index: np.ndarray, priority: np.ndarray | float) -> None:
-        """Set leaves (B,). Of an index that comes twice the last priority counts."""
+        """Set leaves (B,). If an index comes twice, the last priority counts."""
         node = index + self.leaves
         self.nodes[node] = priority
         while len(node) and node[0] > 1:
@@ -162,7 +166,7 @@ class PrioritisedBuffer:
 
     def __init__(self, capacity: int, obs: torch.Tensor, alpha: float):
         """`obs` is an observation like those to come."""
-        self.alpha, self.stored, self.largest = alpha, 0, 1.0  # largest: priority so far, which new transitions get
+        self.alpha, self.stored, self.largest = alpha, 0, 1.0  # largest: priority so far; new transitions get it
         shape = capacity, *obs.shape
         self.rows = Batch(obs.new_zeros(shape), torch.zeros(capacity, dtype=torch.long), torch.zeros(capacity),
                           torch.zeros(capacity), obs.new_zeros(shape))
@@ -176,7 +180,7 @@ class PrioritisedBuffer:
         self.stored += 1
 
     def draw(self, uniform: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and weights (B,), by numbers `uniform` (B,) in [0, 1): one from each of B equal shares of the sum."""
+        """Indices and weights (B,): one draw from each of B equal parts of the sum, at `uniform` (B,) in [0, 1)."""
         total, stored = self.tree.nodes[1], min(self.stored, len(self.rows.action))
         index = self.tree.find((np.arange(len(uniform)) + uniform) * total / len(uniform))
         index = np.minimum(index, stored - 1)  # a mass may be rounded up to the sum
@@ -250,8 +254,8 @@ def q_values(params: dict, obs: torch.Tensor) -> torch.Tensor:
 
 def target_values(online_q: torch.Tensor, target_q: torch.Tensor, reward: torch.Tensor, discount: torch.Tensor,
                   double: bool) -> torch.Tensor:
-    """Targets (B,) from the values (B, A) of next_obs by both networks. The largest of noisy values is too large,
-    unless another network picked it."""
+    """Targets (B,) from the values (B, A) of next_obs by both networks. The largest of noisy values is too high
+    on average, unless another network picks the action."""
     best = (online_q if double else target_q).argmax(1, keepdim=True)
     return reward + discount * target_q.gather(1, best).squeeze(1)
 
@@ -275,7 +279,7 @@ def update(agent: dict, batch: Batch, weight: torch.Tensor, args: Args) -> tuple
 
 
 def look(obs: envs.Observation) -> torch.Tensor:
-    """What the networks see of observations (B, ...)."""
+    """Observations -> inputs of the networks (B, ...)."""
     return envs.seen(envs.to_tensors(obs))
 
 
@@ -295,7 +299,7 @@ def main(args: Args) -> dict[str, float]:
     if len(shape) > 1 and min(shape[:2]) < SMALLEST:
         raise envs.EnvError(f"{args.env} observes views of shape {shape}; flat arrays are needed, pictures from "
                             f"{SMALLEST} x {SMALLEST} on, or algos/ppo.py")
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = make_agent(args, shape, num_actions, device)
     loop = {"obs": look(obs)}
@@ -308,14 +312,14 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A) of the greedy action, and of the uniform ones of training's end: what the run leaves
-        as policy.pt2."""
+        """Log-probabilities (B, A) of the greedy action, but for a share epsilon_end of uniform ones. The run exports
+        this as policy.pt2."""
         best = F.one_hot(q_values(agent["online"], envs.seen(obs).to(device)).argmax(1), num_actions).float()
         share = max(args.epsilon_end, 1e-6)  # logarithms have to be finite
         return ((1 - share) * best + share / num_actions).log().cpu()
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play: the greedy action."""
+        """The actions of evaluations, greedy."""
         q = q_values(agent["online"], look(obs).to(device))
         return evaluator.noted(q, scores="Q").argmax(1).cpu().numpy()
 
@@ -334,7 +338,7 @@ def main(args: Args) -> dict[str, float]:
         action = np.where(random, torch.randint(num_actions, (args.num_envs,)).numpy(), greedy)
         next_obs, reward, terminated, truncated, info = vec.step(action)
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         for row in n_step.push(obs, action, reward, terminated, truncated, look(info["final_obs"])):
             buffer.add(*row)
         loop["obs"] = look(next_obs)

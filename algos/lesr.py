@@ -1,14 +1,16 @@
 """LESR: TD3 that sees state features and earns an intrinsic reward, both written by a language model.
 
-Wang et al., "LLM-Empowered State Representation for Reinforcement Learning" (ICML 2024, arXiv 2407.13237). A model is
-told what a task is and writes two functions: F(s) = [s, features] and G(F(s)), a number. The agent sees F(s) and is
-trained on r + w G(F(s)); it is judged by r alone. `diff algos/td3.py algos/lesr.py` is all of it.
+Wang et al., "LLM-Empowered State Representation for Reinforcement Learning" (ICML 2024, arXiv 2407.13237). A language
+model reads a description of the task and writes two functions: F(s) = [s, features], and G(F(s)), a number.
 
-What is told to the model afterwards: the agent's return, and for every number in F(s) how steeply the reward changes
-with it, an estimate of its Lipschitz constant (lipschitz.csv in the run folder; low is smooth, and smooth is easy).
+    the agent sees F(s), is trained on r + w G(F(s)), and is evaluated by r alone
 
-The pairs that ship are the authors' best ones; `python -m llm.lesr` asks a model for others. Departures: those of
-td3.py, and the list in docs/lesr.md.
+`diff algos/td3.py algos/lesr.py` is all of it. After a run the model is told two things: the agent's return, and for
+every number in F(s) how steeply the reward changes with it. That is an estimate of a Lipschitz constant, and stands in
+lipschitz.csv of the run folder. A low constant means a smooth reward, which is easier to learn.
+
+The pairs of functions that ship are the authors' best ones; `python -m llm.lesr` asks a model for others. Departures:
+those of td3.py, and the list in docs/lesr.md.
 
 python algos/lesr.py --env Hopper-v4
 """
@@ -34,7 +36,7 @@ from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
-LONGEST = 1000  # steps of an episode without a time limit whose slopes are measured together
+LONGEST = 1000  # steps after which an episode without a time limit is cut, to measure its slopes
 NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (TD3's paper: c)
 
 
@@ -42,45 +44,45 @@ NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (TD3's paper: c
 class Args:
     """TD3 on state features and an intrinsic reward (LESR)."""
     # twin: run arguments
-    env: str = "Hopper-v4"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "Hopper-v4"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 1  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (TD3's paper: 400 and 300)
     batch_size: int = 256  # transitions per update (TD3's paper: 100)
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 3e-4  # Adam, for actor and critics (TD3's paper: 1e-3)
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # Polyak step of the target networks, per update
     updates_per_step: float = 1.0  # updates per environment step
     learning_starts: int = 5_000  # environment steps with uniform actions, before the first update
     exploration_noise: float = 0.1  # deviation of the noise on actions in [-1, 1]
-    policy_noise: float = 0.2  # the same on the actions of targets
+    policy_noise: float = 0.2  # deviation of the noise on the actions of targets
     policy_delay: int = 2  # updates of the critics per update of actor and targets
-    her_goals: int = 0  # hindsight goals per real one, on tasks with goals and --features none; 0: no HER
-    normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
-    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all
+    her_goals: int = 0  # hindsight goals per real goal, on tasks with goals and --features none; 0: no HER
+    normalize: bool = False  # inputs normalised by running mean and deviation, clipped to +-5
+    goal_range: float = 0.0  # Fetch, Franka: goals come from this many tenths of their range; 0: from all of it
 
     # method: LESR
     features: str = "auto"  # auto, none, your_file.py, llm:<file>: functions revise_state and intrinsic_reward
-    intrinsic_weight: float = 0.02  # w, so that w G is a few hundredths of the reward; 0: features alone
-    see_features: bool = True  # whether the agent sees the features; else only their reward
+    intrinsic_weight: float = 0.02  # w; with it w G is a few hundredths of the reward; 0: features alone
+    see_features: bool = True  # whether the agent sees the features; else it only gets their reward
 
 
-# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "learning_starts": (0, math.inf), "exploration_noise": (0, math.inf),
           "policy_noise": (0, math.inf), "her_goals": (0, math.inf), "goal_range": (0, 10),
           "intrinsic_weight": (0, math.inf)}
@@ -150,11 +152,11 @@ def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 
 
 def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor) -> torch.Tensor:
-    return (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # of (2, B)
+    return (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # (2, B): two critics
 
 
 def actor_loss(actor: dict, critic: dict, obs: torch.Tensor, args: Args) -> torch.Tensor:
-    first = {name: p[0] for name, p in critic.items()}  # of the two critics
+    first = {name: p[0] for name, p in critic.items()}  # the first of the two critics
     return -mlp(first, "q", critic_inputs(obs, decide(actor, obs))).mean()
 
 
@@ -171,7 +173,7 @@ def make_agent(args: Args, f: int, d: int, device: torch.device) -> dict:
 
 
 def update(agent: dict, batch: Batch, noise: torch.Tensor, whole: bool, args: Args) -> dict:
-    """One step of the critics on normalised transitions, and where it is `whole` of actor and targets. Changes `agent`
+    """One step of the critics on normalised transitions and, if `whole`, of actor and target networks. Changes `agent`
     in place, returns what is logged."""
     actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
 
@@ -197,7 +199,7 @@ def make_buffer(args: Args, vec: envs.VectorEnv, f: int, d: int, g: int) -> tupl
     """An empty buffer, and how many transitions of a batch get a hindsight goal."""
     relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     horizon = envs.time_limit_of(vec) if relabelled else 1  # hindsight stores whole episodes
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     return ReplayBuffer(capacity, horizon, args.num_envs, f, d, g, vec.compute_reward), relabelled
 
 
@@ -207,11 +209,11 @@ def main(args: Args) -> dict[str, float]:
     args, saved = runtime.checked(args, ALGO, RANGES, anew=["goal_range"])
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
-    n, d, g = envs.continuous_sizes(vec)  # numbers in a state, an action, a goal (0: no goals)
+    n, d, g = envs.continuous_sizes(vec)  # sizes of state, action and goal (0: no goals)
     if g and args.her_goals and args.features != "none":
         raise UserError(f"--her-goals {args.her_goals}: hindsight changes goals, and stored features of {args.env} keep "
                         "the old ones; use --her-goals 0")
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     features = load_features(args.features, envs.resolve(args.env), envs.flatten(obs), args.resume or args.evaluate)
     revised = features.revise(envs.flatten(obs))
@@ -228,18 +230,18 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, goal_range=args.goal_range)
 
     def look(obs: torch.Tensor) -> torch.Tensor:
-        """What networks see of features (B, f)."""
+        """Features (B, f) -> inputs of the networks."""
         return normalizer(obs)
 
     def choose(obs: torch.Tensor) -> torch.Tensor:
         return decide(agent["actor"], look(obs).to(device)).cpu()
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The action without noise (B, d): what the run leaves as policy.pt2."""
+        """The action without noise (B, d). The run exports this as policy.pt2."""
         return choose(features.revise(envs.flatten(obs))[:, :f])
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         return vec.to_box(policy(obs).numpy())
 
     if args.evaluate:
@@ -259,7 +261,7 @@ def main(args: Args) -> dict[str, float]:
             action = (choose(obs) + noise).clamp(-1, 1)
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         intrinsic = features.reward(loop["revised"]).numpy()  # of the state in which the action was chosen
         final = features.revise(envs.flatten(info["final_obs"]))
         buffer.add(obs, action, reward + args.intrinsic_weight * intrinsic, terminated, truncated, final[:, :f])

@@ -1,17 +1,17 @@
 """MEow: one energy-based normalizing flow is actor, critic and value of maximum-entropy RL at once.
 
 Chao et al., "Maximum Entropy Reinforcement Learning via Energy-Based Normalizing Flow" (NeurIPS 2024, arXiv
-2405.13629). A flow z -> a gives log pi(a|s) exactly. What of it depends on the action is the energy Q, the rest is the
-normaliser V:
+2405.13629). A flow z -> a gives log pi(a|s) exactly. The part of it that depends on the action is the energy Q; the
+rest is the normaliser V:
 
     z = sigma(s) * epsilon,  x = g(z; s) by additive couplings,  a = tanh(x)                                 (1)
     Q_i(s, a) = alpha [-1/2 sum (z / sigma(s))^2 - sum log(1 - a^2) + b_i(s)]                                (2)
     V_i(s)    = alpha [sum log sigma(s) + d/2 log 2 pi + b_i(s)],  so that Q_i - V_i = alpha log pi(a|s)     (3)
     loss      = mean over i of (Q_i(s, a) - r - gamma (1 - terminated) min_i V_i(s'))^2                      (4)
 
-No actor is fitted, and V needs no samples. b_i is a learned shift of both: two of them make a clipped double Q.
-Departures: one pass of the flow serves both Q_i, so they share a dropout mask, and a loss of NaN ends the run.
-docs/meow.md has the measurements.
+So no actor has to be trained, and V needs no samples. b_i is a learned shift of both Q_i and V_i; two of them make a
+clipped double Q. Departures: one pass of the flow serves both Q_i, so they share a dropout mask, and a loss of NaN ends
+the run. docs/meow.md has the measurements.
 
 python algos/meow.py --env Hopper-v4
 """
@@ -46,33 +46,33 @@ EPS = torch.finfo(torch.float32).eps
 class Args:
     """MEow: maximum-entropy RL with one normalizing flow."""
     # twin: run arguments
-    env: str = "Hopper-v4"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "Hopper-v4"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 500_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 8  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "64x2"  # hidden layers of log sigma and of the couplings, width x depth
     shift_hidden: str = "256x2"  # hidden layers of the shifts b_i
     batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 1e-3  # Adam
     grad_clip: float = 30.0  # largest norm of the gradient
     updates_per_step: float = 1.0  # updates per environment step
-    gamma: float | None = None  # discount per step; if not given, this and the other None are as in PRESETS
-    tau: float | None = None  # Polyak step of the target network, per update; what MEow is most sensitive to
-    learning_starts: int | None = None  # uniform actions, without an update
+    gamma: float | None = None  # discount per step; if not given, this and others that are None are those of PRESETS
+    tau: float | None = None  # Polyak step of the target network, per update; MEow is most sensitive to it
+    learning_starts: int | None = None  # environment steps with uniform actions, before the first update
     # method
     alpha: float | None = None  # temperature, fixed
     sigma_min: float | None = None  # lowest log sigma (the log of a deviation, though named sigma by the authors)
@@ -81,15 +81,15 @@ class Args:
     dropout: float = 0.1  # share of the couplings' hidden units that an update leaves out
     lrs: bool = True  # learnable reward shifting: the shifts b_i, else 0
     scdq: bool = True  # shifting-based clipped double Q: two shifts, else one
-    double_pass: bool = False  # a flow pass for each Q_i, each with its own dropout mask, as the authors' program
+    double_pass: bool = False  # a flow pass for each Q_i, each with its own dropout mask, as in the authors' program
     sample: bool = False  # evaluations draw actions, else they take the flow's image of 0
 
 
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "dropout": (0, 0.9), "learning_starts": (0, math.inf),
           "sigma_min": (-20, 2), "sigma_max": (-20, 2)}
-# ranges of `make tune`: (low, high) on a log scale, or choices
+# for `make tune`: (low, high) on a log scale, or choices
 TUNE = {"alpha": (0.03, 0.5), "tau": (3e-4, 1e-2), "learning_rate": (3e-4, 3e-3), "sigma_max": [-0.3, 0.5, 2.0]}
-# The authors' settings by environment, first those of all others, which are ours.
+# The authors' settings by environment. The first row is ours, for all other environments.
 PRESETS = {
     "": {"alpha": 0.2, "tau": 0.005, "gamma": 0.99, "learning_starts": 5000, "sigma_min": -5.0, "sigma_max": -0.3},
     "Hopper": {"alpha": 0.25},
@@ -109,7 +109,7 @@ def with_preset(args: Args) -> Args:
 
 
 # The flow is a dict of tensors, {"scale.0.weight": ..., "coupling.0.bias": ..., "shift.1.slope": ...}, and everything
-# is a function of it: what torch.func differentiates, and torch.compile turns into one graph with Adam inside.
+# is a function of it. So torch.func can differentiate it, and torch.compile makes one graph of it, with Adam inside.
 def init_net(name: str, sizes: list[int], stack: int, zero: bool) -> dict[str, torch.Tensor]:
     """Parameters of `stack` networks side by side: zero weights, or orthogonal ones with LayerNorm (gain, offset)
     after every hidden layer; biases in PyTorch's default; slopes of Swish begin at 1."""
@@ -201,7 +201,7 @@ class Decision(NamedTuple):
 
 
 def decide(flow: dict, obs: torch.Tensor, noise: torch.Tensor, args: Args) -> Decision:
-    """(1): observations (B, f) and Gaussian noise (B, d), zeros for the mode of the base -> action, log-probability."""
+    """(1): observations (B, f) and Gaussian noise (B, d), 0 for the mode of the base -> action, log-probability."""
     log_std = log_sigma(flow, obs, args)
     action = torch.tanh(generate(flow, log_std.exp() * noise, obs, args)).clamp(-1, 1)
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - action.square() + EPS)
@@ -209,8 +209,8 @@ def decide(flow: dict, obs: torch.Tensor, noise: torch.Tensor, args: Args) -> De
 
 
 def sampled_value(flow: dict, obs: torch.Tensor, count: int, args: Args) -> torch.Tensor:
-    """V_1(s) (B,) as it has to be estimated where Q has no normaliser: from `count` uniform actions for each state.
-    The flow knows it; for the picture of how slowly the estimate gets there."""
+    """V_1(s) (B,), estimated from `count` uniform actions per state, as methods without a known normaliser have to.
+    The flow knows V_1 exactly; this is for the picture of how slowly the estimate converges."""
     d = flow["coupling.0.weight"].shape[1] - obs.shape[1]
     action = 2 * torch.rand(len(obs) * count, d) - 1
     q = action_values(flow, obs.repeat_interleave(count, 0), action.to(obs), None, args)[:, 0]
@@ -230,8 +230,8 @@ def draw_landscape(flow: dict, folder: Path, args: Args) -> torch.Tensor:
 
 
 def draw_kept(args: Args) -> torch.Tensor:
-    """Dropout of one update: which hidden units of the couplings are kept, (couplings, depth, B, width) bool. A draw of
-    64 bits serves four units: one for each would take as long as a fifth of the update."""
+    """Dropout of one update: which hidden units of the couplings are kept, (couplings, depth, B, width) bool. A number
+    of 64 bits serves four units: drawing one per unit would take a fifth of the time of an update."""
     width, *others = runtime.hidden_layers(args.hidden)
     rows = args.batch_size * (2 if args.double_pass else 1)
     shape = (args.couplings, 1 + len(others), rows, width)
@@ -269,7 +269,7 @@ def update(agent: dict, batch: Batch, kept: torch.Tensor, args: Args) -> dict:
     next_value = state_values(target, batch.next_obs, args).amin(1, keepdim=True)  # (B, 1), no dropout
     target_q = batch.reward + args.gamma * (1 - batch.terminated) * next_value  # a time limit bootstraps
     grads, (loss, q) = torch.func.grad_and_value(critic_loss, has_aux=True)(flow, batch, target_q, kept, args)
-    # Actions near +-1 are far out in z: the loss of one of them can be larger than that of all others.
+    # Clip: actions near +-1 are far out in z, and the loss of one can be larger than that of all others together.
     norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
     scale = (args.grad_clip / (norm + 1e-6)).clamp(max=1)
     adam(flow, {name: g * scale for name, g in grads.items()}, moments, count, args.learning_rate)
@@ -284,11 +284,11 @@ def main(args: Args) -> dict[str, float]:
     args = with_preset(args)
     device = runtime.pick_device(args.device)  # fast_matmul is slower here: it costs too much for networks of 64
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads())
-    f, d, _ = envs.continuous_sizes(vec)  # numbers in the features, an action
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, _ = envs.continuous_sizes(vec)  # sizes of features and action
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = make_agent(args, f, d, device)
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     buffer = ReplayBuffer(capacity, 1, args.num_envs, f, d)
     loop = {"obs": envs.flatten(obs), "updates_owed": 0.0}
     scalars = runtime.Means()  # since the last log
@@ -301,11 +301,11 @@ def main(args: Args) -> dict[str, float]:
         return tree_map(lambda x: x.cpu(), decide(agent["flow"], *inputs, args))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The flow's image of 0 (B, d): what the run leaves as policy.pt2."""
+        """The flow's image of 0 (B, d). The run exports this as policy.pt2."""
         return choose(envs.flatten(obs), torch.zeros(d)).action
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         if not args.sample:
             return vec.to_box(policy(obs).numpy())
         features = envs.flatten(obs)
@@ -327,7 +327,7 @@ def main(args: Args) -> dict[str, float]:
             action = choose(obs, torch.randn(args.num_envs, d)).action
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         buffer.add(obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"]))
         loop["obs"] = envs.flatten(next_obs)
 

@@ -1,10 +1,10 @@
 """PPO for continuous actions: a Gaussian policy, with running statistics of observations and of returns.
 
 Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), with the settings of its MuJoCo tasks.
-The policy is N(mean(s), std) with one std for all states. Its log-probabilities are those of the actions that were
-drawn; only the environment gets them clipped to the bounds. Mean and value are two networks without a common layer.
+The policy is N(mean(s), std) with one std for all states. The environment gets actions clipped to its bounds, but
+log-probabilities are those of the drawn, unclipped actions. Mean and value are two networks without a common layer.
 
-Departures: observations are shifted and scaled by running statistics. Rewards are divided by the running deviation of
+Departures: observations are normalised by running mean and deviation. Rewards are divided by the running deviation of
 the discounted return, so that values are near 1. Evaluations play the mean. Everything else is PPO's:
 `diff algos/ppo.py algos/ppo_continuous.py`.
 
@@ -39,20 +39,20 @@ WIDTH = 64  # of all hidden layers
 class Args:
     """PPO for continuous actions."""
     # twin: run arguments
-    env: str = "HalfCheetah-v4"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "HalfCheetah-v4"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 1_000_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 1  # environments stepped together
     eval_every: int = 50_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 20  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
@@ -61,27 +61,27 @@ class Args:
     batch_size: int = 64  # transitions per update
     learning_rate: float = 3e-4  # Adam, constant
     gamma: float = 0.99  # discount per step
-    gae_lambda: float = 0.95  # of the advantage estimate
-    clip: float = 0.2  # of the probability ratio, and of the change of values
-    clip_values: bool = False  # whether values are clipped as well: right for returns near 1, slow for larger ones
-    normalize_advantage: bool = True  # advantages of a batch to mean 0 and deviation 1
+    gae_lambda: float = 0.95  # lambda of the advantage estimate (GAE)
+    clip: float = 0.2  # range of the probability ratio, and of the change of values
+    clip_values: bool = False  # also clip the change of values: right for returns near 1, slow for larger ones
+    normalize_advantage: bool = True  # shift and scale the advantages of a batch to mean 0 and deviation 1
     entropy_coef: float = 0.0  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
-    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
-    normalize: bool = True  # observations shifted and scaled by running statistics, clipped to +-5
+    max_grad_norm: float = 0.5  # the gradient of all parameters is clipped to this norm
+    bootstrap: bool = True  # at a time limit, add the value of the last state to the return
+    normalize: bool = True  # observations normalised by running mean and deviation, clipped to +-5
     scale_reward: bool = True  # rewards divided by the running deviation of the discounted return, clipped to +-10
-    eval_select: Literal["sample", "mean"] = "mean"  # evaluation draws actions, or takes the mean
+    eval_select: Literal["sample", "mean"] = "mean"  # evaluations draw actions, or take the mean
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf)}
 TUNE = {"learning_rate": (3e-5, 3e-3), "entropy_coef": (1e-5, 1e-2), "num_steps": [256, 512, 1024, 2048],
         "epochs": [5, 10, 20], "batch_size": [32, 64, 128, 256], "gae_lambda": [0.9, 0.95, 0.98]}
 
 
 def linear(fan_in: int, fan_out: int, gain: float = math.sqrt(2)) -> nn.Linear:
-    """A layer with orthogonal weights at the start, and no bias."""
+    """A layer that starts with orthogonal weights and biases 0."""
     layer = nn.Linear(fan_in, fan_out)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -93,7 +93,7 @@ Seen = torch.Tensor  # what the agent sees: features (B, f)
 
 # twin: Gaussian policy
 class Gaussian(NamedTuple):
-    """A policy's distributions over continuous actions (B, d), which only the environment gets clipped to [-1, 1]."""
+    """A policy's distributions over continuous actions (B, d). The environment gets actions clipped to [-1, 1]."""
     mean: torch.Tensor  # (B, d)
     log_std: torch.Tensor  # (B, d)
 
@@ -137,9 +137,9 @@ class Batch(NamedTuple):
     obs: Seen
     action: torch.Tensor  # (B, d), before it is clipped
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
-    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    value: torch.Tensor  # (B,), of the observation, by the critic during the rollout
     advantage: torch.Tensor  # (B,)
-    target_value: torch.Tensor  # (B,), what the critic is to learn
+    target_value: torch.Tensor  # (B,), target of the critic
 
 
 def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, ended: torch.Tensor, gamma: float,
@@ -169,8 +169,8 @@ def scaled(reward: torch.Tensor, ended: torch.Tensor, running_return: torch.Tens
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, returns: envs.Normalizer, loop: dict,
             scalars: runtime.Means, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `returns` has the statistics that scale rewards, `loop` has the observations to go on from, `scalars`
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` makes the agent's inputs
+    from observations, `returns` has the statistics that scale rewards, `loop` has the present observations, `scalars`
     gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     seen, steps = look(loop["obs"]), []
@@ -199,7 +199,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, returns: envs.Nor
 
 
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a batch (Eq. 9), and what is logged of it."""
+    """Loss of a batch (Eq. 9), and scalars for the log."""
     output = agent(batch.obs)
     policy, value = output.policy, output.value
     log_ratio = policy.log_prob(batch.action) - batch.log_prob
@@ -208,7 +208,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()  # Eq. 7
     value_error = (value - batch.target_value).square()
-    if args.clip_values:  # the worse of two: a value gains nothing from going further than `clip`
+    if args.clip_values:  # the larger of both errors: a value gains nothing by changing more than `clip`
         clipped_value = batch.value + (value - batch.value).clamp(-args.clip, args.clip)
         value_error = value_error.max((clipped_value - batch.target_value).square())
     value_loss = value_error.mean()
@@ -236,8 +236,8 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device)
 
     vec = envs.make_vec(args.env, args.num_envs)
-    f, d, _ = envs.continuous_sizes(vec)  # numbers in the features and in an action
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, _ = envs.continuous_sizes(vec)  # sizes of features and action
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = Agent(f, d).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -251,19 +251,19 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor], count: bool = False) -> Seen:
-        """What the agent sees of observations. With `count` the running statistics take them in first."""
+        """Observations -> inputs of the agent. With `count` they update the running statistics first."""
         features = envs.flatten(obs)
         if count:
             normalizer.add(features)
         return normalizer(features).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The mean action (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        """The mean action (B, d) in [-1, 1]. The run exports this as policy.pt2."""
         return agent(look(obs)).policy.mean.clamp(-1, 1).cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         found = agent(look(obs)).policy
         mean = evaluator.noted(found.mean, found.log_std.exp())
         return envs.to_env(vec, mean if args.eval_select == "mean" else found.draw(evaluator.generator))

@@ -1,16 +1,18 @@
 """PPO-KIAN: PPO whose actor fuses its own policy with external policies by attention, for discrete actions.
 
 Chiu et al., "Flexible Attention-Based Multi-Policy Fusion for Efficient Deep RL", NeurIPS 2023 (arXiv 2210.03729).
-The query of a state meets one key per policy, the inner (trained) one included. The softmax of their cosines is the
-weight of each policy (Eqs. 1-2), and the actor is the mixture of all of them. An external policy gives advice e, ones
-at the actions it is for; it becomes softmax(beta e), and how sharp it is, beta = |query| |key|, is learned. With three
-actions or fewer weighted logits are added instead, as in the released code. Everything else is PPO:
-`diff algos/ppo.py algos/ppo_kian.py` is the paper.
+pi_0 is the inner (trained) policy; the advice e_j of an external policy j has ones at the actions that it advises. A
+query q(s) meets one key k_i per policy:
+
+    w = softmax_i cos(q, k_i)  (Eqs. 1-2),   pi = w_0 pi_0 + sum_j w_j softmax(beta_j e_j),   beta_j = |q| |k_j|
+
+So it is learned how sharp advice is. With three actions or fewer, weighted logits are added instead, as in the released
+code. Everything else is PPO: `diff algos/ppo.py algos/ppo_kian.py` is the paper.
 
 Departures. benchmarks/suites/paper.toml has the flags that undo all of them, docs/ppo_kian.md the reasons:
-- the entropy bonus is the inner policy's alone; that of the fused one makes advice uniform before a first reward comes;
-- an external policy without advice abstains, where the released one acts at random with its weight;
-- advice starts sharp, beta = 8 |query| |key|: on DoorKey the agent is as good as the mean of its advice from the start;
+- only the inner policy gets the entropy bonus; a bonus for the mixture makes advice uniform before any reward is found;
+- an external policy without advice abstains; in the released code it acts at random with its weight;
+- advice starts sharp, beta = 8 |q| |k_j|: on DoorKey the agent is as good as the mean of its advice from the start;
 - the key of the inner policy is a vector as in the paper; in the released code it is a function of the state;
 - a time limit bootstraps; in the released code it ends the task.
 
@@ -46,20 +48,20 @@ KEY_DIM = 8  # width m of keys and query
 class Args:
     """PPO with external policies fused by attention (KIAN)."""
     # twin: run arguments of PPO
-    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another id may be given
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 16  # environments stepped together
     eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 100  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
@@ -68,33 +70,33 @@ class Args:
     batch_size: int = 256  # transitions per update
     learning_rate: float = 1e-3  # Adam, constant
     gamma: float = 0.99  # discount per step
-    gae_lambda: float = 0.95  # of the advantage estimate
-    clip: float = 0.2  # of the probability ratio, and of the change of values
-    clip_values: bool = True  # whether values are clipped as well: right for returns near 1, slow for larger ones
-    normalize_advantage: bool = False  # advantages of a batch to mean 0 and deviation 1
+    gae_lambda: float = 0.95  # lambda of the advantage estimate (GAE)
+    clip: float = 0.2  # range of the probability ratio, and of the change of values
+    clip_values: bool = True  # also clip the change of values: right for returns near 1, slow for larger ones
+    normalize_advantage: bool = False  # shift and scale the advantages of a batch to mean 0 and deviation 1
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
-    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
-    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+    max_grad_norm: float = 0.5  # the gradient of all parameters is clipped to this norm
+    bootstrap: bool = True  # at a time limit, add the value of the last state to the return
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluations draw actions, or take the most likely ones
 
     # method: KIAN
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>, inner:<RUN_DIR>; comma-separated
     inner_key: Literal["vector", "head"] = "vector"  # key of the inner policy: a vector, or a function of the state
     sharpness: float = 8.0  # advice becomes softmax(this times |query| |key| times advice) (paper: 1)
     silent: Literal["abstain", "uniform"] = "abstain"  # an external policy without advice abstains, or acts at random
-    entropy_of: Literal["inner", "fused"] = "inner"  # whose entropy is rewarded: the inner policy's, or all's (paper)
-    init_from: str = ""  # run folder: keys and query are taken over by name, its inner policy becomes an external one
+    entropy_of: Literal["inner", "fused"] = "inner"  # entropy bonus for the inner policy, or for the mixture (paper)
+    init_from: str = ""  # run folder: take over its query and, by name, its keys; its inner policy becomes external
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf)}
 TUNE = {"learning_rate": (2e-4, 3e-3), "entropy_coef": (1e-3, 5e-2), "num_steps": [64, 128, 256],
         "epochs": [2, 4, 8], "batch_size": [128, 256, 512], "gae_lambda": [0.9, 0.95, 0.98]}
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A layer whose units have weights of length 1 at the start, and no bias."""
+    """A layer that starts with biases 0 and, for each unit, a random weight vector of length 1."""
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
@@ -103,8 +105,8 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class GridEncoder(nn.Module):
-    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
-    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, and 2x2 max pooling after the first. They are matrix
+    products of gathered cells: for 7x7 cells on a CPU this is more than twice as fast as nn.Conv2d."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +126,7 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: the convolutions of DQN (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
@@ -134,7 +136,7 @@ class PixelEncoder(nn.Sequential):
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of the view
 
 
 class Seen(NamedTuple):
@@ -146,14 +148,14 @@ class Seen(NamedTuple):
 class Output(NamedTuple):
     log_probs: torch.Tensor  # (B, A), of the actions
     value: torch.Tensor  # (B,), of the state
-    inner: torch.Tensor  # (B, A), log-probabilities of the inner policy; where logits are added, of all
-    joint: torch.Tensor | None  # (B, n+1, A), log of weight times probability, inner policy first; only of a mixture
-    attention: dict[str, torch.Tensor]  # what is logged by policy: (B, n+1), or (B, n) of the external ones
+    inner: torch.Tensor  # (B, A), log-probabilities of the inner policy; where logits are added, of the whole one
+    joint: torch.Tensor | None  # (B, n+1, A), log(weight * probability), inner policy first; of a mixture only
+    attention: dict[str, torch.Tensor]  # logged for each policy: (B, n+1), or (B, n) for external ones
 
 
 def attention_scores(query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query (B, m), keys (n+1, m) or (B, n+1, m), inner first -> products and |query| |key|, (B, n+1) each: their ratio
-    is the cosine."""
+    """Query (B, m), keys (n+1, m) or (B, n+1, m), inner policy first -> products and |query| |key|, (B, n+1) each.
+    Their ratio is the cosine."""
     norms = query.norm(dim=-1, keepdim=True) * keys.norm(dim=-1)
     return (query.unsqueeze(1) * keys).sum(-1), norms.clamp(min=1e-8)
 
@@ -162,7 +164,7 @@ def fuse(cosines: torch.Tensor, inner: torch.Tensor, advice: torch.Tensor, beta:
          abstain: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines (B, n+1), log-probabilities of the inner policy (B, A), advice (B, n, A), its sharpness (B, n) -> log of
     weight times probability (B, n+1, A), weights (B, n+1)."""
-    if abstain:  # never the inner policy
+    if abstain:  # the inner policy never does
         cosines = cosines.masked_fill(F.pad(advice.amax(-1) <= 0, (1, 0)), -1e4)
     log_weights = torch.log_softmax(cosines, -1)
     external = torch.log_softmax(beta.unsqueeze(-1) * advice, -1)  # (B, n, A), uniform without advice
@@ -178,7 +180,7 @@ def add_logits(scores: torch.Tensor, logits: torch.Tensor, advice: torch.Tensor)
 
 
 class Agent(nn.Module):
-    """Actor and critic on one encoder."""
+    """Actor and critic with a common encoder."""
 
     def __init__(self, shape: tuple[int, ...], num_actions: int, n: int, args: Args):
         super().__init__()
@@ -201,7 +203,7 @@ class Agent(nn.Module):
             return Output(log_probs, value, log_probs, None, {"score": scores})
         inner, beta = torch.log_softmax(logits, -1), self.sharpness * norms[:, 1:]
         joint, weights = fuse(scores / norms, inner, obs.advice, beta, self.abstain)
-        log_probs = torch.logsumexp(joint, 1)  # in the log throughout: a probability may be zero in float32
+        log_probs = torch.logsumexp(joint, 1)  # logarithms throughout: a probability may be 0 in float32
         return Output(log_probs, value, inner, joint, {"attention": weights, "sharpness": beta})
 
     def attend(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,8 +214,8 @@ class Agent(nn.Module):
         return attention_scores(self.query(hidden), keys)
 
     def inner(self, view: torch.Tensor) -> torch.Tensor:
-        """The inner policy alone, log-probabilities (B, A). Where logits are added, it has its factor, which may be
-        below 0."""
+        """The inner policy alone, log-probabilities (B, A). Where logits are added, its logits keep their factor
+        q . k_0, which may be below 0."""
         hidden = self.trunk(self.encoder(view))
         logits = self.actor(hidden)
         if self.adds_logits:
@@ -226,13 +228,13 @@ class Batch(NamedTuple):
     obs: Seen
     action: torch.Tensor  # (B,)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
-    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    value: torch.Tensor  # (B,), of the observation, by the critic during the rollout
     advantage: torch.Tensor  # (B,)
-    target_value: torch.Tensor  # (B,), what the critic is to learn
+    target_value: torch.Tensor  # (B,), target of the critic
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Noise that makes the argmax of log-probabilities a draw from them."""
+    """Gumbel noise: the argmax of log-probabilities plus this noise is a draw from them."""
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
@@ -251,8 +253,8 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` makes the agent's inputs
+    from observations, `loop` has the present ones, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
@@ -279,7 +281,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
 
 
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a batch (Eq. 9), and what is logged of it."""
+    """Loss of a batch (Eq. 9), and scalars for the log."""
     output = agent(batch.obs)
     log_probs, value = output.log_probs, output.value
     log_ratio = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1) - batch.log_prob
@@ -288,7 +290,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()  # Eq. 7
     value_error = (value - batch.target_value).square()
-    if args.clip_values:  # the worse of two: a value gains nothing from going further than `clip`
+    if args.clip_values:  # the larger of both errors: a value gains nothing by changing more than `clip`
         clipped_value = batch.value + (value - batch.value).clamp(-args.clip, args.clip)
         value_error = value_error.max((clipped_value - batch.target_value).square())
     value_loss = value_error.mean()
@@ -320,15 +322,15 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device)
 
     vec = envs.make_vec(args.env, args.num_envs)
-    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3): cells in view, or (f,): features; number of actions
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     given = args.knowledge + (f",inner:{args.init_from}" if args.init_from else "")
     external = knowledge.load(given, args.env, num_actions, example, lowest=0.0,
                               kept_in=args.resume or args.evaluate)
     n, names = len(external), ["inner", *external]
     agent = Agent(shape, num_actions, n, args).to(device)
-    if args.init_from and not saved:  # the last policy is its inner one: with added logits its key's effect is in it
+    if args.init_from and not saved:  # the last one is that run's inner policy; added logits contain its key's factor
         known = names[:-1] if agent.adds_logits else names
         knowledge.take_over(dict(agent.named_parameters()), None, known, args.init_from)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -339,27 +341,27 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, copies=100)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
-        """What the agent sees of observations, and the advice that goes with them."""
+        """Observations -> inputs of the agent: what it sees, and the advice for it."""
         advice = knowledge.advise(external, obs, num_actions, lowest=0.0).float()
         return Seen(envs.seen(obs).to(device), advice.to(device))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A). The run exports this as policy.pt2."""
         return agent(look(obs)).log_probs.cpu()
 
     def inner(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A) of the inner policy alone: what the run leaves as inner.pt2."""
+        """Log-probabilities (B, A) of the inner policy alone. The run exports this as inner.pt2."""
         return agent.inner(envs.seen(obs).to(device)).cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         output = agent(look(envs.to_tensors(obs)))
         log_probs = evaluator.noted(output.log_probs.cpu())
         if args.eval_select == "sample":
             log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
         action = log_probs.argmax(1)
-        if output.joint is not None:  # who acts: the policy that gave the action most of its chance
+        if output.joint is not None:  # who acts: the policy with the largest share in the action's probability
             evaluator.note(output.attention["attention"][0], output.joint[0, :, action[0]].argmax())
         return action.numpy()
 

@@ -1,10 +1,10 @@
 """PPO-KoGuN: PPO that is given the advice of external policies as an input of its actor.
 
-The baseline of the KIAN paper (Chiu et al., arXiv 2210.03729) by the name of KoGuN (Zhang et al., "KoGuN: Accelerating
-Deep Reinforcement Learning via Integrating Human Suboptimal Knowledge", arXiv 2002.07418), as in its released code: the
-advice of all external policies, ones at the actions they are for, stands beside what the encoder makes of the
-observation. KoGuN itself turns rules into a trainable controller. The network fixes the number of external policies and
-their order. Everything else is PPO: `diff algos/ppo.py algos/ppo_kogun.py`.
+This is the baseline that the KIAN paper (Chiu et al., arXiv 2210.03729) calls KoGuN, as in its released code. The actor
+sees [x(s), e_1, ..., e_n]: x is the encoder's output, and the advice e_j of external policy j has ones at the actions
+that it advises. KoGuN itself (Zhang et al., "KoGuN: Accelerating Deep Reinforcement Learning via Integrating Human
+Suboptimal Knowledge", arXiv 2002.07418) turns rules into a trainable controller. A trained network fits only the same
+external policies in the same order. Everything else is PPO: `diff algos/ppo.py algos/ppo_kogun.py`.
 
 python algos/ppo_kogun.py --env MiniGrid-DoorKey-5x5-v0   # return 0.8 after 41,000 steps, plain PPO after 61,000
 """
@@ -37,20 +37,20 @@ WIDTH = 64  # of the encoder's output and of all hidden layers
 class Args:
     """PPO with the advice of external policies as an input (KoGuN)."""
     # twin: run arguments of PPO
-    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another id may be given
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 16  # environments stepped together
     eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 100  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
@@ -59,28 +59,28 @@ class Args:
     batch_size: int = 256  # transitions per update
     learning_rate: float = 1e-3  # Adam, constant
     gamma: float = 0.99  # discount per step
-    gae_lambda: float = 0.95  # of the advantage estimate
-    clip: float = 0.2  # of the probability ratio, and of the change of values
-    clip_values: bool = True  # whether values are clipped as well: right for returns near 1, slow for larger ones
-    normalize_advantage: bool = False  # advantages of a batch to mean 0 and deviation 1
+    gae_lambda: float = 0.95  # lambda of the advantage estimate (GAE)
+    clip: float = 0.2  # range of the probability ratio, and of the change of values
+    clip_values: bool = True  # also clip the change of values: right for returns near 1, slow for larger ones
+    normalize_advantage: bool = False  # shift and scale the advantages of a batch to mean 0 and deviation 1
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
-    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
-    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+    max_grad_norm: float = 0.5  # the gradient of all parameters is clipped to this norm
+    bootstrap: bool = True  # at a time limit, add the value of the last state to the return
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluations draw actions, or take the most likely ones
 
     # method: KoGuN
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>, inner:<RUN_DIR>; comma-separated
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf)}
 TUNE = {"learning_rate": (2e-4, 3e-3), "entropy_coef": (1e-3, 5e-2), "num_steps": [64, 128, 256],
         "epochs": [2, 4, 8], "batch_size": [128, 256, 512], "gae_lambda": [0.9, 0.95, 0.98]}
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A layer whose units have weights of length 1 at the start, and no bias."""
+    """A layer that starts with biases 0 and, for each unit, a random weight vector of length 1."""
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
@@ -89,8 +89,8 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class GridEncoder(nn.Module):
-    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
-    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, and 2x2 max pooling after the first. They are matrix
+    products of gathered cells: for 7x7 cells on a CPU this is more than twice as fast as nn.Conv2d."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: the convolutions of DQN (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
@@ -120,7 +120,7 @@ class PixelEncoder(nn.Sequential):
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of the view
 
 
 class Seen(NamedTuple):
@@ -135,7 +135,7 @@ class Output(NamedTuple):
 
 
 class Agent(nn.Module):
-    """Actor and critic on one encoder."""
+    """Actor and critic with a common encoder."""
 
     def __init__(self, shape: tuple[int, ...], num_actions: int, n: int):
         super().__init__()
@@ -155,13 +155,13 @@ class Batch(NamedTuple):
     obs: Seen
     action: torch.Tensor  # (B,)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
-    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    value: torch.Tensor  # (B,), of the observation, by the critic during the rollout
     advantage: torch.Tensor  # (B,)
-    target_value: torch.Tensor  # (B,), what the critic is to learn
+    target_value: torch.Tensor  # (B,), target of the critic
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Noise that makes the argmax of log-probabilities a draw from them."""
+    """Gumbel noise: the argmax of log-probabilities plus this noise is a draw from them."""
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
@@ -180,8 +180,8 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` makes the agent's inputs
+    from observations, `loop` has the present ones, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
@@ -208,7 +208,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
 
 
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a batch (Eq. 9), and what is logged of it."""
+    """Loss of a batch (Eq. 9), and scalars for the log."""
     output = agent(batch.obs)
     log_probs, value = output.log_probs, output.value
     log_ratio = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1) - batch.log_prob
@@ -217,7 +217,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()  # Eq. 7
     value_error = (value - batch.target_value).square()
-    if args.clip_values:  # the worse of two: a value gains nothing from going further than `clip`
+    if args.clip_values:  # the larger of both errors: a value gains nothing by changing more than `clip`
         clipped_value = batch.value + (value - batch.value).clamp(-args.clip, args.clip)
         value_error = value_error.max((clipped_value - batch.target_value).square())
     value_loss = value_error.mean()
@@ -245,8 +245,8 @@ def main(args: Args) -> dict[str, float]:
     device = runtime.pick_device(args.device)
 
     vec = envs.make_vec(args.env, args.num_envs)
-    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3) of cells in view or (f,) features, number of actions
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    shape, num_actions = envs.discrete_sizes(vec)  # (7, 7, 3): cells in view, or (f,): features; number of actions
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     external = knowledge.load(args.knowledge, args.env, num_actions, example, lowest=0.0,
                               kept_in=args.resume or args.evaluate)
@@ -259,17 +259,17 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, copies=100)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
-        """What the agent sees of observations, and the advice that goes with them."""
+        """Observations -> inputs of the agent: what it sees, and the advice for it."""
         advice = knowledge.advise(external, obs, num_actions, lowest=0.0).float()
         return Seen(envs.seen(obs).to(device), advice.to(device))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A). The run exports this as policy.pt2."""
         return agent(look(obs)).log_probs.cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         output = agent(look(envs.to_tensors(obs)))
         log_probs = evaluator.noted(output.log_probs.cpu())
         if args.eval_select == "sample":

@@ -1,11 +1,12 @@
 """PPO on pictures: ppo.py with convolutions, for discrete actions.
 
-Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), with the layers of Mnih et al. 2015 made
-smaller, for pictures of about 64 x 64 of any number of channels, as those of the mobile robot of the S-RL Toolbox
-(arXiv 1809.09369). ppo.py has larger layers, for 64 x 64 x 3 alone. `diff algos/ppo.py algos/ppo_pixels.py` shows the
-network, and settings for returns larger than 1.
+Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347). The encoder is a smaller version of that
+of Mnih et al. 2015. It takes pictures of about 64 x 64 with any number of channels, as those of the mobile robot of the
+S-RL Toolbox (arXiv 1809.09369). ppo.py has a larger one, for 64 x 64 x 3 alone. `diff algos/ppo.py algos/ppo_pixels.py`
+shows the network, and settings for returns larger than 1.
 
-Pictures are divided by 255 once, inside the network. The last four together: --env MobileRobot-v0:pixels:frame_stack=4
+Pictures are divided by 255 once, inside the network. This id stacks the last four pictures:
+--env MobileRobot-v0:pixels:frame_stack=4
 
 python algos/ppo_pixels.py --env MobileRobot-v0:pixels
 """
@@ -36,20 +37,20 @@ WIDTH = 128  # of the encoder's output and of all hidden layers
 class Args:
     """PPO for discrete actions, on pictures."""
     # twin: run arguments
-    env: str = "MobileRobot-v0:pixels"  # environment id; with --evaluate another one may be named
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "MobileRobot-v0:pixels"  # environment id; with --evaluate another id may be given
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 200_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 16  # environments stepped together
     eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 20  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
@@ -58,25 +59,25 @@ class Args:
     batch_size: int = 256  # transitions per update
     learning_rate: float = 1e-3  # Adam, constant
     gamma: float = 0.99  # discount per step
-    gae_lambda: float = 0.95  # of the advantage estimate
-    clip: float = 0.2  # of the probability ratio, and of the change of values
-    clip_values: bool = False  # whether values are clipped as well: right for returns near 1, slow for larger ones
-    normalize_advantage: bool = True  # advantages of a batch to mean 0 and deviation 1
+    gae_lambda: float = 0.95  # lambda of the advantage estimate (GAE)
+    clip: float = 0.2  # range of the probability ratio, and of the change of values
+    clip_values: bool = False  # also clip the change of values: right for returns near 1, slow for larger ones
+    normalize_advantage: bool = True  # shift and scale the advantages of a batch to mean 0 and deviation 1
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradients of all parameters together are cut to this length
-    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
-    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+    max_grad_norm: float = 0.5  # the gradient of all parameters is clipped to this norm
+    bootstrap: bool = True  # at a time limit, add the value of the last state to the return
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluations draw actions, or take the most likely ones
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coef": (0, math.inf), "value_coef": (0, math.inf)}
 TUNE = {"learning_rate": (2e-4, 3e-3), "entropy_coef": (1e-3, 5e-2), "num_steps": [64, 128, 256],
         "epochs": [2, 4, 8], "batch_size": [128, 256, 512], "gae_lambda": [0.9, 0.95, 0.98]}
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A layer whose units have weights of length 1 at the start, and no bias."""
+    """A layer that starts with biases 0 and, for each unit, a random weight vector of length 1."""
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
@@ -108,7 +109,7 @@ class Output(NamedTuple):
 
 
 class Agent(nn.Module):
-    """Actor and critic on one encoder."""
+    """Actor and critic with a common encoder."""
 
     def __init__(self, shape: tuple[int, ...], num_actions: int):
         super().__init__()
@@ -128,13 +129,13 @@ class Batch(NamedTuple):
     obs: Seen
     action: torch.Tensor  # (B,)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
-    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    value: torch.Tensor  # (B,), of the observation, by the critic during the rollout
     advantage: torch.Tensor  # (B,)
-    target_value: torch.Tensor  # (B,), what the critic is to learn
+    target_value: torch.Tensor  # (B,), target of the critic
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Noise that makes the argmax of log-probabilities a draw from them."""
+    """Gumbel noise: the argmax of log-probabilities plus this noise is a draw from them."""
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
@@ -153,8 +154,8 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` makes the agent's inputs
+    from observations, `loop` has the present ones, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     noise = gumbel((args.num_steps, vec.num_envs, int(vec.action_space.n))).to(device)
     seen, steps = look(loop["obs"]), []
@@ -181,7 +182,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
 
 
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a batch (Eq. 9), and what is logged of it."""
+    """Loss of a batch (Eq. 9), and scalars for the log."""
     output = agent(batch.obs)
     log_probs, value = output.log_probs, output.value
     log_ratio = log_probs.gather(1, batch.action.unsqueeze(1)).squeeze(1) - batch.log_prob
@@ -190,7 +191,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()  # Eq. 7
     value_error = (value - batch.target_value).square()
-    if args.clip_values:  # the worse of two: a value gains nothing from going further than `clip`
+    if args.clip_values:  # the larger of both errors: a value gains nothing by changing more than `clip`
         clipped_value = batch.value + (value - batch.value).clamp(-args.clip, args.clip)
         value_error = value_error.max((clipped_value - batch.target_value).square())
     value_loss = value_error.mean()
@@ -222,7 +223,7 @@ def main(args: Args) -> dict[str, float]:
     if len(shape) != 3 or min(shape[:2]) < 20:
         raise envs.EnvError(f"{args.env} observes {shape} numbers, no pictures of 20 x 20 or more; algos/ppo.py takes "
                             "features and grids")
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = Agent(shape, num_actions).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -233,16 +234,16 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, copies=100)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor]) -> Seen:
-        """What the agent sees of observations."""
+        """Observations -> inputs of the agent."""
         return envs.seen(obs).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A): what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A). The run exports this as policy.pt2."""
         return agent(look(obs)).log_probs.cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         output = agent(look(envs.to_tensors(obs)))
         log_probs = evaluator.noted(output.log_probs.cpu())
         if args.eval_select == "sample":

@@ -1,17 +1,19 @@
-"""SAC+BC: SAC + HER whose actor also imitates external policies, where the critics hold these for better.
+"""SAC+BC: SAC + HER whose actor also imitates external policies, where the critics value their actions more.
 
-A squared distance to the action of an external policy is added to the actor's loss. Of n policies p_k the critics name
-the best one, and only where they value it above the actor's own action it is imitated (the Q-filter of Nair et al.,
-"Overcoming Exploration in Reinforcement Learning with Demonstrations", arXiv 1709.10089, there for demonstrations):
+The actor's loss gets a squared distance to the action of an external policy. Of n policies p_k the critics choose the
+best one, b. It is imitated only where they value its action above the actor's own. This is the Q-filter of Nair et al.,
+"Overcoming Exploration in Reinforcement Learning with Demonstrations" (arXiv 1709.10089), who use demonstrations:
 
     b = argmax_k min_i Q_i(s, p_k(s)),   loss = E[alpha log pi(a|s) - min_i Q_i(s, a)
                                                   + bc_coef 1{min_i Q_i(s, p_b) > min_i Q_i(s, a)} |m(s) - p_b(s)|^2]
 
-m is the actor's mean action: how much noise there is stays with the temperature. A log-likelihood would not do, because
-rules often say exactly 1, which tanh never reaches. A filter in place of a weight that fades, because it can tell which
-of several rules is right where, and lets go of a wrong one at any time. It knows no more than the critics do: at first
-it is chance. TD3+BC (arXiv 2106.06860) adds such a term offline. The external policies never act. Everything else is
-SAC: `diff algos/sac.py algos/sac_bc.py`. docs/forms_of_knowledge.md compares it with other forms.
+- m is the actor's mean action, so the temperature alone decides on the noise. A log-likelihood would fail, because
+  rules often return exactly 1, which tanh never reaches.
+- The filter takes the place of a weight that fades. It can tell which of several rules is right where, and drops a
+  wrong one at any time. It knows no more than the critics: at first its choice is random.
+- The external policies never act. TD3+BC (arXiv 2106.06860) adds such a term offline.
+
+Everything else is SAC: `diff algos/sac.py algos/sac_bc.py`. docs/forms_of_knowledge.md compares it with other forms.
 
 python algos/sac_bc.py --env FetchPickAndPlace-v2
 """
@@ -40,44 +42,44 @@ LOG_EVERY = 1000  # environment steps
 
 @dataclass
 class Args:
-    """SAC + HER that also imitates external policies, where the critics say so."""
+    """SAC + HER that also imitates external policies, where the critics prefer them."""
     # twin: run arguments
-    env: str = "FetchPickAndPlace-v2"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "FetchPickAndPlace-v2"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 150_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 32  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x3"  # hidden layers of actor and critics, width x depth
     batch_size: int = 512  # transitions per update
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature
     gamma: float = 0.95  # discount per step
     tau: float = 0.05  # Polyak step of the target critics, per update
     updates_per_step: float = 0.1  # updates per environment step
-    her_goals: int = 4  # hindsight goals per real one, on tasks with goals; 0: no HER
-    initial_temperature: float = 1.0  # alpha at the start, then tuned to an entropy of -d
-    random_actions: float = 0.2  # share of uniform actions while learning
-    normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5
-    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all
+    her_goals: int = 4  # hindsight goals per real goal, on tasks with goals; 0: no HER
+    initial_temperature: float = 1.0  # alpha at the start; then it is tuned to an entropy of -d (d: size of an action)
+    random_actions: float = 0.2  # share of actions that are uniform, for exploration
+    normalize: bool = True  # inputs normalised by running mean and deviation, clipped to +-5
+    goal_range: float = 0.0  # Fetch, Franka: goals come from this many tenths of their range; 0: from all of it
 
     # method: behaviour cloning
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>; comma-separated
-    bc_coef: float = 1.0  # weight of the squared distance to the best advice, where that is better
+    bc_coef: float = 1.0  # weight of the squared distance to the best advice, where the critics prefer that
 
 
-# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "her_goals": (0, math.inf), "random_actions": (0, 1), "goal_range": (0, 10),
           "bc_coef": (0, math.inf)}
 TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature": (0.01, 1.0),
@@ -85,12 +87,12 @@ TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature"
 
 
 def gaussian_policy(params: dict, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observations (B, f), Gaussian noise (B, d), zeros for the mean -> action tanh(u) (B, d), log-probability (B,)."""
+    """Observations (B, f), Gaussian noise (B, d), 0 for the mean -> action tanh(u) (B, d), its log-probability (B,)."""
     mean, log_std = mlp(params, "actor", obs).chunk(2, -1)
     log_std = log_std.clamp(-20, 2)
     action = torch.tanh(mean + log_std.exp() * noise)
-    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # of u, N(mean, std)
-    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)
+    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # log N(u; mean, std)
+    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)  # change of variables u -> tanh(u)
 
 
 def draw_noise(batch: int, d: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -103,7 +105,7 @@ class Decision(NamedTuple):
 
 
 def decide(actor: dict, obs: torch.Tensor, noise: torch.Tensor, args: Args) -> Decision:
-    """What is done, and its log-probability."""
+    """The action and its log-probability."""
     return Decision(*gaussian_policy(actor, obs, noise))
 
 
@@ -112,12 +114,12 @@ def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 
 
 def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor) -> torch.Tensor:
-    return 0.5 * (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # of (2, B)
+    return 0.5 * (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # (2, B): two critics
 
 
 def best_advice(critic: dict, obs: torch.Tensor, advice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observations (B, f), advice (B, n, d) -> the advice of the largest value (B, d), and that value (B,); of n = 0
-    zeros and minus infinity."""
+    """Observations (B, f), advice (B, n, d) -> the advice of the largest value (B, d), and that value (B,). For
+    n = 0: zeros and minus infinity."""
     if not advice.shape[1]:
         return advice.new_zeros(len(obs), advice.shape[2]), advice.new_full((len(obs),), -math.inf)
     values = [mlp(critic, "q", critic_inputs(obs, action)).squeeze(-1).amin(0) for action in advice.unbind(1)]
@@ -153,7 +155,7 @@ def update(agent: dict, batch: Batch, advice: torch.Tensor, noise: torch.Tensor,
     """One step of critics, actor, temperature and targets, in this order, on normalised transitions. Changes `agent` in
     place, returns what is logged."""
     actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
-    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha as before its own step
+    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha before its step below
     count += 1
 
     following = decide(actor, batch.next_obs, next_noise, args)
@@ -166,7 +168,7 @@ def update(agent: dict, batch: Batch, advice: torch.Tensor, noise: torch.Tensor,
     grads, (pi_loss, (decision, q, bc_loss, better)) = torch.func.grad_and_value(actor_loss, has_aux=True)(
         actor, critic, alpha, batch.obs, advice, noise, args)
     adam(actor, grads, moments["actor"], count, args.learning_rate)
-    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
+    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob - d): target entropy -d
     adam(agent["temperature"], grads, moments["temperature"], count, args.learning_rate)
     torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
     return {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
@@ -177,7 +179,7 @@ def make_buffer(args: Args, vec: envs.VectorEnv, f: int, d: int, g: int) -> tupl
     """An empty buffer, and how many transitions of a batch get a hindsight goal."""
     relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     horizon = envs.time_limit_of(vec) if relabelled else 1  # hindsight stores whole episodes
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     return ReplayBuffer(capacity, horizon, args.num_envs, f, d, g, vec.compute_reward), relabelled
 
 
@@ -187,8 +189,8 @@ def main(args: Args) -> dict[str, float]:
     args, saved = runtime.checked(args, ALGO, RANGES, anew=["goal_range"])
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
-    f, d, g = envs.continuous_sizes(vec)  # numbers in the features, an action, a goal (0: no goals)
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, g = envs.continuous_sizes(vec)  # sizes of features, action and goal (0: no goals)
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     external = knowledge.load(args.knowledge, args.env, d, example, kept_in=args.resume or args.evaluate)
     agent = make_agent(args, f, d, device)
@@ -201,7 +203,7 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, goal_range=args.goal_range)
 
     def look(obs: torch.Tensor) -> torch.Tensor:
-        """What networks see of features (B, f)."""
+        """Features (B, f) -> inputs of the networks."""
         return normalizer(obs)
 
     def choose(obs: torch.Tensor, noise: torch.Tensor) -> Decision:
@@ -209,11 +211,11 @@ def main(args: Args) -> dict[str, float]:
         return tree_map(lambda x: x.cpu(), decide(agent["actor"], *inputs, args))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The mean action (B, d): what the run leaves as policy.pt2."""
+        """The mean action (B, d). The run exports this as policy.pt2."""
         return choose(envs.flatten(obs), torch.zeros(d)).action
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         return vec.to_box(policy(obs).numpy())
 
     if args.evaluate:
@@ -234,7 +236,7 @@ def main(args: Args) -> dict[str, float]:
             action = torch.where(explore, action, decision.action)
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         buffer.add(obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"]))
         normalizer.add(obs)
         loop["obs"] = envs.flatten(next_obs)

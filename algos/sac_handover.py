@@ -1,11 +1,12 @@
 """SAC with a hand-over: external policies act until the trained one has caught up. This project's own method.
 
-Attention as in algos/sac_kian.py (query, keys, one policy drawn per step). What is different:
-- attention is taught in every state, by cross-entropy, whose action the critics value most: softmax(Q / T). The inner
-  policy is a SAC actor in every state. KIAN trains both through the action drawn;
-- critics flatter the policy that maximises them. So the inner policy plays some episodes alone (solo), and acts nowhere
-  else until its returns there are nearly the agent's best. Until then it imitates the attended external policies;
-- external policies that were of no help are dropped; if nothing was learned either, the agent begins anew.
+Query, keys and the draw of one policy per step are those of algos/sac_kian.py. Three things are different:
+- Attention learns in every state, by cross-entropy to softmax(Q(s, a_i) / T) over the policies i. The inner policy
+  minimises SAC's actor loss in every state. KIAN trains both through the one action that was drawn.
+- Critics overestimate the policy that maximises them. So the inner policy plays some episodes alone (solo), and acts
+  nowhere else until its returns there are nearly the agent's best. Until then it also imitates the external policies,
+  weighted by attention.
+- External policies that did not help are dropped. If the inner policy has not learned either, the agent begins anew.
 
 docs/sac_handover.md has the reasons and the measurements.
 
@@ -35,52 +36,52 @@ from networks import adam, adam_state, init_mlp, mlp
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
 KEY_DIM = 4  # width m of keys and query
-MASKED = 1e9  # taken from the score of an inner policy that may not act yet, or of external ones that were of no help
+MASKED = 1e9  # subtracted from the score of the inner policy before it may act, or of external ones that did not help
 
 
 @dataclass
 class Args:
     """SAC + HER that begins with external policies and hands over to its own (ours)."""
     # twin: run arguments
-    env: str = "FetchPickAndPlace-v2"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "FetchPickAndPlace-v2"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 150_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 32  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x3"  # hidden layers of actor and critics, width x depth
     batch_size: int = 512  # transitions per update
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature
     gamma: float = 0.95  # discount per step
     tau: float = 0.05  # Polyak step of the target critics, per update
     updates_per_step: float = 0.1  # updates per environment step
-    her_goals: int = 4  # hindsight goals per real one, on tasks with goals; 0: no HER
-    initial_temperature: float = 1.0  # alpha at the start, then tuned to an entropy of -d
-    random_actions: float = 0.2  # share of uniform actions while learning
-    normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5
-    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all
+    her_goals: int = 4  # hindsight goals per real goal, on tasks with goals; 0: no HER
+    initial_temperature: float = 1.0  # alpha at the start; then it is tuned to an entropy of -d (d: size of an action)
+    random_actions: float = 0.2  # share of actions that are uniform, for exploration
+    normalize: bool = True  # inputs normalised by running mean and deviation, clipped to +-5
+    goal_range: float = 0.0  # Fetch, Franka: goals come from this many tenths of their range; 0: from all of it
 
     # method: attention and hand-over
     knowledge: str = "auto"  # auto, none, rules, groups, your_file.py, run:<RUN_DIR>; comma-separated
     cosine_scale: float = 3.0  # attention scores are this times cos(query, key)
-    attention_temperature: float = 0.1  # T of softmax(Q / T), which attention is taught; falls after the hand-over
-    solo_fraction: float = 0.25  # share of episodes that the inner policy plays alone until then; 0: no hand-over
-    bc_coef: float = 1.0  # weight of imitating the attended external policies beside Q, times the return gap
+    attention_temperature: float = 0.1  # T of softmax(Q / T), the target of attention; falls after the hand-over
+    solo_fraction: float = 0.25  # share of episodes that the inner policy plays alone at first; 0: no hand-over
+    bc_coef: float = 1.0  # weight, times the return gap, of imitating the external policies that attention chooses
 
 
-# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "her_goals": (0, math.inf), "random_actions": (0, 1), "goal_range": (0, 10),
           "solo_fraction": (0, 0.99), "bc_coef": (0, math.inf)}
 TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature": (0.01, 1.0),
@@ -88,28 +89,29 @@ TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature"
 
 
 def gaussian_policy(params: dict, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observations (B, f), Gaussian noise (B, d), zeros for the mean -> action tanh(u) (B, d), log-probability (B,)."""
+    """Observations (B, f), Gaussian noise (B, d), 0 for the mean -> action tanh(u) (B, d), its log-probability (B,)."""
     mean, log_std = mlp(params, "actor", obs).chunk(2, -1)
     log_std = log_std.clamp(-20, 2)
     action = torch.tanh(mean + log_std.exp() * noise)
-    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # of u, N(mean, std)
-    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)
+    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # log N(u; mean, std)
+    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)  # change of variables u -> tanh(u)
 
 
 class HandOver:
-    """When the inner policy may act: returns of its solo episodes beside those of the agent's and of uniform ones.
+    """Decides when the inner policy may act. It compares returns of solo episodes with those of all others (the agent).
 
-    return_gap: how much worse solo episodes are than the agent at its best, in standard deviations of returns; 1 while
-    nothing is known. Below MARGIN the hand-over is `done`, for good, and the gap, so the imitation, fades. The best
-    of a noisy mean is high by luck alone, so it is also done where over all episodes the agent is not MARGIN ahead:
-    external policies have not `helped`. Where solo episodes were no better than uniform ones, nothing was `learned`.
+    return_gap = (best running mean of the agent - running mean of solo episodes) / deviation of returns, within 0 to 1;
+    it is 1 until enough episodes are known. When it falls below MARGIN the hand-over is `done`, for good. From then on
+    the gap fades, and with it the imitation. The best of a noisy mean is high by luck alone. So the hand-over is also
+    done where, over all episodes, the agent is less than MARGIN ahead of solo episodes: external policies have not
+    `helped`. If solo episodes were then hardly better than episodes of uniform actions, nothing was `learned`.
     """
 
     MARGIN = 0.2
-    FADE = 0.002  # of the gap that is left, per episode after the hand-over: half of it lasts 350 episodes
+    FADE = 0.002  # share of the gap that goes with each episode after the hand-over: it halves in 350 episodes
     RATE = 0.02  # of the running means: about the last 50 episodes of a kind
-    FIRST, FEWEST = 400, 20  # episodes before the means are compared: of both kinds, of each
-    LEARNED = 0.5  # standard deviations that solo episodes have to be above the uniform ones
+    FIRST, FEWEST = 400, 20  # episodes before the means are compared: of both kinds together, of each kind
+    LEARNED = 0.5  # standard deviations by which solo episodes have to be better than uniform ones
 
     def __init__(self, num_envs: int, solo_fraction: float):
         self.solo = torch.rand(num_envs, 1) < solo_fraction  # which environments the inner policy plays alone
@@ -123,7 +125,7 @@ class HandOver:
 
     def add(self, reward: np.ndarray, ended: np.ndarray, uniform: bool) -> None:
         """One step of every environment: rewards, whose episode is over (num_envs,), whether all actions were uniform.
-        An episode that began with uniform actions and went on with others counts for nothing."""
+        An episode that began with uniform actions and went on with others is not counted."""
         self.current += torch.from_numpy(reward).float()
         self.uniform |= uniform
         for i in ended.nonzero()[0].tolist():
@@ -144,7 +146,7 @@ class HandOver:
         self.square += deviation * (value - self.average)
         self.mean[f"return_{kind}"] = value if math.isnan(old) else old + self.RATE * (value - old)
         if self.count >= self.FIRST:
-            self.mean["return_best"] = max(self.mean["return_agent"], self.mean["return_best"])  # NaN gives way
+            self.mean["return_best"] = max(self.mean["return_agent"], self.mean["return_best"])  # drops a first NaN
         if self.done:
             self.return_gap *= 1 - self.FADE
 
@@ -168,8 +170,8 @@ class Seen(NamedTuple):
 
 
 class Noise(NamedTuple):
-    gaussian: torch.Tensor  # (B, d), of the inner policy
-    gumbel: torch.Tensor  # (B, n+1), of who acts
+    gaussian: torch.Tensor  # (B, d), for the action of the inner policy
+    gumbel: torch.Tensor  # (B, n+1), for the draw of the policy that acts
 
 
 def draw_noise(batch: int, d: int, n: int, generator: torch.Generator | None = None) -> Noise:
@@ -178,22 +180,22 @@ def draw_noise(batch: int, d: int, n: int, generator: torch.Generator | None = N
 
 
 def attention_scores(query: torch.Tensor, keys: torch.Tensor, cosine_scale: float) -> torch.Tensor:
-    """Query (B, m), keys (n+1, m), inner first -> scores (B, n+1) of the policies (Eqs. 1-2)."""
+    """Query (B, m), keys (n+1, m), inner policy first -> scores (B, n+1) of the policies (Eqs. 1-2)."""
     if cosine_scale > 0:
         query, keys = cosine_scale * F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
     return query @ keys.T
 
 
 def select(scores: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
-    """One-hot draw from softmax(scores) (B, n+1), straight-through gradient; without noise, the argmax. Noise goes to
-    raw scores: added to their softmax, the draw would be flatter than the weights say."""
+    """One-hot draw (B, n+1) from softmax(scores), with a straight-through gradient; with zero noise, the argmax. The
+    noise is added to the scores. Added to their softmax, it would make the draw more uniform than the weights."""
     soft = torch.softmax(scores + gumbel, -1)
     return F.one_hot((scores + gumbel).argmax(-1), scores.shape[-1]) + (soft - soft.detach())
 
 
 class Decision(NamedTuple):
     action: torch.Tensor  # (B, d)
-    log_prob: torch.Tensor  # (B,), in targets: entropy is asked of the inner policy alone, where it acts
+    log_prob: torch.Tensor  # (B,), for targets: only the inner policy's entropy counts, with its weight
     log_weights: torch.Tensor  # (B, n+1), inner policy first
     selected: torch.Tensor  # (B, n+1), one-hot
     actions: torch.Tensor  # (B, n+1, d), what each policy would do
@@ -201,7 +203,7 @@ class Decision(NamedTuple):
 
 
 def decide(actor: dict, obs: Seen, noise: Noise, args: Args) -> Decision:
-    """Who acts, what is done, and its log-probability."""
+    """Which policy acts, its action, and the log-probability."""
     inner, inner_log_prob = gaussian_policy(actor, obs.features, noise.gaussian)
     scores = attention_scores(mlp(actor, "query", obs.features), actor["keys"], args.cosine_scale) - actor["score_mask"]
     log_weights, selected = torch.log_softmax(scores, -1), select(scores, noise.gumbel)
@@ -215,7 +217,7 @@ def critic_inputs(obs: Seen, action: torch.Tensor) -> torch.Tensor:
 
 
 def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor) -> torch.Tensor:
-    return 0.5 * (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # of (2, B)
+    return 0.5 * (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # (2, B): two critics
 
 
 def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, obs: Seen, noise: Noise, args: Args):
@@ -228,7 +230,7 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, obs: Seen, noise:
     inner_q, external_q = q_of(decision.actions[:, :1]), q_of(decision.actions[:, 1:].detach())
     q = torch.cat([inner_q, external_q], 1).detach()  # (B, n+1)
 
-    # Cross-entropy compares all policies in every state, and its gradient does not fade where attention is decided.
+    # Cross-entropy compares all policies in every state, and its gradient does not vanish once attention is decided.
     worth = torch.softmax(q / actor["attention_temperature"] - actor["score_mask"], 1)
     loss = alpha * decision.inner_log_prob - inner_q.squeeze(1) - (worth * decision.log_weights).sum(1)
     attention = torch.softmax(decision.log_weights[:, 1:].detach(), 1)  # (B, n)
@@ -247,7 +249,7 @@ def make_agent(args: Args, f: int, d: int, n: int, device: torch.device) -> dict
                "temperature": {"log_alpha": torch.tensor(math.log(args.initial_temperature))}}
     moments = {group: adam_state(params) for group, params in trained.items()}
     actor |= {"score_mask": torch.zeros(n + 1), "bc_coef": torch.zeros(()), "attention_temperature": torch.zeros(())}
-    target = {name: p.clone() for name, p in critic.items()}  # above: what `steer` sets and nobody trains
+    target = {name: p.clone() for name, p in critic.items()}  # the line above: set by `steer`, not trained
     return tree_map(lambda x: x.to(device), trained | {"target": target, "moments": moments, "count": torch.zeros(())})
 
 
@@ -255,7 +257,7 @@ def update(agent: dict, batch: Batch, noise: Noise, next_noise: Noise, args: Arg
     """One step of critics, actor, temperature and targets, in this order, on normalised transitions. Changes `agent` in
     place, returns what is logged."""
     actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
-    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha as before its own step
+    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha before its step below
     count += 1
 
     following = decide(actor, batch.next_obs, next_noise, args)
@@ -268,7 +270,7 @@ def update(agent: dict, batch: Batch, noise: Noise, next_noise: Noise, args: Arg
     grads, (pi_loss, (decision, q)) = torch.func.grad_and_value(actor_loss, has_aux=True)(
         actor, critic, alpha, batch.obs, noise, args)
     adam(actor, grads, moments["actor"], count, args.learning_rate)
-    grads = {"log_alpha": d - decision.inner_log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
+    grads = {"log_alpha": d - decision.inner_log_prob.mean()}  # of -log_alpha (log_prob - d): target entropy -d
     adam(agent["temperature"], grads, moments["temperature"], count, args.learning_rate)
     torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
     return {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
@@ -277,10 +279,10 @@ def update(agent: dict, batch: Batch, noise: Noise, next_noise: Noise, args: Arg
 
 
 def steer(agent: dict, handover: HandOver, args: Args, *sizes) -> None:
-    """Write into the actor what the hand-over has come to: who may act, how much is imitated, how sharply attention is
-    taught (after the hand-over by the gap that is left: one useless step hardly lowers Q)."""
-    if not (handover.helped or handover.learned) and agent["actor"]["score_mask"][0] > 0:  # just found out
-        agent.update(make_agent(args, *sizes))  # what it has learned is in the way
+    """Write the state of the hand-over into the actor: who may act, the weight of imitation, and the T of attention. T
+    falls with the gap after the hand-over: one useless step hardly lowers Q, so a constant T keeps useless policies."""
+    if not (handover.helped or handover.learned) and agent["actor"]["score_mask"][0] > 0:  # only once
+        agent.update(make_agent(args, *sizes))  # begin anew: what it has learned is in the way
     actor, mask = agent["actor"], 0.0 if handover.done else MASKED
     actor["score_mask"][0] = mask if handover.helped else -MASKED
     actor["bc_coef"].fill_(args.bc_coef * handover.return_gap)
@@ -292,7 +294,7 @@ def make_buffer(args: Args, vec: envs.VectorEnv, f: int, d: int, g: int) -> tupl
     """An empty buffer, and how many transitions of a batch get a hindsight goal."""
     relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     horizon = envs.time_limit_of(vec) if relabelled else 1  # hindsight stores whole episodes
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     return ReplayBuffer(capacity, horizon, args.num_envs, f, d, g, vec.compute_reward), relabelled
 
 
@@ -302,8 +304,8 @@ def main(args: Args) -> dict[str, float]:
     args, saved = runtime.checked(args, ALGO, RANGES, anew=["goal_range"])
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
-    f, d, g = envs.continuous_sizes(vec)  # numbers in the features, an action, a goal (0: no goals)
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, g = envs.continuous_sizes(vec)  # sizes of features, action and goal (0: no goals)
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     external = knowledge.load(args.knowledge, args.env, d, example, kept_in=args.resume or args.evaluate)
     n, names = len(external), ["inner", *external]
@@ -319,7 +321,7 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, goal_range=args.goal_range)
 
     def look(obs: torch.Tensor) -> Seen:
-        """What networks see of features (B, f)."""
+        """Features (B, f) -> inputs of the networks."""
         return Seen(normalizer(obs), knowledge.advise(external, envs.unflatten(obs, g), d))
 
     def choose(obs: torch.Tensor, noise: Noise) -> Decision:
@@ -327,15 +329,15 @@ def main(args: Args) -> dict[str, float]:
         return tree_map(lambda x: x.cpu(), decide(agent["actor"], *inputs, args))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The heaviest policy acts, the inner one by its mean (B, d): what the run leaves as policy.pt2."""
+        """The policy with the largest weight acts, inner by its mean (B, d). The run exports this as policy.pt2."""
         return choose(envs.flatten(obs), Noise(torch.zeros(d), torch.zeros(n + 1))).action
 
     def inner(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The trained policy alone, its mean (B, d): what the run leaves as inner.pt2."""
+        """The mean action (B, d) of the inner policy alone. The run exports this as inner.pt2."""
         return gaussian_policy(agent["actor"], normalizer(envs.flatten(obs)), torch.zeros(d))[0]
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play: who acts is drawn, the inner policy acts by its mean."""
+        """The actions of evaluations: the acting policy is drawn, and the inner policy acts by its mean."""
         features = envs.flatten(obs)
         noise = draw_noise(len(features), d, n, evaluator.generator)
         decision = choose(features, noise._replace(gaussian=torch.zeros(d)))
@@ -360,7 +362,7 @@ def main(args: Args) -> dict[str, float]:
             action = torch.where(explore, action, torch.where(handover.solo, decision.actions[:, 0], decision.action))
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         buffer.add(obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"]))
         handover.add(reward, terminated | truncated, uniform=not learning)
         normalizer.add(obs)

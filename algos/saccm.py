@@ -1,12 +1,13 @@
-"""SaCCM: CCM that tells good behaviour from poor behaviour, not a bucket of tasks from another.
+"""SaCCM: CCM that tells good behaviour from poor behaviour, not one bucket of tasks from another.
 
 Yu, Dunion, Li, Albrecht, "Skill-aware Mutual Information Optimisation for Zero-shot Generalisation in Reinforcement
-Learning" (NeurIPS 2024, arXiv 2406.04815). Positive trajectories are of one bucket of tasks, and better than the
-negative ones, which are the worst of all; algos/satesac.py has both of one. Queries q = psi(good), positive keys
-k+ = psi'(good), negative keys k- = psi'(poor), with psi' the momentum encoder; similarities are cosines over T = 0.1.
-The weight is clip(kappa * gap of the mean rewards, 0, 1). Parent: algos/ccm.py
+Learning" (NeurIPS 2024, arXiv 2406.04815). Poor trajectories are the worst of a draw over all buckets. Good ones are of
+one bucket, and better than all poor ones. (In algos/satesac.py both are of one bucket.) The rest is CCM's:
 
-Departures: those of the parent.
+    query q = psi(good), positive key k+ = psi'(good), negative key k- = psi'(poor),   psi': the momentum encoder
+    loss    = critics' loss + clip(kappa * gap of the mean rewards, 0, 1) * NCE,   NCE on cos(q, k) / T, T = 0.1
+
+Parent: algos/ccm.py. Departures: those of the parent.
 
 python algos/saccm.py --env CrippledHalfCheetah-dyn-v0
 """
@@ -31,63 +32,63 @@ from networks import adam, adam_state, init_mlp, mlp
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # environment steps
-TEMPERATURE = 0.1  # of similarities
-RECENT = 100  # trajectories of a bucket that are compared, the last ones: what the paper's buffer holds
+TEMPERATURE = 0.1  # T, which divides the cosines
+RECENT = 100  # only the last trajectories of a bucket are compared, as many as the paper's buffer holds
 
 
 @dataclass
 class Args:
     """SAC with a context that also tells good behaviour from poor."""
     # twin: run arguments
-    env: str = "CrippledHalfCheetah-dyn-v0"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "CrippledHalfCheetah-dyn-v0"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 1_000_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 24  # environments stepped together
     eval_every: int = 50_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 200_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth
     batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature
     gamma: float = 0.95  # discount per step
     tau: float = 0.02  # Polyak step of the target critics and the momentum encoder, per update
     updates_per_step: float = 0.05  # updates per environment step
-    initial_temperature: float = 0.2  # alpha at the start, then tuned to an entropy of -d
-    normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5
-    horizon: int = 200  # steps of an episode, at most; 0: as many as the task has
+    initial_temperature: float = 0.2  # alpha at the start; then it is tuned to an entropy of -d (d: size of an action)
+    normalize: bool = True  # inputs normalised by running mean and deviation, clipped to +-5
+    horizon: int = 200  # largest number of steps of an episode; 0: as many as the task has
 
     # method
     context_dim: int = 6  # numbers in a context
     encoder_hidden: int = 32  # units of the encoder's LSTM; the paper's code: 128
     window: int = 8  # inputs that a context sees; the paper's code: all of the episode
-    estimator: Literal["sigmoid", "softmax"] = "sigmoid"  # of the contrast: all pairs, or K samples per query
-    kappa: float = 0.1  # weight of the contrast per gap of mean rewards; that is 1 at most
-    fixed_weight: bool = False  # weight kappa, whatever the gap: a control
-    contrast_trajectories: int = 16  # per update, half of them positive
-    contrast_steps: int = 4  # random windows of each
-    bilinear: bool = True  # keys pass through a trained matrix
-    official: bool = False  # the quirks of the paper's code: docs/sami.md lists them
+    estimator: Literal["sigmoid", "softmax"] = "sigmoid"  # of the contrastive loss: all pairs, or K keys per query
+    kappa: float = 0.1  # weight of the contrastive loss: min(1, kappa * gap of the mean rewards)
+    fixed_weight: bool = False  # the weight is kappa, whatever the gap: a control experiment
+    contrast_trajectories: int = 16  # trajectories per update; half of them are positive
+    contrast_steps: int = 4  # random windows of each trajectory
+    bilinear: bool = True  # multiply keys by a trained matrix
+    official: bool = False  # repeat the quirks of the paper's code, which docs/sami.md lists
 
 
-# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "horizon": (0, math.inf), "contrast_trajectories": (2, math.inf)}
 TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature": (0.01, 1.0),
         "updates_per_step": (0.02, 0.2), "batch_size": [128, 256, 512], "window": [4, 8, 16]}
 
 
 def init_encoder(width: int, hidden: int, size: int) -> dict[str, torch.Tensor]:
-    """An LSTM without biases, whose state therefore stays zero over rows of zeros, then ReLU and a linear map."""
+    """An LSTM, ReLU and a linear map. The LSTM has no biases, so its state stays zero over rows of zeros."""
     bound = hidden ** -0.5
     shapes = {"input": (width, 4 * hidden), "state": (hidden, 4 * hidden), "weight": (hidden, size), "bias": (size,)}
     return {f"encoder.{name}": torch.empty(*shape).uniform_(-bound, bound) for name, shape in shapes.items()}
@@ -95,7 +96,7 @@ def init_encoder(width: int, hidden: int, size: int) -> dict[str, torch.Tensor]:
 
 def encode(params: dict[str, torch.Tensor], windows: torch.Tensor) -> torch.Tensor:
     """Windows (W, B, f + d + 1) -> contexts (B, c)."""
-    inputs = windows[..., :-1] * windows[..., -1:]  # rows before the episode are zero, normalised or not
+    inputs = windows[..., :-1] * windows[..., -1:]  # rows before the episode: zero again after normalisation
     from_inputs = torch.matmul(inputs, params["encoder.input"])  # (W, B, 4h), of all steps at once
     cell = hidden = from_inputs.new_zeros(windows.shape[1], len(params["encoder.state"]))  # (B, h)
     for step in from_inputs.unbind():
@@ -103,7 +104,7 @@ def encode(params: dict[str, torch.Tensor], windows: torch.Tensor) -> torch.Tens
         cell = keep.sigmoid() * cell + take.sigmoid() * new.tanh()
         hidden = give.sigmoid() * cell.tanh()
     context = F.relu(hidden) @ params["encoder.weight"] + params["encoder.bias"]
-    return context * windows[-1, :, -1:]  # of a step that is not there: zero
+    return context * windows[-1, :, -1:]  # zero where the last row is empty
 
 
 def with_context(params: dict[str, torch.Tensor], windows: torch.Tensor, d: int) -> torch.Tensor:
@@ -112,19 +113,19 @@ def with_context(params: dict[str, torch.Tensor], windows: torch.Tensor, d: int)
 
 
 def make_row(obs: torch.Tensor, action: torch.Tensor, began: torch.Tensor) -> torch.Tensor:
-    """What is kept of a step (B, width): observation (B, f), the action (B, d) before it, zeros where an episode began
-    (B,), and a 1."""
+    """What is kept of a step (B, width): the observation (B, f), the action (B, d) before it, zeros where an episode
+    `began` (B,), and a 1, the mark of a row in use."""
     before = torch.where(began.unsqueeze(1), 0.0, action)
     return torch.cat([obs, before, torch.ones(len(obs), 1)], 1)
 
 
 def gaussian_policy(params: dict, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observations (B, f), Gaussian noise (B, d), zeros for the mean -> action tanh(u) (B, d), log-probability (B,)."""
+    """Observations (B, f), Gaussian noise (B, d), 0 for the mean -> action tanh(u) (B, d), its log-probability (B,)."""
     mean, log_std = mlp(params, "actor", obs).chunk(2, -1)
     log_std = log_std.clamp(-20, 2)
     action = torch.tanh(mean + log_std.exp() * noise)
-    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # of u, N(mean, std)
-    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)
+    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # log N(u; mean, std)
+    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)  # change of variables u -> tanh(u)
 
 
 def draw_noise(batch: int, d: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -137,7 +138,7 @@ class Decision(NamedTuple):
 
 
 def decide(actor: dict, obs: torch.Tensor, noise: torch.Tensor, args: Args) -> Decision:
-    """What is done, and its log-probability."""
+    """The action and its log-probability."""
     return Decision(*gaussian_policy(actor, obs, noise))
 
 
@@ -148,41 +149,42 @@ def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 # twin: contrast
 class Contrast(NamedTuple):
     windows: torch.Tensor  # (W, B', width): of the positive trajectories, then of the negative ones
-    weight: torch.Tensor  # () of their loss
+    weight: torch.Tensor  # (), of the contrastive loss
 
 
 def negatives(args: Args) -> int:
-    """How many of the trajectories are negative: half, but one at least, and not all."""
+    """How many of the trajectories are negative: half of them, at least one, and never all."""
     return min(max(args.contrast_trajectories // 2, 1), args.contrast_trajectories - 1)
 
 
 def sigmoid_nce(query: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-    """Every query (n, c) with every key, as in the paper's code: -mean log s(q k+ / T) - mean log(1 - s(q k- / T))."""
+    """Every query (n, c) with every key, as in the paper's code, with s the sigmoid:
+    -mean log s(q k+ / T) - mean log(1 - s(q k- / T))."""
     return F.softplus(-query @ positive.T / TEMPERATURE).mean() + F.softplus(query @ negative.T / TEMPERATURE).mean()
 
 
 def softmax_nce(query: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-    """Query i (n, c) with positive key i and all K - 1 negative keys: log K - I, with I the estimate of information."""
+    """Query i (n, c) with positive key i and all K - 1 negative keys: log K minus the estimated mutual information."""
     own = (query * positive).sum(1, keepdim=True)  # (n, 1)
     logits = torch.cat([own, query @ negative.T], 1) / TEMPERATURE  # (n, K)
     return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 
 def contrastive_loss(critic: dict, query: torch.Tensor, keys: torch.Tensor, args: Args) -> torch.Tensor:
-    """Queries (n, c) of positive trajectories; keys of the same windows, then of the negative ones. Gradients reach the
-    encoder through the queries, and through the keys only the matrix."""
+    """Queries (n, c) of positive trajectories; keys of the same windows, then of the negative ones. Queries train the
+    encoder. Keys come from the momentum encoder, and train only the bilinear matrix."""
     if args.bilinear:
         keys = keys @ critic["bilinear"]
     query, keys = F.normalize(query, dim=1), F.normalize(keys, dim=1)
     positive, negative = keys[:len(query)], keys[len(query):]
     if args.estimator == "sigmoid":
         return sigmoid_nce(query, positive, negative)
-    return softmax_nce(query, positive.roll(args.contrast_steps, 0), negative)  # keys of the trajectory beside it
+    return softmax_nce(query, positive.roll(args.contrast_steps, 0), negative)  # keys of the next trajectory
 
 
 def critic_loss(critic: dict, windows: torch.Tensor, action: torch.Tensor, target_q: torch.Tensor,
                 positive: torch.Tensor, keys: torch.Tensor, weight: torch.Tensor, args: Args):
-    """Of critics and encoder, which learns from nothing else; one call of the encoder."""
+    """Loss of critics and encoder, with one call of the encoder. Nothing else trains the encoder."""
     states = with_context(critic, torch.cat([windows, positive], 1), action.shape[1])
     state, query = states[:len(action)], states[len(action):, -args.context_dim:]
     q = mlp(critic, "q", critic_inputs(state, action)).squeeze(-1)  # (2, B)
@@ -215,7 +217,7 @@ def update(agent: dict, batch: Batch, contrast: Contrast, noise: torch.Tensor, n
     """One step of critics and encoder, actor, temperature and targets, in this order, on normalised windows. Changes
     `agent` in place, returns what is logged."""
     actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
-    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha as before its own step
+    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha before its step below
     count += 1
 
     b, positive = len(batch.action), contrast.windows[:, :-negatives(args) * args.contrast_steps]
@@ -230,9 +232,9 @@ def update(agent: dict, batch: Batch, contrast: Contrast, noise: torch.Tensor, n
     adam(critic, grads, moments["critic"], count, args.learning_rate)
 
     grads, (pi_loss, (decision, q)) = torch.func.grad_and_value(actor_loss, has_aux=True)(
-        actor, critic, alpha, state, noise, args)  # the context is an input here: the actor does not train the encoder
+        actor, critic, alpha, state, noise, args)  # the context is an input: the actor does not train the encoder
     adam(actor, grads, moments["actor"], count, args.learning_rate)
-    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
+    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob - d): target entropy -d
     adam(agent["temperature"], grads, moments["temperature"], count, args.learning_rate)
     torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
     return {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
@@ -240,13 +242,13 @@ def update(agent: dict, batch: Batch, contrast: Contrast, noise: torch.Tensor, n
 
 
 def make_windows(args: Args, num: int, width: int) -> Windows:
-    """What a policy remembers of `num` episodes. The paper's code shows its encoder the first observation of an episode
-    in training, and not where it acts."""
+    """The windows of the last steps of `num` episodes. In the paper's code the encoder sees the first observation of an
+    episode in training, but not when it acts; --official repeats that."""
     return Windows(args.window, num, width, hide_first=args.official)
 
 
 def make_player(choose: Callable, vec: envs.VectorEnv, width: int, args: Args) -> Callable:
-    """What evaluations play, envs/splits.py says how: mean actions, where `wrong` on another's context."""
+    """The policy of evaluations (envs/splits.py): mean actions; with `wrong`, on the context of another task."""
     def player(num: int, tasks: np.ndarray, wrong: bool = False) -> Callable:
         windows, noise = make_windows(args, num, width), torch.zeros(num, *vec.action_space.shape)
         action = noise
@@ -262,14 +264,14 @@ def make_player(choose: Callable, vec: envs.VectorEnv, width: int, args: Args) -
 
 
 def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args) -> Contrast:
-    """Random windows of the episodes that are drawn."""
+    """Random windows of episodes drawn by `draw_trajectories`."""
     drawn, weight = draw_trajectories(buffer, args)
     episode = drawn.repeat_interleave(args.contrast_steps)
     step = (torch.rand(len(episode)) * buffer.length[episode]).long()
     if not args.official:
         return Contrast(look(buffer.windows(episode, step)), weight)
-    # The paper's code also counts steps after the end, with embeddings of zero, and takes the actions of the trajectory
-    # before, of the same environment and one step too late.
+    # The paper's code also draws steps after the end, whose embeddings are zero. It pairs observations with actions of
+    # another trajectory: the one before in the same environment, one step too late.
     step = torch.randint(buffer.horizon + 1, (len(episode),))
     windows = look(buffer.windows(episode, step))
     other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
@@ -278,13 +280,13 @@ def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args)
 
 
 def return_gap_weight(positive: torch.Tensor, negative: torch.Tensor, kappa: float) -> torch.Tensor:
-    """clip(kappa * (mean - mean), 0, 1) of the mean rewards of trajectories."""
+    """clip(kappa * (mean of positive - mean of negative), 0, 1), of the mean rewards (n,) of trajectories."""
     return (kappa * (positive.mean() - negative.mean())).clamp(0, 1)
 
 
 def draw_trajectories(buffer: TrajectoryBuffer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Episodes (n,) of a random bucket that are better than the following ones, which are the worst of a draw over all
-    buckets, and the weight () of comparing them: 0 where all are alike."""
+    """Episodes (n,): good ones of a random bucket, then poor ones, the worst of a draw over all buckets; every good one
+    is better than every poor one. And the weight () of the contrastive loss, 0 if no bucket has such good ones."""
     n, buckets = args.contrast_trajectories, buffer.task.bincount().nonzero()[:, 0].tolist()
     recent = {bucket: buffer.latest(bucket, RECENT) for bucket in buckets}
     each = max(n // len(buckets), 1)
@@ -307,15 +309,15 @@ def main(args: Args) -> dict[str, float]:
     horizon = envs.horizon_of(args.env, args.horizon)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), split="train",
                         max_episode_steps=horizon)
-    f, d, _ = envs.continuous_sizes(vec)  # numbers in the features, an action
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, _ = envs.continuous_sizes(vec)  # sizes of features and action
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     began = torch.ones(args.num_envs, dtype=torch.bool)
     row = make_row(envs.flatten(obs), torch.zeros(args.num_envs, d), began)
     width = row.shape[1]
     agent = make_agent(args, f, d, args.context_dim, device)
     normalizer = envs.Normalizer(f, args.normalize)
     windows = make_windows(args, args.num_envs, width)
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     buffer = TrajectoryBuffer(capacity, horizon, len(windows.rows), args.num_envs, width, d, not args.official)
     loop = {"row": row, "began": began, "updates_owed": 0.0}
     scalars = runtime.Means()  # since the last log
@@ -325,11 +327,11 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.SplitEvaluator(args, max_episode_steps=horizon)
 
     def look(rows: torch.Tensor) -> torch.Tensor:
-        """What networks see of rows (..., width)."""
+        """Rows (..., width) -> inputs of the networks."""
         return torch.cat([normalizer(rows[..., :f]), rows[..., f:]], -1)
 
     def choose(rows: torch.Tensor, noise: torch.Tensor, wrong: bool = False) -> tuple[Decision, torch.Tensor]:
-        """Decision and context (B, c) in windows (W, B, width); `wrong`: on the context of half a batch away."""
+        """Windows (W, B, width) -> decision, context (B, c). `wrong`: act on the context from half a batch away."""
         inputs, noise = tree_map(lambda x: x.to(device), (look(rows), noise))
         state = with_context(agent["critic"], inputs, d)
         if wrong:
@@ -337,7 +339,7 @@ def main(args: Args) -> dict[str, float]:
         return tree_map(lambda x: x.cpu(), (decide(agent["actor"], state, noise, args), state[:, f:]))
 
     def policy(rows: torch.Tensor) -> torch.Tensor:
-        """Windows (B, W, width) -> mean actions (B, d): what the run leaves as policy.pt2."""
+        """Windows (B, W, width) -> mean actions (B, d). The run exports this as policy.pt2."""
         return choose(rows.transpose(0, 1), torch.zeros(d))[0].action
 
     player = make_player(choose, vec, width, args)
@@ -358,7 +360,7 @@ def main(args: Args) -> dict[str, float]:
             action = decision.action
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         ended = torch.from_numpy(terminated | truncated)
         final_row = make_row(envs.flatten(info["final_obs"]), action, torch.zeros_like(ended))
         buffer.add(row, action, reward, terminated, truncated, final_row, bucket)

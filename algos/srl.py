@@ -1,7 +1,7 @@
-"""SRL: state representation learning. Trains the encoder of pictures that other scripts then learn on.
+"""SRL: state representation learning. Trains an encoder of pictures, on whose codes other scripts then learn.
 
 Raffin et al., "S-RL Toolbox: Environments, Datasets and Evaluation Metrics for State Representation Learning" (arXiv
-1809.09369). Random actions give transitions (s, a, r, s'). A network makes codes z of pictures s, and is trained by a
+1809.09369). Random actions give transitions (s, a, r, s'). A network turns pictures s into codes z. It is trained by a
 sum of losses, named in --losses:
 
     autoencoder   mean (s_hat - s)^2, of s and s'
@@ -11,9 +11,10 @@ sum of losses, named in --losses:
     reward        whether the reward was positive, from z and z': cross entropy
     priors        temporal coherence, proportionality, causality, repeatability (Jonschkowski & Brock 2015)
 
-Held-out episodes tell what a code is worth: how much of the true state is linear in it (probe_r2), and how far apart
-the true states of neighbours in code are (knn_mse). eval.csv has the mean probe_r2 as its return, or minus the loss
-where the environment does not tell its true state. The run leaves encoder.pt2.
+Two numbers from held-out episodes measure codes: probe_r2 is the share of the true state's variance that a linear
+function of the code explains; knn_mse is the squared distance between the true states of codes that are neighbours.
+eval.csv has the mean probe_r2 as its return, or minus the loss where the environment does not tell its true state. The
+run exports encoder.pt2.
 
 python algos/srl.py --env MobileRobot-v0 --losses autoencoder,inverse
 python algos/ppo.py --env MobileRobot-v0:run:RUN --normalize-advantage --no-clip-values   # RUN: the folder of that run
@@ -40,7 +41,7 @@ ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 2_000  # transitions
 COPIES = 10  # of the environment, in which transitions are collected
 NEIGHBOURS = 5  # of knn_mse
-LIMIT = 10.0  # codes that encoder.pt2 gives are clipped to +-this
+LIMIT = 10.0  # the codes of encoder.pt2 are clipped to +-this
 LOSSES = ("autoencoder", "vae", "inverse", "forward", "reward", "priors")
 
 
@@ -49,22 +50,22 @@ class Args:
     """Learn an encoder of pictures."""
     # twin: run arguments
     env: str = "MobileRobot-v0"  # environment id, with discrete actions and pictures of 64 x 64
-    seed: int = 1  # of all that is random: network, environments, actions, batches
+    seed: int = 1  # seed of all random numbers: network, environments, actions, batches
     total_timesteps: int = 40_000  # transitions learned from, repeated ones included; with --resume: a new total
     eval_every: int = 10_000  # transitions between measurements on held-out episodes; 0: only at start and end
     checkpoint_every: int = 20_000  # transitions between checkpoints; 0: only at the end
     video: int = 8  # held-out pictures to draw, decoded, after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the network; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the network runs; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     frames: int = 10_000  # transitions collected; a fifth of their episodes is held out
-    episode_steps: int = 50  # after which an episode begins anew: random walks stay near their starts
+    episode_steps: int = 50  # after these an episode begins anew, because random walks stay near their starts
     batch_size: int = 64  # transitions per update
     learning_rate: float = 1e-3  # Adam, constant
 
@@ -105,8 +106,8 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Codes (B, width) -> pictures (B, 3, 64, 64) of about 0 to 1: the mean of all pictures, and what differs from it.
-    Without the mean, it takes 600 updates to draw the room, and the robot has not begun."""
+    """Codes (B, width) -> pictures (B, 3, 64, 64) of about 0 to 1: the mean of all pictures plus a learned difference.
+    Without the mean, 600 updates go by until the room is drawn, and the robot is still missing."""
 
     def __init__(self, width: int):
         super().__init__(nn.Linear(width, 32 * 6 * 6), nn.ReLU(), nn.Unflatten(1, (32, 6, 6)),
@@ -125,7 +126,7 @@ class Model(nn.Module):
     def __init__(self, losses: list[str], width: int, num_actions: int, split: bool = False):
         super().__init__()
         self.losses, self.width, self.num_actions = losses, width, num_actions
-        whose = torch.arange(width) * len(losses) // width  # (width,), which loss has this number of a code
+        whose = torch.arange(width) * len(losses) // width  # (width,), the loss that uses this number of a code
         masks = (whose == torch.arange(len(losses)).unsqueeze(1)) | torch.tensor(not split)
         self.register_buffer("masks", masks.float(), persistent=False)  # (losses, width)
         self.encoder = Encoder(2 * width if "vae" in losses else width)
@@ -144,7 +145,7 @@ class Model(nn.Module):
         return self.encoder(picture)[:, :self.width]
 
     def part(self, name: str, code: torch.Tensor) -> torch.Tensor:
-        """Codes (B, n) as a loss sees them."""
+        """The part of codes (B, n) that a loss uses; zeros elsewhere."""
         return code * self.masks[self.losses.index(name)]
 
     def decode(self, code: torch.Tensor) -> torch.Tensor:
@@ -168,7 +169,7 @@ def kl(mean: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
 
 
 def inverse(logits: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the actions (B,) that logits (B, A) tell."""
+    """Cross entropy of logits (B, A) and the actions (B,)."""
     return F.cross_entropy(logits, action)
 
 
@@ -214,7 +215,7 @@ def srl_loss(model: Model, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
         log_var = output[:, n:].clamp(-20, 10)
         drawn = codes + (0.5 * log_var).exp() * torch.randn_like(codes)
         pixels = both[0].numel()  # squares are summed over pixels, as a likelihood is, and all is divided by them
-        divergence = kl(model.part("vae", codes), model.part("vae", log_var))  # that of zeros is 0
+        divergence = kl(model.part("vae", codes), model.part("vae", log_var))  # masked numbers add 0
         error = reconstruction(model.decode(drawn), both) + args.beta * divergence / pixels
         terms["vae"] = error, args.reconstruction_weight
     if "inverse" in model.losses:
@@ -293,7 +294,7 @@ class Frames:
             scalars["knn_mse"] = float(knn_mse(code, truth, held_code, held_truth))
         else:
             with torch.random.fork_rng():
-                torch.manual_seed(0)  # a VAE draws
+                torch.manual_seed(0)  # a VAE draws random numbers
                 losses = [srl_loss(model, Batch(*(column[rows].to(device) for column in self.columns)), self.args)[0]
                           * len(rows) for rows in self.held.split(256)]
             shares = -sum(losses).reshape(1) / len(self.held)
@@ -382,10 +383,10 @@ def main(args: Args) -> dict[str, float]:
             evaluate()
         run.save_if_due()
     code = frames.codes(model, frames.train, device)
-    mean, std = code.mean(0), code.std(0).clamp(min=1e-3 * float(code.std()))  # what hardly varies is not blown up
+    mean, std = code.mean(0), code.std(0).clamp(min=1e-3 * float(code.std()))  # what hardly varies is not scaled up
 
     def encode(picture: torch.Tensor) -> torch.Tensor:
-        """Codes of mean 0 and deviation 1: what the run leaves as encoder.pt2."""
+        """Codes of mean 0 and deviation 1. The run exports this as encoder.pt2."""
         return ((model.code(picture.to(device)).cpu() - mean) / std).clamp(-LIMIT, LIMIT)
     run.finish(frames.columns.picture[:2], encoder=encode)
     frames.film(model, args.video, run.folder, device)

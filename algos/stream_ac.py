@@ -1,13 +1,19 @@
 """Stream AC(lambda): actor-critic from a stream. One transition, one update, nothing stored.
 
 Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). No replay buffer, no
-batch, no target network. Five ingredients make it stable with one set of constants: accumulating eligibility traces, a
-step size bounded by the trace so that updates hardly overshoot their target (ObGD), sparse initialisation, LayerNorm
-without parameters, observations and rewards scaled by running statistics.
+batch, no target network. Policy and value each have weights w and a trace z, and share delta:
 
-For Gaussian policies (MuJoCo, dm_control) and discrete ones (classic control, MinAtar, Atari). streamnet.py has the
-networks, each one flat vector with its gradient in closed form, and the running statistics. So all that happens between
-two environment steps is one compiled graph. docs/stream.md lists the departures.
+    delta = r + gamma V(s') - V(s)
+    z <- gamma lambda z + grad,   grad of -V(s), or of -log pi(a|s) - tau sign(delta) entropy
+    w <- w - step delta z,        step = min(alpha, 1 / (kappa max(|delta|, 1) |z|_1))
+
+Five ingredients make it stable with one set of constants: these eligibility traces, this bound on the step, by which an
+update hardly overshoots its target (ObGD), sparse initialisation, LayerNorm without parameters, and observations and
+rewards scaled by running statistics.
+
+Policies are Gaussian (MuJoCo, dm_control) or discrete (classic control, MinAtar, Atari). streamnet.py has the running
+statistics and the networks, each one flat vector with its gradient in closed form. So all that happens between two
+environment steps is one compiled graph. docs/stream.md lists the departures.
 
 python algos/stream_ac.py --env HalfCheetah-v4   # return 1472 after 300,000 steps, 2711 after a million (ten seeds)
 """
@@ -33,7 +39,7 @@ from streamnet import (COMPILED, Net, backward, deviation, forward, forward_batc
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 10_000  # environment steps
-CHECK_EVERY = 100  # steps between looks whether an update overshot its target
+CHECK_EVERY = 100  # steps between checks whether an update overshot its target
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Args:
     """Learn from every transition once, as it comes."""
     # twin: run arguments
     env: str = "HalfCheetah-v4"  # environment id: Gymnasium, MinAtar/..., dm_control/..., ...NoFrameskip-v4
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 1_000_000  # environment steps; with --resume: a new total
     num_envs: int = 1  # a stream comes from one environment: no other number works
     eval_every: int = 50_000  # environment steps between evaluations; 0: only at start and end
@@ -51,32 +57,32 @@ class Args:
     device: Literal["auto", "cpu"] = "auto"  # always the CPU, which is faster for one transition at a time
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
-    hidden: str = ""  # hidden layers, width x depth; empty: the paper's, of docs/stream.md (sizes)
+    hidden: str = ""  # hidden layers, width x depth; empty: the paper's, listed in docs/stream.md
     bootstrap_on_truncation: Literal["auto", "on", "off"] = "auto"  # auto: on Atari only, as in the paper
     max_episode_steps: int = 0  # in training (Atari: frames); 0: the task's; CartPole, Acrobot, MountainCar: 10,000
     time_feature: bool = True  # time since reset as an input, on vector observations
-    entropy_coef: float = 0.01  # tau
-    kappa_policy: float = 3.0  # margin of the policy's step bound
-    kappa_value: float = 2.0  # margin of the value's step bound
+    entropy_coef: float = 0.01  # tau, weight of the entropy
+    kappa_policy: float = 3.0  # kappa of the policy, the margin of its step bound
+    kappa_value: float = 2.0  # kappa of the value, the margin of its step bound
     # twin: stream arguments
     gamma: float = 0.99  # discount per step
     lamda: float = 0.8  # trace decay; 0: no traces
-    learning_rate: float = 1.0  # alpha, where the bound does not bite
-    optimizer: Literal["obgd", "adaptive", "plain"] = "obgd"  # bounded; with second moments; alpha as it is (ablation)
+    learning_rate: float = 1.0  # alpha, the largest step size
+    optimizer: Literal["obgd", "adaptive", "plain"] = "obgd"  # bounded step; also second moments; alpha (ablation)
     sparsity: float = 0.9  # share of incoming weights that start at zero; 0: dense (ablation)
     layer_norm: bool = True  # before every hidden activation
-    normalize_obs: bool = True  # observations shifted and scaled by running statistics
+    normalize_obs: bool = True  # observations normalised by running mean and deviation
     scale_reward: bool = True  # rewards divided by the running deviation of the discounted return
     # twin end
 
 
-# numbers that need not be above 0, or may not be any; ranges of `make tune`, (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"num_envs": (1, 1), "max_episode_steps": (0, math.inf), "gamma": (0, 1), "lamda": (0, 1), "sparsity": (0, 1),
           "entropy_coef": (0, math.inf)}
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_policy": (1.0, 10.0), "kappa_value": (1.0, 10.0),
@@ -97,7 +103,7 @@ def make_learner(net: Net, args: Args) -> dict[str, torch.Tensor]:
 def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
          args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Overshooting-bounded descent on a flat network, in place; returns the step size and the L1 norm of the direction:
-    of the trace, or with --optimizer adaptive of what its second moments make of it.
+    of the trace; with --optimizer adaptive, of the trace divided by the root of its second moments.
 
     The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): a
     prediction with gradient z, of entries of at most 1, then moves less than delta, to first order.
@@ -113,14 +119,14 @@ def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tens
     if args.optimizer != "plain":
         step = step / (step * kappa * delta.abs().clamp(min=1) * size).clamp(min=1)
     learner["weights"].sub_(step * delta * direction)
-    learner["trace"].copy_(trace * (1 - cut))  # cut strictly after the update
+    learner["trace"].copy_(trace * (1 - cut))  # cut only after the update
     return step, size
 
 
 def policy_gradient(outputs: list[torch.Tensor], action: torch.Tensor, sign: torch.Tensor, tau: float
                     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients of -log pi(a) - tau sign(delta) H with respect to the policy's outputs; entropy; deviation. The step
-    multiplies them by delta, so the sign makes the entropy part push towards more entropy either way. Gaussian: mean
+    multiplies them by delta. With the sign, the entropy part always pushes towards more entropy. Gaussian: mean
     and q (d,), deviation softplus(q). Discrete: logits (A,), action one-hot."""
     if len(outputs) == 2:  # Gaussian
         mean, q = outputs
@@ -177,7 +183,7 @@ def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, action: torch.T
 
 def td_error(agent: dict, nets: dict[str, Net], state: torch.Tensor, next_state: torch.Tensor, reward: torch.Tensor,
              discount: float, args: Args) -> float:
-    """delta of a transition under the weights of now."""
+    """delta of a transition under the present weights."""
     v, next_v = (forward(agent["value"]["weights"], nets["value"], s, args.layer_norm)[0][0]
                  for s in (state, next_state))
     return (reward + discount * next_v - v).item()
@@ -202,7 +208,7 @@ def make_agent(args: Args, env: envs.StreamEnv) -> tuple[dict, dict[str, Net]]:
 
 
 def policy(agent: dict, nets: dict[str, Net], obs: torch.Tensor, env: envs.StreamEnv, args: Args) -> torch.Tensor:
-    """What the run leaves as policy.pt2: observations (B, n), the time last -> means (B, d), clipped, in [-1, 1]; or
+    """The run exports this as policy.pt2: observations (B, n), the time last -> means (B, d), clipped, in [-1, 1]; or
     log-probabilities (B, A). Raises ValueError where there is no such function."""
     outputs = forward_batch(agent["policy"]["weights"], nets["policy"], agent["obs"], obs, env.frames,
                             args.normalize_obs, args.layer_norm)
@@ -238,7 +244,7 @@ def main(args: Args) -> dict[str, float]:
         return observe(agent["obs"], torch.from_numpy(obs), last, env.frames, args.normalize_obs, learn)
 
     def begin(seed: int | None = None) -> None:
-        """The first state of an episode, and what to do there."""
+        """Start an episode: its first state and action."""
         loop.update({"state": look(env.reset(seed), None, learn=True), "return": 0.0, "length": 0})
         loop["action"] = choose(agent, nets, loop["state"], draw_noise(), args)
 
@@ -246,7 +252,7 @@ def main(args: Args) -> dict[str, float]:
         return int(action.argmax()) if discrete else np.clip(action.numpy(), space.low, space.high)
 
     def act(obs: np.ndarray, last: torch.Tensor | None) -> tuple[np.ndarray | int, torch.Tensor]:
-        """What is best, and its state. Statistics stay as they are: an evaluation must leave no trace in training."""
+        """The action without noise, and the state. Statistics stay as they are: evaluations do not change training."""
         state = look(obs, last, learn=False)
         return to_env(choose(agent, nets, state, torch.zeros(d), args)), state
 

@@ -1,12 +1,16 @@
 """Stream Q(lambda) and Stream SARSA(lambda): action values from a stream. One transition, one update, nothing stored.
 
-Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). The parent is
-stream_ac.py, with the same five ingredients: `diff algos/stream_ac.py algos/stream_q.py` shows the idea.
+Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). Traces, bounded steps
+and the other ingredients are those of the parent: `diff algos/stream_ac.py algos/stream_q.py` shows the idea.
 
-Q(lambda) takes the greedy value of the next state and cuts its traces after an action that was not greedy (and after
-its own update, which so still credits the steps before). `--sarsa` takes the value of the action that is done next and
-cuts at the ends of episodes alone. Time-outs count as ends, so on classic control training has the published limit of
-10,000 steps; with CartPole's own 500 a good agent is told in every episode that it fell. Evaluations stop at 500.
+    Q(lambda):      delta = r + gamma max_b Q(s', b) - Q(s, a)
+    SARSA(lambda):  delta = r + gamma Q(s', a') - Q(s, a),   a' the action that is done next (--sarsa)
+
+Q(lambda) cuts its traces at the end of an episode, and after an action that was not greedy. The cut comes after the
+update of that action, so this update still credits the steps before. SARSA cuts them at the ends of episodes alone.
+
+Time-outs count as ends. So on classic control training has the published limit of 10,000 steps: with CartPole's own
+limit of 500, a good agent would learn in every episode that the pole fell. Evaluations stop at 500.
 
 python algos/stream_q.py --env CartPole-v1   # ten seeds: pole balanced for 10,000 steps, now and then lost again
 """
@@ -32,7 +36,7 @@ from streamnet import (COMPILED, Net, backward, deviation, forward, forward_batc
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 10_000  # environment steps
-CHECK_EVERY = 100  # steps between looks whether an update overshot its target
+CHECK_EVERY = 100  # steps between checks whether an update overshot its target
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Args:
     """Learn from every transition once, as it comes."""
     # twin: run arguments
     env: str = "CartPole-v1"  # environment id: Gymnasium, MinAtar/..., ...NoFrameskip-v4; discrete actions
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 500_000  # environment steps; with --resume: a new total
     num_envs: int = 1  # a stream comes from one environment: no other number works
     eval_every: int = 25_000  # environment steps between evaluations; 0: only at start and end
@@ -50,33 +54,33 @@ class Args:
     device: Literal["auto", "cpu"] = "auto"  # always the CPU, which is faster for one transition at a time
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
-    hidden: str = ""  # hidden layers, width x depth; empty: the paper's, of docs/stream.md (sizes)
+    hidden: str = ""  # hidden layers, width x depth; empty: the paper's, listed in docs/stream.md
     bootstrap_on_truncation: Literal["auto", "on", "off"] = "auto"  # auto: on Atari only, as in the paper
     max_episode_steps: int = 0  # in training (Atari: frames); 0: the task's; CartPole, Acrobot, MountainCar: 10,000
     time_feature: bool = True  # time since reset as an input, on vector observations
-    sarsa: bool = False  # the value of the next action instead of the greedy one
+    sarsa: bool = False  # learn from the value of the next action, not of the greedy one
     exploration_fraction: float = 0.05  # share of the steps over which epsilon falls (paper: 0.2 for Q on MinAtar)
     epsilon_end: float = 0.01  # share of uniform actions from then on
-    kappa_value: float = 2.0  # margin of the value's step bound
+    kappa_value: float = 2.0  # kappa of the value, the margin of its step bound
     # twin: stream arguments
     gamma: float = 0.99  # discount per step
     lamda: float = 0.8  # trace decay; 0: no traces
-    learning_rate: float = 1.0  # alpha, where the bound does not bite
-    optimizer: Literal["obgd", "adaptive", "plain"] = "obgd"  # bounded; with second moments; alpha as it is (ablation)
+    learning_rate: float = 1.0  # alpha, the largest step size
+    optimizer: Literal["obgd", "adaptive", "plain"] = "obgd"  # bounded step; also second moments; alpha (ablation)
     sparsity: float = 0.9  # share of incoming weights that start at zero; 0: dense (ablation)
     layer_norm: bool = True  # before every hidden activation
-    normalize_obs: bool = True  # observations shifted and scaled by running statistics
+    normalize_obs: bool = True  # observations normalised by running mean and deviation
     scale_reward: bool = True  # rewards divided by the running deviation of the discounted return
     # twin end
 
 
-# numbers that need not be above 0, or may not be any; ranges of `make tune`, (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"num_envs": (1, 1), "max_episode_steps": (0, math.inf), "gamma": (0, 1), "lamda": (0, 1), "sparsity": (0, 1),
           "epsilon_end": (0, 1)}
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "exploration_fraction": (0.02, 0.5),
@@ -97,7 +101,7 @@ def make_learner(net: Net, args: Args) -> dict[str, torch.Tensor]:
 def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
          args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Overshooting-bounded descent on a flat network, in place; returns the step size and the L1 norm of the direction:
-    of the trace, or with --optimizer adaptive of what its second moments make of it.
+    of the trace; with --optimizer adaptive, of the trace divided by the root of its second moments.
 
     The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): a
     prediction with gradient z, of entries of at most 1, then moves less than delta, to first order.
@@ -113,7 +117,7 @@ def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tens
     if args.optimizer != "plain":
         step = step / (step * kappa * delta.abs().clamp(min=1) * size).clamp(min=1)
     learner["weights"].sub_(step * delta * direction)
-    learner["trace"].copy_(trace * (1 - cut))  # cut strictly after the update
+    learner["trace"].copy_(trace * (1 - cut))  # cut only after the update
     return step, size
 
 
@@ -171,7 +175,7 @@ def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, action: torch.T
 
 def td_error(agent: dict, nets: dict[str, Net], state: torch.Tensor, action: torch.Tensor, next_state: torch.Tensor,
              next_action: torch.Tensor, reward: torch.Tensor, discount: float, args: Args) -> float:
-    """delta of a transition under the weights of now; next_action counts in SARSA."""
+    """delta of a transition under the present weights; next_action is used by SARSA alone."""
     (q,), (next_q,) = (forward(agent["value"]["weights"], nets["value"], s, args.layer_norm)[0]
                        for s in (state, next_state))
     next_value = (next_q * next_action).sum() if args.sarsa else next_q.max()
@@ -192,8 +196,8 @@ def make_agent(args: Args, env: envs.StreamEnv) -> tuple[dict, dict[str, Net]]:
 
 
 def policy(agent: dict, nets: dict[str, Net], obs: torch.Tensor, env: envs.StreamEnv, args: Args) -> torch.Tensor:
-    """What the run leaves as policy.pt2: observations (B, n), the time last -> log-probabilities (B, A) of the greedy
-    action, and of uniform ones in the share of training's end. Raises ValueError where there is no such function."""
+    """The run exports this as policy.pt2: observations (B, n), the time last -> log-probabilities (B, A): greedy, but
+    for a share `epsilon_end` of uniform actions. Raises ValueError where there is no such function."""
     (q,) = forward_batch(agent["value"]["weights"], nets["value"], agent["obs"], obs, env.frames, args.normalize_obs,
                          args.layer_norm)
     best = F.one_hot(q.argmax(1), q.shape[1]).float()  # (B, A)
@@ -216,7 +220,7 @@ def main(args: Args) -> dict[str, float]:
     loop = {"overshoots": 0, "decision": 1, "exploration_steps": args.exploration_fraction * args.total_timesteps}
 
     def draw_noise() -> torch.Tensor:
-        """A uniform action, one-hot, in the share of its decision; else zeros."""
+        """With probability epsilon a uniform action, one-hot; else zeros."""
         (explore, which), noise = torch.rand(2).tolist(), torch.zeros(d)
         if explore < epsilon(loop["decision"], loop["exploration_steps"], args):
             noise[int(which * d)] = 1.0
@@ -226,16 +230,16 @@ def main(args: Args) -> dict[str, float]:
         return observe(agent["obs"], torch.from_numpy(obs), last, env.frames, args.normalize_obs, learn)
 
     def begin(seed: int | None = None) -> None:
-        """The first state of an episode, and what to do there."""
+        """Start an episode: its first state and action."""
         loop.update({"state": look(env.reset(seed), None, learn=True), "return": 0.0, "length": 0})
-        if not args.sarsa or "action" not in loop:  # SARSA does first what it chose last, as published
+        if not args.sarsa or "action" not in loop:  # as published, SARSA begins with the action that it chose last
             loop["action"] = choose(agent, nets, loop["state"], draw_noise(), args)
 
     def to_env(action: torch.Tensor) -> np.ndarray | int:
         return int(action.argmax())
 
     def act(obs: np.ndarray, last: torch.Tensor | None) -> tuple[np.ndarray | int, torch.Tensor]:
-        """What is best, and its state. Statistics stay as they are: an evaluation must leave no trace in training."""
+        """The action without noise, and the state. Statistics stay as they are: evaluations do not change training."""
         state = look(obs, last, learn=False)
         return to_env(choose(agent, nets, state, torch.zeros(d), args)), state
 

@@ -1,9 +1,13 @@
 """Stream TD(lambda): predicting from a stream. One transition, one update, nothing stored.
 
-Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606): the value part of
-stream_ac.py, on a time series that does not hold still. Every row is an input, a column of it the cumulant; the
-network predicts the discounted sum of all cumulants to come, which is known afterwards, so that the error can be
-measured exactly. `diff algos/stream_ac.py algos/stream_td.py` shows the idea.
+Elsayed, Vasan, Mahmood, "Streaming Deep Reinforcement Learning Finally Works" (arXiv 2410.14606). This is the value
+part of stream_ac.py, on a non-stationary time series. Each row of the series is an input, and one column is the
+cumulant c. The network predicts the discounted sum of all cumulants to come:
+
+    V(s_t) = c_(t+lead) + gamma c_(t+lead+1) + ...,   delta = c_(t+lead) + gamma V(s_(t+1)) - V(s_t)
+
+The true sum is known afterwards, so the error is measured exactly. `diff algos/stream_ac.py algos/stream_td.py` shows
+the idea.
 
 The paper predicts the oil temperature of the ETTm2 series (`--env ETTm2.csv`, not shipped). The default is a generated
 series of the same kind (envs/series.py says how). Inputs are slow averages of the rows, as published.
@@ -30,7 +34,7 @@ from streamnet import (COMPILED, Net, backward, deviation, forward, make_net, ob
 
 ALGO = Path(__file__).stem  # names run folders and result tables
 LOG_EVERY = 1000  # rows
-CHECK_EVERY = 100  # steps between looks whether an update overshot its target
+CHECK_EVERY = 100  # steps between checks whether an update overshot its target
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Args:
     """Learn from every transition once, as it comes."""
     # twin: run arguments
     env: str = "series/transformer"  # the generated series, or a CSV file whose last column is to be predicted
-    seed: int = 1  # of all that is random: network, generated series
+    seed: int = 1  # seed of all random numbers: network, generated series
     total_timesteps: int = 68_000  # rows; with --resume: a new total
     eval_every: int = 5_000  # rows per line of eval.csv, the error of predictions made on the way; 0: only one
     checkpoint_every: int = 20_000  # rows between checkpoints; 0: only at the end
@@ -46,29 +50,29 @@ class Args:
     device: Literal["auto", "cpu"] = "auto"  # always the CPU, which is faster for one transition at a time
     compile: bool = True  # compile all that happens between two steps into one graph: about 10 s at the start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "128x2"  # hidden layers, width x depth
     obs_trace: float = 0.999  # inputs are averages of the rows so far, weighted by this to the power of age; 0: rows
     lead: int = 2  # rows from an input to the cumulant of its step (as published; 1: the next row)
-    kappa_value: float = 2.0  # margin of the value's step bound
+    kappa_value: float = 2.0  # kappa of the value, the margin of its step bound
     # twin: stream arguments
     gamma: float = 0.99  # discount per step
     lamda: float = 0.8  # trace decay; 0: no traces
-    learning_rate: float = 1.0  # alpha, where the bound does not bite
-    optimizer: Literal["obgd", "adaptive", "plain"] = "obgd"  # bounded; with second moments; alpha as it is (ablation)
+    learning_rate: float = 1.0  # alpha, the largest step size
+    optimizer: Literal["obgd", "adaptive", "plain"] = "obgd"  # bounded step; also second moments; alpha (ablation)
     sparsity: float = 0.9  # share of incoming weights that start at zero; 0: dense (ablation)
     layer_norm: bool = True  # before every hidden activation
-    normalize_obs: bool = True  # observations shifted and scaled by running statistics
+    normalize_obs: bool = True  # observations normalised by running mean and deviation
     scale_reward: bool = True  # rewards divided by the running deviation of the discounted return
     # twin end
 
 
-# numbers that need not be above 0, or may not be any; ranges of `make tune`, (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "lamda": (0, 1), "sparsity": (0, 1), "obs_trace": (0, 0.99999)}
 TUNE = {"lamda": [0.0, 0.5, 0.8, 0.9, 0.95], "kappa_value": (1.0, 10.0), "obs_trace": [0.0, 0.9, 0.99, 0.999]}
 SCALARS = ("abs_delta", "value", "step_value", "capped_value", "trace_value", "reward_scale")  # logged, means
@@ -86,7 +90,7 @@ def make_learner(net: Net, args: Args) -> dict[str, torch.Tensor]:
 def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tensor, cut: torch.Tensor, kappa: float,
          args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Overshooting-bounded descent on a flat network, in place; returns the step size and the L1 norm of the direction:
-    of the trace, or with --optimizer adaptive of what its second moments make of it.
+    of the trace; with --optimizer adaptive, of the trace divided by the root of its second moments.
 
     The trace takes in the gradient of the negated objective. The step is at most 1 / (kappa max(|delta|, 1) |z|_1): a
     prediction with gradient z, of entries of at most 1, then moves less than delta, to first order.
@@ -102,12 +106,12 @@ def obgd(learner: dict[str, torch.Tensor], grad: torch.Tensor, delta: torch.Tens
     if args.optimizer != "plain":
         step = step / (step * kappa * delta.abs().clamp(min=1) * size).clamp(min=1)
     learner["weights"].sub_(step * delta * direction)
-    learner["trace"].copy_(trace * (1 - cut))  # cut strictly after the update
+    learner["trace"].copy_(trace * (1 - cut))  # cut only after the update
     return step, size
 
 
 def average(agent: dict, row: torch.Tensor, args: Args) -> torch.Tensor:
-    """One more row (k,), and all of them so far averaged, without the bias of a short past."""
+    """Take in a row (k,); returns the average of all rows so far, without the bias of a short past."""
     agent["rows"].add_(1)
     agent["average"].copy_(args.obs_trace * agent["average"] + (1 - args.obs_trace) * row)
     return agent["average"] / (1 - args.obs_trace ** agent["rows"])
@@ -141,7 +145,7 @@ def step(agent: dict, nets: dict[str, Net], state: torch.Tensor, row: torch.Tens
 
 def td_error(agent: dict, nets: dict[str, Net], state: torch.Tensor, next_state: torch.Tensor, reward: torch.Tensor,
              discount: float, args: Args) -> float:
-    """delta of a transition under the weights of now."""
+    """delta of a transition under the present weights."""
     v, next_v = (forward(agent["value"]["weights"], nets["value"], s, args.layer_norm)[0][0]
                  for s in (state, next_state))
     return (reward + discount * next_v - v).item()
@@ -157,8 +161,8 @@ def make_agent(args: Args, k: int) -> tuple[dict, dict[str, Net]]:
 
 def predict_untrained(agent: dict, nets: dict[str, Net], state: torch.Tensor, rows: np.ndarray, args: Args
                       ) -> np.ndarray:
-    """Predictions at `state` and at these rows after it, with nothing learned: no cumulant was seen that could scale
-    them. The agent stays as it is."""
+    """Predictions of the untrained network at `state` and at the rows after it. They are not scaled: no cumulant was
+    seen. The agent does not change."""
     fresh = tree_map(torch.clone, agent)
     states = [state, *(observe(fresh["obs"], average(fresh, torch.from_numpy(row), args), None, 1, args.normalize_obs)
                        for row in rows)]

@@ -1,11 +1,15 @@
 """TD3: twin delayed deep deterministic policy gradient, for continuous actions, with hindsight on tasks with goals.
 
 Fujimoto et al., "Addressing Function Approximation Error in Actor-Critic Methods" (arXiv 1802.09477). Three things are
-new beside DDPG: two critics, whose lower value is the target; an actor and targets that move every second update only;
-noise on the target's action, so that the critics are smooth (`diff algos/ddpg.py algos/td3.py`).
+new beside DDPG (`diff algos/ddpg.py algos/td3.py`):
 
-Departures: layers of 256 (paper: 400 and 300), uniform actions for 5,000 steps (paper: 1,000 or 10,000). A time limit
-bootstraps. docs/classic.md has the measurements.
+    y = r + gamma (1 - terminated) min_i Q'_i(s', mu'(s') + clipped noise)
+
+two critics, whose lower value is the target; noise on the target's action, which smooths the critics; and the actor and
+all slow copies are updated only with every second update of the critics.
+
+Departures: layers of 256 (paper: 400 and 300), uniform actions for 5,000 steps (paper: 1,000 or 10,000). A transition
+cut by a time limit bootstraps. docs/classic.md has the measurements.
 
 python algos/td3.py --env HalfCheetah-v4
 """
@@ -36,40 +40,40 @@ NOISE_CLIP = 0.5  # bound of the noise on the actions of targets (TD3's paper: c
 class Args:
     """TD3."""
     # twin: run arguments
-    env: str = "HalfCheetah-v4"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "HalfCheetah-v4"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 1  # environments stepped together
     eval_every: int = 10_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 10  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 50_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth (TD3's paper: 400 and 300)
     batch_size: int = 256  # transitions per update (TD3's paper: 100)
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 3e-4  # Adam, for actor and critics (TD3's paper: 1e-3)
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # Polyak step of the target networks, per update
     updates_per_step: float = 1.0  # updates per environment step
     learning_starts: int = 5_000  # environment steps with uniform actions, before the first update
     exploration_noise: float = 0.1  # deviation of the noise on actions in [-1, 1]
-    policy_noise: float = 0.2  # the same on the actions of targets
+    policy_noise: float = 0.2  # deviation of the noise on the actions of targets
     policy_delay: int = 2  # updates of the critics per update of actor and targets
-    her_goals: int = 4  # hindsight goals per real one, on tasks with goals; 0: no HER
-    normalize: bool = False  # inputs shifted and scaled by running statistics, clipped to +-5
-    goal_range: float = 0.0  # Fetch, Franka: tenths of the range of goals; 0: all
+    her_goals: int = 4  # hindsight goals per real goal, on tasks with goals; 0: no HER
+    normalize: bool = False  # inputs normalised by running mean and deviation, clipped to +-5
+    goal_range: float = 0.0  # Fetch, Franka: goals come from this many tenths of their range; 0: from all of it
 
 
-# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "learning_starts": (0, math.inf), "exploration_noise": (0, math.inf),
           "policy_noise": (0, math.inf), "her_goals": (0, math.inf), "goal_range": (0, 10)}
 TUNE = {"learning_rate": (1e-4, 3e-3), "tau": (0.001, 0.05), "exploration_noise": [0.05, 0.1, 0.2],
@@ -86,11 +90,11 @@ def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 
 
 def critic_loss(critic: dict, inputs: torch.Tensor, target_q: torch.Tensor) -> torch.Tensor:
-    return (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # of (2, B)
+    return (mlp(critic, "q", inputs).squeeze(-1) - target_q).square().mean(1).sum()  # (2, B): two critics
 
 
 def actor_loss(actor: dict, critic: dict, obs: torch.Tensor, args: Args) -> torch.Tensor:
-    first = {name: p[0] for name, p in critic.items()}  # of the two critics
+    first = {name: p[0] for name, p in critic.items()}  # the first of the two critics
     return -mlp(first, "q", critic_inputs(obs, decide(actor, obs))).mean()
 
 
@@ -107,7 +111,7 @@ def make_agent(args: Args, f: int, d: int, device: torch.device) -> dict:
 
 
 def update(agent: dict, batch: Batch, noise: torch.Tensor, whole: bool, args: Args) -> dict:
-    """One step of the critics on normalised transitions, and where it is `whole` of actor and targets. Changes `agent`
+    """One step of the critics on normalised transitions and, if `whole`, of actor and target networks. Changes `agent`
     in place, returns what is logged."""
     actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
 
@@ -133,7 +137,7 @@ def make_buffer(args: Args, vec: envs.VectorEnv, f: int, d: int, g: int) -> tupl
     """An empty buffer, and how many transitions of a batch get a hindsight goal."""
     relabelled = int(args.batch_size * args.her_goals / (args.her_goals + 1)) if g else 0
     horizon = envs.time_limit_of(vec) if relabelled else 1  # hindsight stores whole episodes
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     return ReplayBuffer(capacity, horizon, args.num_envs, f, d, g, vec.compute_reward), relabelled
 
 
@@ -143,8 +147,8 @@ def main(args: Args) -> dict[str, float]:
     args, saved = runtime.checked(args, ALGO, RANGES, anew=["goal_range"])
     device = runtime.pick_device(args.device, fast_matmul=True)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), goal_range=args.goal_range)
-    f, d, g = envs.continuous_sizes(vec)  # numbers in the features, an action, a goal (0: no goals)
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, g = envs.continuous_sizes(vec)  # sizes of features, action and goal (0: no goals)
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = make_agent(args, f, d, device)
     normalizer = envs.Normalizer(f, args.normalize)
@@ -156,18 +160,18 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, goal_range=args.goal_range)
 
     def look(obs: torch.Tensor) -> torch.Tensor:
-        """What networks see of features (B, f)."""
+        """Features (B, f) -> inputs of the networks."""
         return normalizer(obs)
 
     def choose(obs: torch.Tensor) -> torch.Tensor:
         return decide(agent["actor"], look(obs).to(device)).cpu()
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """The action without noise (B, d): what the run leaves as policy.pt2."""
+        """The action without noise (B, d). The run exports this as policy.pt2."""
         return choose(envs.flatten(obs))
 
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         return vec.to_box(policy(obs).numpy())
 
     if args.evaluate:
@@ -186,7 +190,7 @@ def main(args: Args) -> dict[str, float]:
             action = (choose(obs) + noise).clamp(-1, 1)
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs already belongs to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation, and next_obs the first of the next episode
         buffer.add(obs, action, reward, terminated, truncated, envs.flatten(info["final_obs"]))
         normalizer.add(obs)
         loop["obs"] = envs.flatten(next_obs)

@@ -1,10 +1,13 @@
 """TESAC: SAC for many dynamics at once. Policy and critics also see a context, an embedding of the last steps.
 
 Yu, Dunion, Li, Albrecht, "Skill-aware Mutual Information Optimisation for Zero-shot Generalisation in Reinforcement
-Learning" (NeurIPS 2024, arXiv 2406.04815): the base of SaTESAC. A recurrent encoder psi makes of the inputs
-[a_(t-1), s_t] a context c_t; policy pi(a | s, c), critics Q(s, a, c). The critics' loss alone trains psi, and their
-targets use the momentum encoder, a Polyak average of psi. Nothing is trained at test time. `--context none` is SAC
-on the same tasks, with `--context oracle` the true numbers of the task are the context. Parent: algos/sac.py
+Learning" (NeurIPS 2024, arXiv 2406.04815), where it is the base of SaTESAC. psi is a recurrent encoder:
+
+    c_t = psi([a_(t-1), s_t], [a_(t-2), s_(t-1)], ...),   policy pi(a | s, c),   critics Q(s, a, c)
+
+Only the critics' loss trains psi. Their targets use the momentum encoder psi', a Polyak average of psi. Nothing is
+trained at test time. `--context none` is SAC on the same tasks. With `--context oracle` the context is the true numbers
+of the task. Parent: algos/sac.py
 
 Departures: a context sees the last 8 inputs, not the whole episode, so that a batch is one call of the encoder;
 episodes have 200 steps; inputs are normalised; updates are few (0.05 per step); a time limit bootstraps. docs/sami.md
@@ -39,50 +42,50 @@ LOG_EVERY = 1000  # environment steps
 class Args:
     """SAC with a context of the last steps."""
     # twin: run arguments
-    env: str = "CrippledHalfCheetah-dyn-v0"  # environment id; older Fetch ids become the installed one
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "CrippledHalfCheetah-dyn-v0"  # environment id; an old Fetch id is replaced by the installed version
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 1_000_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 24  # environments stepped together
     eval_every: int = 50_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 50  # episodes per evaluation; the last evaluation plays twice as many
     checkpoint_every: int = 200_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = True  # compile the update into one graph: about 30 s at the first start, then up to twice as fast
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth
     batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions that are kept
+    buffer_size: int = 1_000_000  # transitions kept for replay
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature
     gamma: float = 0.95  # discount per step
     tau: float = 0.02  # Polyak step of the target critics and the momentum encoder, per update
     updates_per_step: float = 0.05  # updates per environment step
-    initial_temperature: float = 0.2  # alpha at the start, then tuned to an entropy of -d
-    normalize: bool = True  # inputs shifted and scaled by running statistics, clipped to +-5
-    horizon: int = 200  # steps of an episode, at most; 0: as many as the task has
+    initial_temperature: float = 0.2  # alpha at the start; then it is tuned to an entropy of -d (d: size of an action)
+    normalize: bool = True  # inputs normalised by running mean and deviation, clipped to +-5
+    horizon: int = 200  # largest number of steps of an episode; 0: as many as the task has
 
     # method
     context: Literal["learned", "none", "oracle"] = "learned"  # what policy and critics see beside the observation
     context_dim: int = 6  # numbers in a learned context
     encoder_hidden: int = 32  # units of the encoder's LSTM; the paper's code: 128
     window: int = 8  # inputs that a context sees; the paper's code: all of the episode
-    official: bool = False  # the quirks of the paper's code: docs/sami.md lists them
+    official: bool = False  # repeat the quirks of the paper's code, which docs/sami.md lists
 
 
-# limits of what may be 0 or negative; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "horizon": (0, math.inf)}
 TUNE = {"learning_rate": (3e-4, 3e-3), "tau": (0.01, 0.1), "initial_temperature": (0.01, 1.0),
         "updates_per_step": (0.02, 0.2), "batch_size": [128, 256, 512], "window": [4, 8, 16]}
 
 
 def init_encoder(width: int, hidden: int, size: int) -> dict[str, torch.Tensor]:
-    """An LSTM without biases, whose state therefore stays zero over rows of zeros, then ReLU and a linear map."""
+    """An LSTM, ReLU and a linear map. The LSTM has no biases, so its state stays zero over rows of zeros."""
     bound = hidden ** -0.5
     shapes = {"input": (width, 4 * hidden), "state": (hidden, 4 * hidden), "weight": (hidden, size), "bias": (size,)}
     return {f"encoder.{name}": torch.empty(*shape).uniform_(-bound, bound) for name, shape in shapes.items()}
@@ -90,7 +93,7 @@ def init_encoder(width: int, hidden: int, size: int) -> dict[str, torch.Tensor]:
 
 def encode(params: dict[str, torch.Tensor], windows: torch.Tensor) -> torch.Tensor:
     """Windows (W, B, f + d + 1) -> contexts (B, c)."""
-    inputs = windows[..., :-1] * windows[..., -1:]  # rows before the episode are zero, normalised or not
+    inputs = windows[..., :-1] * windows[..., -1:]  # rows before the episode: zero again after normalisation
     from_inputs = torch.matmul(inputs, params["encoder.input"])  # (W, B, 4h), of all steps at once
     cell = hidden = from_inputs.new_zeros(windows.shape[1], len(params["encoder.state"]))  # (B, h)
     for step in from_inputs.unbind():
@@ -98,20 +101,20 @@ def encode(params: dict[str, torch.Tensor], windows: torch.Tensor) -> torch.Tens
         cell = keep.sigmoid() * cell + take.sigmoid() * new.tanh()
         hidden = give.sigmoid() * cell.tanh()
     context = F.relu(hidden) @ params["encoder.weight"] + params["encoder.bias"]
-    return context * windows[-1, :, -1:]  # of a step that is not there: zero
+    return context * windows[-1, :, -1:]  # zero where the last row is empty
 
 
 def with_context(params: dict[str, torch.Tensor], windows: torch.Tensor, d: int) -> torch.Tensor:
     """What actor and critics see (B, f + c): the last observation of windows (W, B, width), then its context. Without
-    an encoder, the last row is that already."""
+    an encoder the last row has both already."""
     if "encoder.input" not in params:
         return windows[-1]
     return torch.cat([windows[-1, :, :-d - 1], encode(params, windows)], 1)
 
 
 def make_row(obs: torch.Tensor, action: torch.Tensor, began: torch.Tensor, task: np.ndarray, args: Args):
-    """What is kept of a step (B, width): observation (B, f), then for an encoder the action (B, d) before it, zeros
-    where an episode began (B,), and a 1; for the oracle the numbers of the task (B, p)."""
+    """What is kept of a step (B, width): the observation (B, f); for an encoder also the action (B, d) before it, zeros
+    where an episode `began` (B,), and a 1, the mark of a row in use; for the oracle the numbers of the task (B, p)."""
     if args.context == "learned":
         before = torch.where(began.unsqueeze(1), 0.0, action)
         return torch.cat([obs, before, torch.ones(len(obs), 1)], 1)
@@ -119,12 +122,12 @@ def make_row(obs: torch.Tensor, action: torch.Tensor, began: torch.Tensor, task:
 
 
 def gaussian_policy(params: dict, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observations (B, f), Gaussian noise (B, d), zeros for the mean -> action tanh(u) (B, d), log-probability (B,)."""
+    """Observations (B, f), Gaussian noise (B, d), 0 for the mean -> action tanh(u) (B, d), its log-probability (B,)."""
     mean, log_std = mlp(params, "actor", obs).chunk(2, -1)
     log_std = log_std.clamp(-20, 2)
     action = torch.tanh(mean + log_std.exp() * noise)
-    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # of u, N(mean, std)
-    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)
+    log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # log N(u; mean, std)
+    return action, log_prob - torch.log(1 - action.square() + 1e-6).sum(-1)  # change of variables u -> tanh(u)
 
 
 def draw_noise(batch: int, d: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -137,7 +140,7 @@ class Decision(NamedTuple):
 
 
 def decide(actor: dict, obs: torch.Tensor, noise: torch.Tensor, args: Args) -> Decision:
-    """What is done, and its log-probability."""
+    """The action and its log-probability."""
     return Decision(*gaussian_policy(actor, obs, noise))
 
 
@@ -146,7 +149,7 @@ def critic_inputs(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 
 
 def critic_loss(critic: dict, windows: torch.Tensor, action: torch.Tensor, target_q: torch.Tensor):
-    """Of critics and encoder, which learns from nothing else."""
+    """Loss of critics and encoder. Nothing else trains the encoder."""
     state = with_context(critic, windows, action.shape[1])
     q = mlp(critic, "q", critic_inputs(state, action)).squeeze(-1)  # (2, B)
     return 0.5 * (q - target_q).square().mean(1).sum(), state
@@ -176,7 +179,7 @@ def update(agent: dict, batch: Batch, noise: torch.Tensor, next_noise: torch.Ten
     """One step of critics and encoder, actor, temperature and targets, in this order, on normalised windows. Changes
     `agent` in place, returns what is logged."""
     actor, critic, target, moments, count = (agent[k] for k in ("actor", "critic", "target", "moments", "count"))
-    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha as before its own step
+    alpha, d = agent["temperature"]["log_alpha"].exp(), batch.action.shape[1]  # alpha before its step below
     count += 1
 
     next_state = with_context(target, batch.next_obs, d)  # a context of the momentum encoder
@@ -189,9 +192,9 @@ def update(agent: dict, batch: Batch, noise: torch.Tensor, next_noise: torch.Ten
     adam(critic, grads, moments["critic"], count, args.learning_rate)
 
     grads, (pi_loss, (decision, q)) = torch.func.grad_and_value(actor_loss, has_aux=True)(
-        actor, critic, alpha, state, noise, args)  # the context is an input here: the actor does not train the encoder
+        actor, critic, alpha, state, noise, args)  # the context is an input: the actor does not train the encoder
     adam(actor, grads, moments["actor"], count, args.learning_rate)
-    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob + target entropy), which is -d
+    grads = {"log_alpha": d - decision.log_prob.mean()}  # of -log_alpha (log_prob - d): target entropy -d
     adam(agent["temperature"], grads, moments["temperature"], count, args.learning_rate)
     torch._foreach_lerp_(list(target.values()), list(critic.values()), args.tau)
     return {"critic_loss": q_loss, "actor_loss": pi_loss, "q": q.mean(), "alpha": alpha,
@@ -199,15 +202,15 @@ def update(agent: dict, batch: Batch, noise: torch.Tensor, next_noise: torch.Ten
 
 
 def make_windows(args: Args, num: int, width: int) -> Windows:
-    """What a policy remembers of `num` episodes. The paper's code shows its encoder the first observation of an episode
-    in training, and not where it acts."""
+    """The windows of the last steps of `num` episodes. In the paper's code the encoder sees the first observation of an
+    episode in training, but not when it acts; --official repeats that."""
     if args.context != "learned":
         return Windows(1, num, width)
     return Windows(args.window, num, width, hide_first=args.official)
 
 
 def make_player(choose: Callable, vec: envs.VectorEnv, width: int, args: Args) -> Callable:
-    """What evaluations play, envs/splits.py says how: mean actions, where `wrong` on another's context."""
+    """The policy of evaluations (envs/splits.py): mean actions; with `wrong`, on the context of another task."""
     def player(num: int, tasks: np.ndarray, wrong: bool = False) -> Callable:
         windows, noise = make_windows(args, num, width), torch.zeros(num, *vec.action_space.shape)
         action = noise
@@ -230,15 +233,15 @@ def main(args: Args) -> dict[str, float]:
     horizon = envs.horizon_of(args.env, args.horizon)
     vec = envs.make_vec(args.env, args.num_envs, threads=torch.get_num_threads(), split="train",
                         max_episode_steps=horizon)
-    f, d, _ = envs.continuous_sizes(vec)  # numbers in the features, an action
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    f, d, _ = envs.continuous_sizes(vec)  # sizes of features and action
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     began = torch.ones(args.num_envs, dtype=torch.bool)
     row = make_row(envs.flatten(obs), torch.zeros(args.num_envs, d), began, vec.task_features(), args)
     width = row.shape[1]
     agent = make_agent(args, f, d, args.context_dim if args.context == "learned" else width - f, device)
     normalizer = envs.Normalizer(f, args.normalize)
     windows = make_windows(args, args.num_envs, width)
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may pass the total
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)  # the last step may go beyond the total
     buffer = TrajectoryBuffer(capacity, horizon, len(windows.rows), args.num_envs, width, d, not args.official)
     loop = {"row": row, "began": began, "updates_owed": 0.0}
     scalars = runtime.Means()  # since the last log
@@ -248,11 +251,11 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.SplitEvaluator(args, max_episode_steps=horizon)
 
     def look(rows: torch.Tensor) -> torch.Tensor:
-        """What networks see of rows (..., width)."""
+        """Rows (..., width) -> inputs of the networks."""
         return torch.cat([normalizer(rows[..., :f]), rows[..., f:]], -1)
 
     def choose(rows: torch.Tensor, noise: torch.Tensor, wrong: bool = False) -> tuple[Decision, torch.Tensor]:
-        """Decision and context (B, c) in windows (W, B, width); `wrong`: on the context of half a batch away."""
+        """Windows (W, B, width) -> decision, context (B, c). `wrong`: act on the context from half a batch away."""
         inputs, noise = tree_map(lambda x: x.to(device), (look(rows), noise))
         state = with_context(agent["critic"], inputs, d)
         if wrong:
@@ -260,7 +263,7 @@ def main(args: Args) -> dict[str, float]:
         return tree_map(lambda x: x.cpu(), (decide(agent["actor"], state, noise, args), state[:, f:]))
 
     def policy(rows: torch.Tensor) -> torch.Tensor:
-        """Windows (B, W, width) -> mean actions (B, d): what the run leaves as policy.pt2."""
+        """Windows (B, W, width) -> mean actions (B, d). The run exports this as policy.pt2."""
         return choose(rows.transpose(0, 1), torch.zeros(d))[0].action
 
     player = make_player(choose, vec, width, args)
@@ -281,7 +284,7 @@ def main(args: Args) -> dict[str, float]:
             action = decision.action
         next_obs, reward, terminated, truncated, info = vec.step(vec.to_box(action.numpy()))
 
-        # store: where an episode ended, next_obs and the task already belong to the next one, and final_obs to this one
+        # store: where an episode ended, final_obs is its last observation; next_obs and task are of the next episode
         ended = torch.from_numpy(terminated | truncated)
         final_row = make_row(envs.flatten(info["final_obs"]), action, torch.zeros_like(ended), task, args)
         buffer.add(row, action, reward, terminated, truncated, final_row, bucket)

@@ -1,11 +1,13 @@
 """TRPO: trust region policy optimisation, for discrete and continuous actions.
 
-Schulman et al., "Trust Region Policy Optimization" (arXiv 1502.05477), with advantages by GAE. Each iteration maximises
-J = mean(ratio * advantage) within a mean KL divergence of `target_kl` (Eq. 14). J is taken as linear and the divergence
-as quadratic, with the Fisher matrix F. Conjugate gradients solve F x = gradient, and a line search along x takes the
-first step that keeps the constraint and improves J (appendix C). Then Adam fits the critic in `epochs` passes.
-Actor and critic share no layer, because the critic's steps would move a shared one without regard to the constraint.
-For the same reason there is no entropy bonus. Everything else is PPO's: `diff algos/ppo.py algos/trpo.py`.
+Schulman et al., "Trust Region Policy Optimization" (arXiv 1502.05477). Advantages are GAE's. Each step (appendix C):
+
+    maximise J = mean(ratio * advantage) subject to mean KL(old policy || policy) <= target_kl                (Eq. 14)
+    F x = g by conjugate gradients:  g the gradient of J, F the Hessian of the divergence, which is the Fisher matrix
+    step = share sqrt(2 target_kl / x^T F x) x:  share 1, 0.8, 0.64, ... until J improves within the constraint
+
+Then Adam fits the critic in `epochs` passes. A common layer or an entropy bonus would change the policy without regard
+to the constraint, so there is neither. Everything else is PPO's: `diff algos/ppo.py algos/trpo.py`.
 
 python algos/trpo.py --env CartPole-v1 --num-envs 8 --eval-select argmax --total-timesteps 100000
 python algos/trpo.py --env Pendulum-v1 --num-envs 8 --num-steps 256 --gamma 0.9 --normalize --eval-select argmax
@@ -38,20 +40,20 @@ WIDTH = 64  # of the encoder's output and of all hidden layers
 class Args:
     """TRPO."""
     # twin: run arguments of PPO
-    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another one may be named
-    seed: int = 1  # of all that is random: networks, environments, exploration
+    env: str = "MiniGrid-DoorKey-5x5-v0"  # environment id; with --evaluate another id may be given
+    seed: int = 1  # seed of all random numbers: networks, environments, exploration
     total_timesteps: int = 300_000  # environment steps, summed over environments; with --resume: a new total
     num_envs: int = 16  # environments stepped together
     eval_every: int = 20_000  # environment steps between evaluations; 0: only at start and end
     eval_episodes: int = 100  # episodes per evaluation
     checkpoint_every: int = 100_000  # environment steps between checkpoints; 0: only at the end
     video: int = 0  # episodes to film after training, or with --evaluate
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto: on a GPU if there is one
     compile: bool = False  # compile the loss: about 30 s at the first start
     run_dir: str = ""  # run folder; empty: runs/<algo>/<env>/seed<k>-<time>
-    resume: str = ""  # run folder to continue exactly, with the arguments it has
+    resume: str = ""  # run folder to continue exactly, with its own arguments
     evaluate: str = ""  # run folder to evaluate; no training
-    track: bool = False  # mirror scalars to Weights & Biases (pip install wandb)
+    track: bool = False  # also log scalars to Weights & Biases (pip install wandb)
     # twin end
 
     # algorithm
@@ -60,26 +62,26 @@ class Args:
     batch_size: int = 128  # transitions per update of the critic
     learning_rate: float = 1e-3  # Adam, of the critic
     gamma: float = 0.99  # discount per step
-    gae_lambda: float = 0.95  # of the advantage estimate
+    gae_lambda: float = 0.95  # lambda of the advantage estimate (GAE)
     target_kl: float = 0.01  # delta: the step keeps the mean divergence from the old policy below this
-    cg_iterations: int = 10  # of conjugate gradients
-    cg_damping: float = 0.1  # times the identity, added to F, which is singular: softmax has a free direction
-    shrink: float = 0.8  # each try of the line search is this much shorter
-    tries: int = 10  # of the line search; then the policy stays as it is
-    normalize_advantage: bool = True  # advantages of a rollout to mean 0 and deviation 1
-    bootstrap: bool = True  # an episode cut by its time limit counts with the value of its last state
-    normalize: bool = False  # flat observations shifted and scaled by running statistics, clipped to +-5
-    eval_select: Literal["sample", "argmax"] = "sample"  # evaluation draws actions, or takes the likeliest
+    cg_iterations: int = 10  # steps of conjugate gradients
+    cg_damping: float = 0.1  # times the identity, added to F, which is singular: logits + constant give the same policy
+    shrink: float = 0.8  # factor from one step of the line search to the next
+    tries: int = 10  # of the line search; if none succeeds, the policy stays as it is
+    normalize_advantage: bool = True  # shift and scale the advantages of a rollout to mean 0 and deviation 1
+    bootstrap: bool = True  # at a time limit, add the value of the last state to the return
+    normalize: bool = False  # flat observations normalised by running mean and deviation, clipped to +-5
+    eval_select: Literal["sample", "argmax"] = "sample"  # evaluations draw actions, or take the most likely ones
 
 
-# limits of what may be 0; ranges of `make tune`: (low, high) on a log scale, or choices
+# RANGES: limits of numbers; all others must be above 0. TUNE: for `make tune`, (low, high) on a log scale, or choices
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "cg_damping": (0, math.inf), "shrink": (0, 1)}
 TUNE = {"learning_rate": (1e-4, 3e-3), "target_kl": (3e-3, 5e-2), "cg_damping": (1e-3, 0.3),
         "num_steps": [64, 128, 256], "gae_lambda": [0.9, 0.95, 0.98]}
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A layer whose units have weights of length 1 at the start, and no bias."""
+    """A layer that starts with biases 0 and, for each unit, a random weight vector of length 1."""
     layer = nn.Linear(fan_in, fan_out)
     with torch.no_grad():
         layer.weight.normal_().div_(layer.weight.norm(dim=1, keepdim=True))
@@ -88,8 +90,8 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class GridEncoder(nn.Module):
-    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, the largest of 2x2 neighbours after the first. As matrix
-    products of gathered cells: on a CPU more than twice as fast as nn.Conv2d is for 7x7 cells."""
+    """Three 2x2 convolutions of 16, 32, 64 units with ReLU, and 2x2 max pooling after the first. They are matrix
+    products of gathered cells: for 7x7 cells on a CPU this is more than twice as fast as nn.Conv2d."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +111,7 @@ class GridEncoder(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: three convolutions (Mnih et al. 2015)."""
+    """Pictures (B, 64, 64, 3) of 0 to 255 -> (B, 64), for Crafter: the convolutions of DQN (Mnih et al. 2015)."""
 
     def __init__(self):
         super().__init__(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
@@ -119,7 +121,7 @@ class PixelEncoder(nn.Sequential):
         return super().forward(image.permute(0, 3, 1, 2).float() / 255)
 
 
-ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of what is seen
+ENCODERS = {7: GridEncoder, 64: PixelEncoder}  # by the width of the view
 
 
 Seen = torch.Tensor  # what the agent sees: 7x7 cells (B, 7, 7, 3) or features (B, f)
@@ -143,7 +145,7 @@ class Categorical(NamedTuple):
 
 # twin: Gaussian policy
 class Gaussian(NamedTuple):
-    """A policy's distributions over continuous actions (B, d), which only the environment gets clipped to [-1, 1]."""
+    """A policy's distributions over continuous actions (B, d). The environment gets actions clipped to [-1, 1]."""
     mean: torch.Tensor  # (B, d)
     log_std: torch.Tensor  # (B, d)
 
@@ -174,7 +176,7 @@ class Agent(nn.Module):
             encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
             return nn.Sequential(encoder, linear(WIDTH, WIDTH), nn.Tanh(), linear(WIDTH, width))
         self.critic = network(1)
-        self.actor = network(outputs)  # logits of actions, or the mean of one
+        self.actor = network(outputs)  # logits of discrete actions, or the mean of a continuous one
         self.log_std = None if discrete else nn.Parameter(torch.zeros(outputs))  # the same in all states
         if not discrete:
             self.actor[-1].weight.data.mul_(0.01)  # means near 0 at first
@@ -194,13 +196,13 @@ class Batch(NamedTuple):
     obs: Seen
     action: torch.Tensor  # (B,) or (B, d)
     log_prob: torch.Tensor  # (B,), of the action, by the policy that took it
-    value: torch.Tensor  # (B,), of the observation, by the critic of that time
+    value: torch.Tensor  # (B,), of the observation, by the critic during the rollout
     advantage: torch.Tensor  # (B,)
-    target_value: torch.Tensor  # (B,), what the critic is to learn
+    target_value: torch.Tensor  # (B,), target of the critic
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Noise that makes the argmax of log-probabilities a draw from them."""
+    """Gumbel noise: the argmax of log-probabilities plus this noise is a draw from them."""
     return -(-torch.rand(shape, generator=generator).clamp(1e-10, 1 - 1e-7).log()).log()
 
 
@@ -219,8 +221,8 @@ def gae(reward: torch.Tensor, value: torch.Tensor, last_value: torch.Tensor, end
 
 @torch.no_grad()
 def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scalars: runtime.Means, args: Args) -> Batch:
-    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` gives what the agent sees of
-    observations, `loop` has those to go on from, `scalars` gets the returns of finished episodes."""
+    """Play `num_steps` steps in every environment -> their transitions (T N, ...). `look` makes the agent's inputs
+    from observations, `loop` has the present ones, `scalars` gets the returns of finished episodes."""
     device = next(agent.parameters()).device
     seen, steps = look(loop["obs"]), []
     for _ in range(args.num_steps):
@@ -246,7 +248,7 @@ def collect(agent: Agent, vec: envs.VectorEnv, look: Callable, loop: dict, scala
 
 
 def objective(policy: Categorical | Gaussian, batch: Batch, advantage: torch.Tensor) -> torch.Tensor:
-    """J (Eq. 14): what a policy gains, by the actions of the old one."""
+    """J (Eq. 14): the advantage of a policy, estimated with the actions of the old one."""
     return ((policy.log_prob(batch.action) - batch.log_prob).exp() * advantage).mean()
 
 
@@ -268,7 +270,7 @@ def fisher_product(kl_gradient: torch.Tensor, params: list, v: torch.Tensor, dam
 
 
 def conjugate_gradient(product: Callable, g: torch.Tensor, iterations: int) -> torch.Tensor:
-    """x (P,) with product(x) near g, from x = 0 on; 0 where there is no gradient to follow."""
+    """x (P,) with product(x) close to g, from x = 0 on; it stays 0 where g is 0."""
     x, residual, direction = torch.zeros_like(g), g, g
     square = g @ g
     for _ in range(iterations):
@@ -291,13 +293,13 @@ def improve_actor(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Ten
     old, old_theta = tree_map(torch.Tensor.detach, policy), flat(params).detach()
     old_objective = objective(policy, batch, advantage)
     gradient = flat(torch.autograd.grad(old_objective, params, retain_graph=True))
-    # the divergence from itself is 0, and so is its gradient, but not the gradient of that
+    # at the old policy the divergence and its gradient are 0, but not the second derivative, which is F
     kl_gradient = flat(torch.autograd.grad(mean_kl(old, policy), params, create_graph=True))
 
     def product(v: torch.Tensor) -> torch.Tensor:
         return fisher_product(kl_gradient, params, v, args.cg_damping)
     x = conjugate_gradient(product, gradient, args.cg_iterations)
-    length = (2 * args.target_kl / (x @ product(x)).clamp(min=1e-12)).sqrt()  # half of step F step is target_kl
+    length = (2 * args.target_kl / (x @ product(x)).clamp(min=1e-12)).sqrt()  # 1/2 step^T F step = target_kl
     gain, kl, share = torch.zeros_like(old_objective), torch.zeros_like(old_objective), 1.0
     with torch.no_grad():
         for _ in range(args.tries):
@@ -333,7 +335,7 @@ def main(args: Args) -> dict[str, float]:
 
     vec = envs.make_vec(args.env, args.num_envs)
     shape, outputs, discrete = envs.policy_sizes(vec)
-    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 seed + i: no two seeds share one
+    obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = Agent(shape, outputs, discrete).to(device)
     optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
@@ -346,20 +348,20 @@ def main(args: Args) -> dict[str, float]:
     evaluator = envs.Evaluator(args, copies=100)
 
     def look(obs: torch.Tensor | dict[str, torch.Tensor], count: bool = False) -> Seen:
-        """What the agent sees of observations. With `count` the running statistics take them in first."""
+        """Observations -> inputs of the agent. With `count` they update the running statistics first."""
         features = envs.seen(obs) if discrete else envs.flatten(obs)
         if count and normalizer.on:
             normalizer.add(features)
         return normalizer(features).to(device)
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]: what the run leaves as policy.pt2."""
+        """Log-probabilities (B, A), or mean actions (B, d) in [-1, 1]. The run exports this as policy.pt2."""
         found = agent(look(obs)).policy
         return (found.log_probs if discrete else found.mean.clamp(-1, 1)).cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
-        """What evaluations play."""
+        """The actions of evaluations."""
         found = agent(look(envs.to_tensors(obs))).policy
         best = evaluator.noted(found.log_probs) if discrete else evaluator.noted(found.mean, found.log_std.exp())
         if args.eval_select == "sample":
