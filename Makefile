@@ -36,8 +36,8 @@ gl:  ## rendering without a display, and a browser for the report's test (Debian
 	    apt-get install -y -qq --no-install-recommends libegl1 libgl1 libosmesa6 chromium >/dev/null; } || \
 	  echo "tests that film or open a browser are skipped: apt-get install libegl1 libgl1 libosmesa6 chromium"
 
-test: $(VENV)/.tests-installed gl  ## all tests, three files at a time, for some wait: 8 minutes on two cores
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+test: $(VENV)/.tests-installed gl  ## all tests, two files at a time: 8 minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=algos/stream_ac.py
 	$(BIN)/python tests/test_form.py $(FROM)
