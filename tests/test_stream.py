@@ -312,7 +312,7 @@ VECTOR, DISCRETE = Shape("vector", (17,), BOX), Shape("vector", (17,), FOUR)
                                   learning_rate=1e-4, normalize_obs=False, scale_reward=False)),
     (stream_ac, Shape("minatar", (4, 10, 10), FOUR), 20, dict(hidden="32x1")),
     (stream_q, Shape("atari", (1, 84, 84), FOUR, 4), 3, {}), (stream_q, DISCRETE, 100, dict(sarsa=True)),
-    (stream_ac, VECTOR, 300, dict(hidden="32x2", compile=True)),
+    (stream_ac, VECTOR, 1000, dict(hidden="32x2", compile=True)),
     (stream_q, DISCRETE, 300, dict(hidden="32x1")),
     (stream_q, DISCRETE, 100, dict(hidden="32x1", compile=True, sarsa=True, optimizer="adaptive")),
     (stream_td, None, 100, dict(hidden="32x1", obs_trace=0.9))])
