@@ -33,6 +33,12 @@ def split_view(env: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (env, "")
 
 
+def task_of(args: dict) -> str:
+    """What a table of runs with these arguments is named by: the environment, or of offline learners the dataset."""
+    env, dataset = split_view(args["env"])[0], Path(args.get("dataset") or "").stem
+    return dataset if dataset.startswith(env) else f"{env}-{dataset}" if dataset else env
+
+
 def real_id(env: str) -> str:
     """The id of the task that runs under `env`: older ids of Fetch are -v4 in gymnasium-robotics 1.4.2, with which all
     committed curves were made."""
@@ -72,14 +78,11 @@ def defaults(algo: str, env: str = "") -> dict:
 
 
 def variant(config: dict) -> str:
-    """Name of a run's settings: `sac_kian`, `sac_kian fetch.official`, `sac_kian --cosine-scale 0.0`, ...; of offline
-    learners first the name of the dataset's file."""
+    """Name of a run's settings: `sac_kian`, `sac_kian fetch.official`, `sac_kian --cosine-scale 0.0`, ..."""
     if "variant" in config:  # a peer names itself
         return config["variant"]
     args, usual = config["args"], defaults(config["algo"], config["args"].get("env", ""))
     words = [word for word in (config["algo"], split_view(args.get("env", ""))[1]) if word]
-    if args.get("dataset"):
-        words.append(Path(args["dataset"]).stem)
     if args.get("knowledge") != usual.get("knowledge"):
         words.append(args["knowledge"])
     changed = {k: v for k, v in args.items() if k not in RUN | {"knowledge", "dataset"} and v != usual.get(k)}
@@ -138,7 +141,7 @@ def gather(folders: list[str], into: str = "", unfinished: bool = False) -> None
             continue
         config = json.loads((folder / "config.json").read_text())
         args = config["args"]
-        env = split_view(args["env"])[0]
+        env = task_of(args)
         if env.startswith("Fetch") and config.get("env_id", real_id(env)) != real_id(env):
             raise ValueError(f"{folder} ran in {config['env_id']}, and the tables have {real_id(env)}")
         path = file_of(into or config["algo"], f"{env}{part}")

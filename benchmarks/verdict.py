@@ -10,13 +10,13 @@ import json
 import tomllib
 from pathlib import Path
 
-from benchmarks.curves import RESULTS, load, split_view, variant
+from benchmarks.curves import RESULTS, load, task_of, variant
 
 
-def committed(env: str, name: str, results: Path) -> tuple[str, list[dict[str, str]]]:
-    """The method in `results` that has rows of a variant in an environment, and these; "" and none where there is none.
-    Of several methods the first by name."""
-    for path in sorted(results.glob(f"*/{split_view(env)[0].replace('/', '-')}.csv")):
+def committed(task: str, name: str, results: Path) -> tuple[str, list[dict[str, str]]]:
+    """The method in `results` that has rows of a variant in a task, and these; "" and none where there is none. Of
+    several methods the first by name."""
+    for path in sorted(results.glob(f"*/{task.replace('/', '-')}.csv")):
         if path.parent.name not in ("rules", "zero_shot", "speed") and (
                 rows := [row for row in load(path) if row["variant"] == name]):
             return path.parent.name, rows
@@ -28,7 +28,7 @@ def verdict(folder: Path, results: Path = RESULTS) -> list[str]:
     config = json.loads((folder / "config.json").read_text())
     env, name = config["args"]["env"], variant(config)
     last = list(csv.DictReader((folder / "eval.csv").open()))[-1]
-    method, rows = committed(env, name, results)
+    method, rows = committed(task_of(config["args"]), name, results)
     score = tomllib.loads((results.parent / "paper.toml").read_text())["method"].get(method, {}).get("score", "")
     score = "return_mean" if last.get(score, "nan") in ("", "nan") else score  # a run has no online_return
     reached = {}  # {seed: score at the last evaluation up to that step}, of the seeds that have come as far

@@ -197,7 +197,8 @@ def test_every_quick_cell_has_a_committed_curve_to_be_compared_with():
     for cell in load_suite(Args(suite="quick")):
         args = asdict(tyro.cli(importlib.import_module(f"algos.{cell.algo}").Args, args=cell.fresh))
         args = {k: v for k, v in args.items() if v is not None}  # of PRESETS
-        method, rows = verdict.committed(cell.env, variant({"algo": cell.algo, "args": args}), curves.RESULTS)
+        config = {"algo": cell.algo, "args": args}
+        method, rows = verdict.committed(curves.task_of(args), variant(config), curves.RESULTS)
         assert rows and max(int(row["step"]) for row in rows) >= args["total_timesteps"], cell.name
 
 

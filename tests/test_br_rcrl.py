@@ -457,8 +457,9 @@ def test_every_mode_trains_and_leaves_its_policy(discrete, kwargs, cartpole, tmp
         _, scale = prepare(offline.load_for(args.dataset, envs.make_vec(env_id, 1)), args)
         assert told == pytest.approx(scale["quantiles"][round(100 * args.query)].item(), rel=1e-5)
     assert ("return_by_c/0.05" in names) == args.curve
-    name = curves.variant(json.loads((tmp_path / "run" / "config.json").read_text()))
-    assert name.startswith(f"br_rcrl {'CartPole-v1' if discrete else 'point'} --batch-size 16")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert curves.variant(config).startswith("br_rcrl --batch-size 16")
+    assert curves.task_of(config["args"]) == ("CartPole-v1" if discrete else "tests.tasks:PointDense-v0-point")
     if kwargs.get("curve"):
         score = br_rcrl.main(runtime.cli(Args, "br_rcrl", ["--evaluate", str(tmp_path / "run"), "--c", "1"]))
         assert math.isfinite(score["return_mean"])
