@@ -19,7 +19,7 @@ from benchmarks.curves import variant
 from benchmarks.run import Args, Cell, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ("--knowledge none --num-envs 2 --hidden 8x1 --batch-size 16 --no-compile --eval-every 200 --eval-episodes 2 "
+FLAGS = ("--knowledge none --num-envs 2 --hidden 8x1 --batch-size 16 --no-compile --eval-every 1000 --eval-episodes 2 "
          "--her-goals 0 --checkpoint-every 500")
 
 

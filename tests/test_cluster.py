@@ -59,7 +59,7 @@ def test_a_driver_killed_while_it_swaps_loses_nothing(tmp_path, monkeypatch):
 
 def test_a_dead_node_costs_nothing(cluster, tmp_path):
     """Three cells on two nodes, one node killed while its cell trains: all finish, each once, results are here."""
-    path = suite(tmp_path, *(f"--total-timesteps 1000 --gamma 0.9{i}" for i in range(3)))
+    path = suite(tmp_path, *(f"--total-timesteps 3000 --gamma 0.9{i}" for i in range(3)))
     node = cluster.add_node(num_cpus=1, object_store_memory=STORE)
     cluster.wait_for_nodes()
     flags = ["--backend", "ray", "--ray-address", cluster.address]
@@ -75,7 +75,7 @@ def test_a_dead_node_costs_nothing(cluster, tmp_path):
     assert output.count("again ") == 1 and output.count("finished sac_kian") == 3, output
     for cell in load_suite(Args(suite=str(path), root=str(tmp_path / "runs"))):
         steps = [int(line.split(",")[0]) for line in (cell.folder / "eval.csv").read_text().splitlines()[1:]]
-        assert cell.finished() and steps[0] == 0 and steps[-1] == 1000 and steps == sorted(set(steps))
+        assert cell.finished() and steps[0] == 0 and steps[-1] == 3000 and steps == sorted(set(steps))
         assert cell.beside(".log").read_text().count("$ ") == 1  # what came back is of one attempt
 
 
