@@ -3,7 +3,7 @@
 Zhao et al., "CAMEL: Continuous Action Masking Enabled by Large Language Models for Reinforcement Learning" (RLDM 2025,
 arXiv 2502.11896). A language model writes crude policies. They limit the actions, less and less, until the agent acts
 alone. Only the abstract was at hand, so box, schedule and losses are this project's design, and no number of the paper
-is claimed. `diff algos/td3.py algos/camel.py` shows all of it:
+is claimed. `diff algos/td3.py algos/camel.py` shows all of it (and that `--goal-range` is left out):
 
     box:     low = min_k p_k(s) - w, high = max_k p_k(s) + w, within [-1, 1], of policies p_k and half-width w
     map:     clip(x, low, high) of the actor's output x, or affine, middle of the box + x (high - low) / 2
@@ -115,7 +115,7 @@ def centers_of(external: dict, obs: torch.Tensor, g: int, d: int, args: Args) ->
     if args.center == "zero":
         centers = torch.zeros_like(centers)
     if args.center == "random":  # noise computed from the state, so that evaluations use no random numbers of training
-        phase = 1000 * obs.sum(1, keepdim=True) * torch.arange(1, d + 1).sqrt()
+        phase = 1000 * obs.sum(1, keepdim=True) * (torch.arange(1, d + 1) + 1 / math.pi)  # no ratio is a fraction
         centers = (2 * phase.remainder(1) - 1).unsqueeze(1)  # (B, 1, d)
     return centers
 
@@ -133,7 +133,7 @@ def box_around(centers: torch.Tensor, half_width: float) -> tuple[torch.Tensor, 
 
 def add_box(obs: torch.Tensor, needed: bool = True, *, external: dict, g: int, d: int, args: Args) -> torch.Tensor:
     """Features (B, f) -> features | low | high (B, f + 2 d). The buffer keeps the box, because external policies may be
-    slow. If no box is `needed`, they are not asked, and the box is all of [-1, 1]."""
+    slow. If no box is `needed` any more, they are not asked."""
     return torch.cat([obs, *box_around(centers_of(external if needed else {}, obs, g, d, args), args.half_width)], 1)
 
 
@@ -238,11 +238,11 @@ def compare(run: runtime.Run, loop: dict, epsilon: float, alone: float, with_mas
 
 
 def draw_masks(epsilon: float, shape: tuple[int, ...], count: int, args: Args) -> torch.Tensor:
-    """Which rows are masked, bool. With a generator of its own, seeded by `count`: other random numbers are TD3's."""
+    """Which rows are masked, bool. With a generator of its own, seeded by seed and `count`: other random numbers are
+    TD3's."""
     if args.mask_mode in GROWS:
         return torch.full(shape, epsilon > 0)
-    generator = torch.Generator().manual_seed((args.seed * 2 ** 34 + count) % 2 ** 63)
-    return torch.rand(shape, generator=generator) < epsilon
+    return torch.from_numpy(np.random.default_rng((args.seed, count)).random(shape) < epsilon)
 
 
 def center_checked(args: Args) -> Args:
@@ -263,7 +263,8 @@ def main(args: Args) -> dict[str, float]:
     f, d, g = envs.continuous_sizes(vec)  # sizes of features, action and goal (0: no goals)
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
-    external = knowledge.load(args.knowledge, args.env, d, example, kept_in=args.resume or args.evaluate)
+    given = "none" if args.evaluate else args.knowledge  # evaluations have no masks
+    external = knowledge.load(given, args.env, d, example, kept_in=args.resume)
     agent = make_agent(args, f, d, device)
     normalizer = envs.Normalizer(f, args.normalize)
     buffer, relabelled = make_buffer(args, vec, f, d, g)

@@ -6,6 +6,7 @@ Python files, whatever this one holds, it can only compute.
 """
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from llm.sandbox import Sandbox, SandboxError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "llm" / "policies"
+TASKS = ROOT / "llm" / "prompts" / "tasks"
 MOST_FAILED = 0.05  # share of states in which code may fail before it counts as broken
 FIRST = 1000  # states that are not held against it
 
@@ -25,9 +27,10 @@ class Generated:
 
     lost: (B,) bool, where it failed in the last call."""
 
-    def __init__(self, name: str, source: str, action_dim: int, lowest: float):
-        """Raises SandboxError where the code is refused, or does not load."""
-        self.name, self.action_dim, self.lowest, self.told = name, action_dim, lowest, False
+    def __init__(self, name: str, source: str, action_dim: int, lowest: float, widths: dict[str, int]):
+        """widths: how many numbers of each part of an observation the code was told about, from the first on; what our
+        environments append is cut off. Raises SandboxError where the code is refused, or does not load."""
+        self.name, self.action_dim, self.lowest, self.widths, self.told = name, action_dim, lowest, widths, False
         self.lost = torch.zeros(0, dtype=torch.bool)
         self.box = Sandbox(source, ["policy"])
 
@@ -36,7 +39,10 @@ class Generated:
         if torch.compiler.is_exporting():
             raise KnowledgeError(f"{self.name} runs in a process of its own, which no file can hold")
         like = next((x for x in (obs.values() if isinstance(obs, dict) else [obs]) if x.is_floating_point()), None)
-        given = {k: x.cpu().numpy() for k, x in obs.items()} if isinstance(obs, dict) else obs.cpu().numpy()
+        if isinstance(obs, dict):
+            given = {k: x[:, :self.widths.get(k)].cpu().numpy() for k, x in obs.items()}
+        else:
+            given = obs.cpu().numpy()
         try:
             action = self.box.call("policy", given, shape=(self.action_dim,))
         except SandboxError as error:
@@ -87,21 +93,30 @@ def load(name: str, file: Path, env_id: str, action_dim: int, lowest: float) -> 
         known = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json")))
         raise KnowledgeError(f"knowledge llm:{name}: there is no file {file}; known are {known}, or write one: python "
                              f"-m llm.write_policies --env {env_id}")
-    stem, codes = file_of(name).stem, {}
+    stem, codes, widths = file_of(name).stem, {}, {}
     if file.suffix == ".py":
         codes[f"{stem}.policy"] = file.read_text(errors="replace")
     else:
-        codes = {f"{stem}.{number}": code for number, code in _codes(name, file, env_id).items()}
+        task, found = _codes(name, file, env_id)
+        codes, widths = {f"{stem}.{number}": code for number, code in found.items()}, described(task)
     try:
-        return {name: Generated(name, code, action_dim, lowest) for name, code in codes.items()}
+        return {name: Generated(name, code, action_dim, lowest, widths) for name, code in codes.items()}
     except SandboxError as error:
         raise KnowledgeError(f"knowledge llm:{name}: {error}") from None
 
 
-def _codes(name: str, file: Path, env_id: str) -> dict[int, str]:
-    """The code of the policies that a file of write_policies marks as used."""
+def described(task: str) -> dict[str, int]:
+    """How many numbers of each part of an observation the description of a task names; empty where it has none."""
+    file = TASKS / f"{Path(task).name}.toml"
+    parts = tomllib.loads(file.read_text())["observation"] if file.is_file() else {}
+    return {name: len(part["rows"]) for name, part in parts.items()}
+
+
+def _codes(name: str, file: Path, env_id: str) -> tuple[str, dict[int, str]]:
+    """The task that a file of write_policies is for, and the code of the policies that it marks as used."""
     try:
         kept = json.loads(file.read_text())
+        task = str(kept["task"])
         codes = {entry["sample"]: str(entry["code"]) for entry in kept["policies"] if entry["used"]}
         fits = env_id.startswith(tuple(kept["envs"]))
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -112,4 +127,4 @@ def _codes(name: str, file: Path, env_id: str) -> dict[int, str]:
                              f"write another: python -m llm.write_policies --env {env_id}")
     if not codes:
         raise KnowledgeError(f"knowledge llm:{name}: {file} marks no policy as used")
-    return codes
+    return task, codes

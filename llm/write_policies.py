@@ -7,8 +7,8 @@ The description is llm/prompts/tasks/<task>.toml, which says what each number me
 made nor tried. Each of `--candidates` answers is checked: plain numeric code, runs in the sandbox on 1,000 random
 observations, gives finite actions of the right shape, the same ones whatever it was asked before. What fails goes back
 to the model with the reason, twice at most. The first `--keep` that pass are what `--knowledge llm:<name>` takes; all
-are stored with prompt, reply, code and hash. Nothing is chosen by its return: `benchmarks/rules.py --knowledge
-llm:<name>` measures that, with episodes that are its own.
+are stored with prompt, reply, code and hash. This command chooses nothing by its return: `benchmarks/rules.py
+--knowledge llm:<name>` measures that, with episodes that are its own.
 """
 import json
 import os
@@ -103,6 +103,9 @@ def write(args: Args) -> Path:
         raise UserError(f"--candidates {args.candidates}, --keep {args.keep}, --repairs {args.repairs}: they have to "
                         "be at least 1, 1 and 0")
     name, task = task_for(args.env)
+    if args.out and Path(args.out).suffix != ".json":
+        raise UserError(f"--out {args.out}: --knowledge llm:... tells its files by their ending; call it "
+                        f"{Path(args.out).with_suffix('.json')}")
     if args.grammar and not Path(args.grammar).is_file():
         raise UserError(f"--grammar {args.grammar} does not exist; name a file")
     extra = {"grammar": Path(args.grammar).read_text()} if args.grammar else None
@@ -119,8 +122,9 @@ def write(args: Args) -> Path:
         policies.append(entry)
         print(f"{sample}: {entry['refused'] or 'can be used'}{', and is' if entry['used'] else ''}")
     if not kept:
-        raise UserError(f"none of {len(policies)} answers of {args.model} can be used; {args.recordings} has them; ask "
-                        "for more --candidates, or another --model")
+        kept_in = "" if args.mode == "off" else f"; {args.recordings} has them"
+        raise UserError(f"none of {len(policies)} answers of {args.model} can be used{kept_in}; ask for more "
+                        "--candidates, or another --model")
     out = Path(args.out or ROOM / "policies" / f"{name}{tag_of(args.model)}.json")
     text = json.dumps({"task": name, "envs": task["envs"], "prompt": messages, "policies": policies}, indent=1)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +148,7 @@ def tag_of(model: str) -> str:
 def candidate(chat: client.Client, messages: list[client.Message], sample: int, task: dict[str, Any], tries: int,
               extra: dict[str, Any] | None) -> dict[str, Any]:
     """One answer, repaired where it needs that; `refused` says why it cannot be used, empty where it can."""
-    reply, code, refused = "", "", ""
+    reply, code, refused, key = "", "", "", chat.key(messages, sample, extra)
 
     def parse(text: str) -> str:
         nonlocal reply
@@ -152,11 +156,12 @@ def candidate(chat: client.Client, messages: list[client.Message], sample: int, 
         return gate(text, task)
 
     try:
-        code, _ = chat.ask_for(messages, parse, tries, sample, extra)
+        code, said = chat.ask_for(messages, parse, tries, sample, extra)
+        key = chat.key(said[:-1], sample, extra)  # of the question that this code answers, perhaps a second one
     except client.Unusable as error:
         refused = str(error)
     source = client.HANDWRITTEN if chat.args.model == client.HANDWRITTEN else "api"
-    return {"sample": sample, "key": chat.key(messages, sample, extra), "source": source, "model": chat.args.model,
+    return {"sample": sample, "key": key, "source": source, "model": chat.args.model,
             "refused": refused, "reply": reply, "code": code, "sha256": digest(code) if code else ""}
 
 

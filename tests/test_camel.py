@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ONE, TWO, WIDE = [[0.9, -0.2, 0.0]], [[0.9, -0.2, 0.0], [0.1, -1.0, 0.4]], [[2.0, -3.0, 0.3]]
 NAN = [float("nan")] * 3
 YES, FULL = torch.tensor([[True]]), torch.tensor(1.0)
-# in a third of the states it fails; elsewhere it goes half of the way to the goal
+# it fails in one state of forty; elsewhere it goes half of the way to the goal
 FAILS = """
 import numpy as np
 
@@ -102,7 +102,8 @@ def test_epsilon():
     assert camel.epsilon_at(0, 0.3, args) == 0.3 and camel.epsilon_at(0, 1.0, camel.Args(mask_steps=0)) == 0
     for epsilon in (0.0, 0.2, 0.75, 1.0):
         assert camel.draw_masks(epsilon, (100_000, 1), 7, args).float().mean() == pytest.approx(epsilon, abs=0.01)
-    assert not torch.equal(*(camel.draw_masks(0.5, (64, 1), count, args) for count in (7, 8)))
+    drawn = [camel.draw_masks(0.5, (64, 1), count, camel.Args(seed=seed)) for seed in (1, 2) for count in (7, 8)]
+    assert len({tuple(mask[:, 0].tolist()) for mask in drawn}) == 4
 
 
 class Logged:
@@ -365,7 +366,7 @@ def test_a_control_needs_no_knowledge_and_says_so(tmp_path):
     action = saved["buffer"]["rows"][:, F + 4:F + 6]
     assert len(action) == 400 and action.abs().max() <= 0.25
     assert '"knowledge": "none"' in (tmp_path / "run" / "config.json").read_text()
-    centers = camel.centers_of({}, torch.randn(4000, 3), 0, 2, camel.Args(center="random"))
+    centers = camel.centers_of({}, torch.randn(4000, 3), 0, 17, camel.Args(center="random"))  # 17: Humanoid
     assert centers.abs().max() <= 1 and centers.mean().abs() < 0.05
     assert centers.std().item() == pytest.approx(3 ** -0.5, abs=0.05)
-    assert np.corrcoef(centers[:, 0].T)[0, 1] == pytest.approx(0, abs=0.06)
+    assert np.abs(np.corrcoef(centers[:, 0].T) - np.eye(17)).max() < 0.06

@@ -145,6 +145,8 @@ def test_hostile_answers_go_back_and_are_never_used(server, tmp_path, capsys, mo
     assert [(p["used"], p["refused"] == "") for p in kept["policies"]] == [(True, True), (False, False), (False, True)]
     assert "import of os is not allowed" in server.requests[1]["messages"][-1]["content"]
     assert "import of os is not allowed" in kept["policies"][1]["refused"] and kept["policies"][1]["code"] == ""
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert kept["policies"][0]["key"] == next(r["key"] for r in records if r["answer"] == GOOD)  # the second
     assert kept["policies"][0]["source"] == "api" and kept["policies"][0]["model"] == "My/Model:7b"
     assert KEY not in (tmp_path / "p.json").read_text() + (tmp_path / "r.jsonl").read_text()
     assert "3 questions, 3 calls" in (told := capsys.readouterr().err) and "; at most 9 calls where" in told
@@ -173,14 +175,15 @@ def test_every_model_has_a_file_of_its_own(server, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("words, said", [
     (["--mode", "record", "--model", "m", "--base-url", "URL"], "none of 1 answers of m can be used"),
     (["--model", "m"], "not recorded for model m"), (["--env", "Swimmer-v4"], "Swimmer-v4 has no description"),
-    (["--candidates", "0"], "--candidates 0"), (["--grammar", "none.gbnf"], "none.gbnf does not exist")])
+    (["--candidates", "0"], "--candidates 0"), (["--grammar", "none.gbnf"], "none.gbnf does not exist"),
+    (["--out", "mine.txt"], "call it mine.json")])
 def test_command_fails_in_one_line(server, tmp_path, words, said):
     server.script = [fenced("return obs[:3]", "import os")] * 3
     words = [server.url if word == "URL" else word for word in words]
     words += [] if "--candidates" in words else ["--candidates", "1"]
     result = subprocess.run(
-        [sys.executable, "-m", "llm.write_policies", *words, "--recordings", tmp_path / "r.jsonl", "--out",
-         tmp_path / "p.json"], capture_output=True, text=True, cwd=ROOT)
+        [sys.executable, "-m", "llm.write_policies", "--recordings", tmp_path / "r.jsonl", "--out",
+         tmp_path / "p.json", *words], capture_output=True, text=True, cwd=ROOT)
     line = result.stderr.splitlines()[-1]
     assert result.returncode == 2 and line.startswith("error: ") and said in line and "Traceback" not in result.stderr
     assert not (tmp_path / "p.json").exists()
@@ -222,6 +225,17 @@ def test_goal_observations_and_other_devices_types():
     assert knowledge.advise(policies, obs, 4).dtype == torch.float64 and len(policies) == 2
 
 
+def test_a_policy_sees_what_its_description_names(tmp_path):
+    """Not the time that is left, which environments here append to `observation`."""
+    shipped = json.loads((ROOT / "llm" / "policies" / "fetch_push.json").read_text())
+    shipped["policies"][0]["code"] = 'def policy(obs):\n    return obs["observation"][[0, 23, 24, -1]]\n'
+    (tmp_path / "mine.json").write_text(json.dumps(shipped))
+    obs = {"observation": torch.arange(26.0)[None] / 30, "achieved_goal": torch.zeros(1, 3),
+           "desired_goal": torch.zeros(1, 3)}
+    policies = load(f"llm:{tmp_path / 'mine.json'}", "FetchPush-v4", 4, obs)
+    assert (30 * knowledge.advise(policies, obs, 4)[0, 0]).tolist() == pytest.approx([0, 23, 24, 24])
+
+
 def test_a_file_of_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text("def policy(obs):\n    return 3 * obs[:3]\n")
     policies = load(f"llm:{tmp_path / 'mine.py'}")
@@ -240,7 +254,7 @@ def test_a_file_of_ones_own(tmp_path):
 def test_what_cannot_be_used_is_one_line(spec, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text('{"policies": [{"code": 1}]}')
-    Path("unused.json").write_text('{"envs": ["Hopper-v"], "policies": []}')
+    Path("unused.json").write_text('{"task": "hopper", "envs": ["Hopper-v"], "policies": []}')
     Path("evil.py").write_text("import os\n\ndef policy(obs):\n    return obs[:3]\n")
     Path("short.py").write_text("def policy(obs):\n    return obs[:2]\n")
     Path("raises.py").write_text("def policy(obs):\n    return 1 / 0\n")
