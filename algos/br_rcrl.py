@@ -10,7 +10,7 @@ the policy that made the data. By Bayes' rule
     act: the largest k with P(R >= k|s) >= c, then the action with the largest beta(a|s) P(R >= k|s, a)       (3)
 
 So the agent asks for a return in the best fraction c of those in the data from this state, which is never out of reach;
-c = 1 is behaviour cloning. Departures: (3) tries fewer actions, and keeps the best of them; docs/br_rcrl.md has others.
+c = 1 is the mean of beta. Departures: (3) tries fewer actions, and keeps the best of them; docs/br_rcrl.md has others.
 
 python algos/br_rcrl.py --env Hopper-v4 --dataset data/Hopper-v4-replay.npz   # made by benchmarks/offline.py
 """
@@ -113,17 +113,17 @@ def to_bins(rtg: torch.Tensor, low: torch.Tensor | float, high: torch.Tensor | f
 
 def prepare(data: offline.Dataset, args: Args) -> tuple[dict, dict]:
     """The columns to draw samples from, and `scale`: what acting needs to know of the returns."""
-    rtg = rewards_to_go(data.rew, data.starts, args.gamma)
-    low, high = np.quantile(rtg, [0.001, 0.999])
+    rtg = rewards_to_go(data.rew, data.starts, args.gamma)  # (N,)
+    rows = offline.without_tails(data, max(args.drop_tail, 1 if args.discrete == "td" else 0))  # td needs a next state
+    low, *quantiles, high = np.quantile(rtg[rows], [0.001, *np.linspace(0, 1, 101), 0.999])
     scale = {"low": low if args.vmin is None else args.vmin, "high": high if args.vmax is None else args.vmax,
-             "mean": rtg.mean(), "std": rtg.std() + 1e-6, "quantiles": np.quantile(rtg, np.linspace(0, 1, 101)),
+             "mean": rtg[rows].mean(), "std": rtg[rows].std() + 1e-6, "quantiles": np.array(quantiles),
              "ref_min": data.meta.get("ref_min", math.nan), "ref_max": data.meta.get("ref_max", math.nan)}
     if not scale["low"] < scale["high"]:
         raise runtime.UserError(f"returns from {scale['low']:g} to {scale['high']:g} make no bins; give --vmin, --vmax")
     scale = {name: torch.as_tensor(x, dtype=torch.float32) for name, x in scale.items()}
-    tail = max(args.drop_tail, 1 if args.discrete == "td" else 0)  # td: the state after a time limit is not known
     columns = {"obs": data.obs, "action": data.act, "rtg": np.float32(rtg), "reward": np.float32(data.rew),
-               "terminated": np.float32(data.term), "rows": offline.without_tails(data, tail)}
+               "terminated": np.float32(data.term), "rows": rows}
     columns = {name: torch.from_numpy(x) for name, x in columns.items()}
     return columns | {"bin": to_bins(columns["rtg"], scale["low"], scale["high"], args.bins)}, scale
 
@@ -157,7 +157,8 @@ def outcomes(params: dict, obs: torch.Tensor, action: torch.Tensor) -> torch.Ten
 def threshold(log_prob: torch.Tensor, c: float) -> torch.Tensor:
     """k* (B,) of log p(R|s) (B, K): the largest bin k with P(R >= k|s) >= c; else 0."""
     tail = log_prob.exp().flip(-1).cumsum(-1).flip(-1)  # (B, K), P(R >= k|s), falls with k
-    return ((tail >= c).sum(-1) - 1).clamp(min=0)
+    k = ((tail >= c).sum(-1) - 1).clamp(min=0)
+    return k if c < 1 else 0 * k  # a rounded sum may reach 1 too early
 
 
 def tail_log_prob(log_prob: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

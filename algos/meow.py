@@ -104,7 +104,7 @@ PRESETS = {
 
 def with_preset(args: Args) -> Args:
     """`args` with what was not given as in PRESETS for their environment."""
-    preset = PRESETS[""] | PRESETS.get(args.env.split("-v")[0], {})
+    preset = PRESETS[""] | PRESETS.get(envs.resolve(args.env).split("-v")[0], {})
     return replace(args, **{name: value for name, value in preset.items() if getattr(args, name) is None})
 
 

@@ -74,7 +74,7 @@ def defaults(algo: str, env: str = "") -> dict:
             found[name] = ast.literal_eval(value)
         except ValueError as error:
             raise ValueError(f"algos/{algo}.py: the default of {name} is computed; write it as it is") from error
-    return found | presets[""] | presets.get(env.split("-v")[0], {})
+    return found | presets[""] | presets.get(split_view(env)[0].rpartition(":")[2].split("-v")[0], {})
 
 
 def variant(config: dict) -> str:

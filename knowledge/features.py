@@ -126,13 +126,19 @@ def _try(features: Features, spec: str, example: torch.Tensor) -> None:
     """Raise KnowledgeError unless a pair works on states of the environment, on random ones and on zeros."""
     states = torch.cat([example, torch.from_numpy(trial_states(example.shape[1])).float()])
     try:
-        x, x_again = features.revise(states.clone()), features.revise(states.clone())
-        reward, reward_again = features.reward(x.clone()), features.reward(x.clone())
+        given = states.clone()
+        x, x_again = features.revise(given), features.revise(states.clone())
+        given_x = x.clone()
+        reward, reward_again = features.reward(given_x), features.reward(x.clone())
+        in_place = not (torch.equal(given, states) and torch.equal(given_x.nan_to_num(), x.nan_to_num()))
         made = [made.detach().numpy() for made in (x, x_again, reward, reward_again)]
     except KnowledgeError:
         raise
     except Exception as error:  # a user's code raises anything
         raise KnowledgeError(f"features {spec} fail: {type(error).__name__}: {str(error).splitlines()[0]}; correct "
                              "them") from error
-    if wrong := objection(states.numpy(), *made):
+    wrong = "they change what they are given; work on copies" if in_place else ""
+    if x.dtype != states.dtype:
+        wrong = f"revise_state returns {x.dtype}, and states are {states.dtype}"
+    if wrong := wrong or objection(states.numpy(), *made):
         raise KnowledgeError(f"features {spec}: {wrong}; correct them")

@@ -69,6 +69,8 @@ def test_threshold():
         k = threshold(log_prob, c)
         assert k.tolist() == scanned and (k <= before).all()
         before = k
+    rounded = (5 * torch.randn(2000, 80)).log_softmax(1)  # of 32 bits, where a sum may reach 1 too early
+    assert (threshold(rounded, 1.0) == 0).all()
 
 
 def test_tail():
@@ -488,6 +490,8 @@ def test_prepare_leaves_tails_out():
     kept = [prepare(data, replace(TOY, gamma=0.5, **kwargs))[0]["rows"].tolist()
             for kwargs in ({}, {"drop_tail": 2}, {"discrete": "td"})]
     assert kept == [list(range(10)), list(range(8)), list(range(9))]
+    mean = prepare(data, replace(TOY, gamma=0.5, drop_tail=2))[1]["mean"].item()
+    assert mean == pytest.approx((8.0625 + 1.9375 + 1.875 + 1.75) / 8)  # of what is kept
     columns, scale = prepare(data, replace(TOY, gamma=0.5, vmin=-1.0))
     assert columns["rtg"][:5].tolist() == [1.9375, 1.875, 1.75, 1.5, 1.0] and scale["low"] == -1
     assert scale["high"].item() == pytest.approx(1.9375, abs=1e-3) and math.isnan(scale["ref_min"])

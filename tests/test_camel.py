@@ -344,7 +344,7 @@ def test_ctrl_c_saves_a_run_with_generated_code(tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
-def test_an_expert_is_a_run(plain, tmp_path):
+def test_an_expert_is_a_run(plain, tmp_path, monkeypatch):
     """The box of `expert` is around the agent of a finished run of td3.py; anything else is refused."""
     for known in ("auto", "none", RULES["knowledge"]):
         with pytest.raises(UserError, match="--center expert is a box around a trained agent, not") as error:
@@ -358,6 +358,10 @@ def test_an_expert_is_a_run(plain, tmp_path):
     policies = knowledge.load(expert, POINT["env"], 2, unflatten(obs[:2], 2))
     assert torch.allclose(low, (knowledge.advise(policies, unflatten(obs, 2), 2)[:, 0] - 0.1).clamp(min=-1), atol=1e-6)
     assert ((low <= action + 1e-6) & (action <= high + 1e-6)).all()
+    asked = []
+    monkeypatch.setattr(knowledge, "load", lambda name, *args, **kwargs: asked.append(name) or {})
+    camel.main(camel.Args(evaluate=str(tmp_path / "expert")))
+    assert asked == ["none"]  # evaluations have no masks, so the expert may be gone
 
 
 def test_a_control_needs_no_knowledge_and_says_so(tmp_path):

@@ -187,6 +187,9 @@ REWARD = "def intrinsic_reward(x):\n    return x[:, -1].clamp(max=9)\n"
     (GOOD + "def intrinsic_reward(x):\n    return torch.rand(len(x))\n", "intrinsic_reward has a memory, or draws"),
     (GOOD + "calls = []\n\n\ndef intrinsic_reward(x):\n    calls.append(1)\n    return 0 * x[:, 0] + len(calls)\n",
      "intrinsic_reward has a memory"),
+    (GOOD.replace("s[:, :1]", "s[:, :1].double()") + REWARD, "revise_state returns torch.float64"),
+    (GOOD + "def intrinsic_reward(x):\n    x[:, 0].clamp_(0, 0)\n    return x[:, 1]\n",
+     "they change what they are given"),
     (GOOD.replace("s[:, :1]", "s[:, 99]") + REWARD, "fail: IndexError")])
 def test_pairs_that_cannot_be_used(source, words, tmp_path):
     file = tmp_path / "mine.py"

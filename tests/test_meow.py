@@ -261,7 +261,7 @@ def test_ablations_and_the_double_pass():
 
 @pytest.mark.parametrize("env_id, alpha, tau, learning_starts, sigma_max", [
     ("Hopper-v4", 0.25, 0.005, 5000, -0.3), ("HalfCheetah-v4", 0.25, 0.003, 10_000, 2.0),
-    ("Walker2d-v4", 0.1, 0.005, 10_000, -0.3), ("Ant-v4", 0.05, 0.0001, 5000, -0.3),
+    ("gymnasium:Walker2d-v4", 0.1, 0.005, 10_000, -0.3), ("Ant-v4", 0.05, 0.0001, 5000, -0.3),
     ("Humanoid-v5", 0.125, 0.0005, 5000, -0.3), ("Pendulum-v1", 0.2, 0.005, 5000, -0.3)])
 def test_presets_are_the_published_settings(env_id, alpha, tau, learning_starts, sigma_max):
     args = with_preset(Args(env=env_id))
