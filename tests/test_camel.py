@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import knowledge
+import runtime
 from algos import camel, td3
 from buffers import Batch
 from envs import Evaluator, flatten, unflatten
@@ -360,7 +361,7 @@ def test_an_expert_is_a_run(plain, tmp_path, monkeypatch):
     assert ((low <= action + 1e-6) & (action <= high + 1e-6)).all()
     asked = []
     monkeypatch.setattr(knowledge, "load", lambda name, *args, **kwargs: asked.append(name) or {})
-    camel.main(camel.Args(env=POINT["env"], evaluate=str(tmp_path / "expert")))
+    camel.main(runtime.cli(camel.Args, "camel", ["--evaluate", str(tmp_path / "expert")]))
     assert asked == ["none"]  # evaluations have no masks, so the expert may be gone
 
 
