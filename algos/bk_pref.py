@@ -156,7 +156,7 @@ class Agent(nn.Module):
         super().__init__()
         self.encoder = ENCODERS[shape[0]]() if len(shape) == 3 else nn.Sequential(linear(shape[0], WIDTH), nn.Tanh())
         self.critic_sees_phi = critic_sees_phi
-        self.critic = nn.Sequential(linear(WIDTH + critic_sees_phi, WIDTH), nn.Tanh(), linear(WIDTH, 1))
+        self.critic = nn.Sequential(linear(WIDTH + int(critic_sees_phi), WIDTH), nn.Tanh(), linear(WIDTH, 1))
         self.trunk = nn.Sequential(linear(WIDTH, WIDTH), nn.Tanh())
         self.actor = linear(WIDTH, num_actions)
 
@@ -214,7 +214,7 @@ class Shaping:
                  args: Args) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards, potentials and ends (T, N) of a rollout -> the rewards to learn, and what is added to them."""
         if args.shaping == "none":
-            return reward, torch.zeros_like(reward)
+            return args.ext_coef * reward, torch.zeros_like(reward)
         if args.shaping == "pbrs":
             added = args.shape_coef * gain(phi, next_phi, terminated, args.gamma) / self.scale
             return args.ext_coef * reward + added, added
@@ -329,8 +329,8 @@ def main(args: Args) -> dict[str, float]:
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     words = envs.action_words(args.env)
-    potential = potentials.load("none" if args.shaping == "none" else args.knowledge, args.env, envs.clauses, words,
-                                kept_in=args.resume or args.evaluate)
+    given = "none" if args.shaping == "none" or args.evaluate else args.knowledge  # a trained policy needs none
+    potential = potentials.load(given, args.env, envs.clauses, words, kept_in=args.resume)
     agent = Agent(shape, num_actions, args.critic_sees_phi).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     past = Past(envs.to_tensors(obs), args.horizon, words.index("do nothing"))

@@ -269,14 +269,14 @@ def main(args: Args) -> dict[str, float]:
         return Seen(envs.seen(obs).to(device), advice.to(device))
 
     def policy(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities (B, A). The run exports this as policy.pt2."""
-        return agent(look(obs)).log_probs.cpu()
+        """Log-probabilities (B, A). The run exports this as policy.pt2. The agent does not read the advice."""
+        view = envs.seen(obs).to(device)
+        return agent(Seen(view, torch.zeros(view.shape[0], 0, num_actions, device=device))).log_probs.cpu()
 
     @torch.no_grad()
     def act(obs: envs.Observation) -> np.ndarray:
         """The actions of evaluations."""
-        output = agent(look(envs.to_tensors(obs)))
-        log_probs = evaluator.noted(output.log_probs.cpu())
+        log_probs = evaluator.noted(policy(envs.to_tensors(obs)))
         if args.eval_select == "sample":
             log_probs = log_probs + gumbel(log_probs.shape, evaluator.generator)
         action = log_probs.argmax(1)

@@ -166,6 +166,7 @@ class Agent(nn.Module):
 
     def curiosity(self, z: Seen) -> torch.Tensor:
         """Normalised observations (B, ...) -> c (B,)."""
+        z = 255 * z if z.shape[1:] == (64, 64, 3) else z  # the encoder of pictures divides by 255
         return 0.5 * (self.target(z) - self.predictor(z)).square().sum(1)
 
 

@@ -60,7 +60,7 @@ def contenders(names: list[str], d: int) -> dict[str, Callable[[torch.Tensor], t
 
     def in_turns(advice: torch.Tensor) -> torch.Tensor:
         moves = (advice[:, :, :3] != 0).any(-1)  # (B, n); fingers, the fourth number of an arm's action, do not count
-        last = (moves * torch.arange(1, len(names) + 1)).argmax(1)  # nobody moves: the first
+        last = torch.where(moves, torch.arange(1, len(names) + 1), 0).argmax(1)  # nobody moves: the first
         return advice[torch.arange(len(advice)), last]
 
     mixtures = {"one drawn per step": drawn, "the last that moves, else the first": in_turns} if len(names) > 1 else {}

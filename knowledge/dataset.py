@@ -79,13 +79,13 @@ class Recorder:
 
     @staticmethod
     def _begin(obs: dict, i: int, caption: str) -> dict[str, Any]:
-        rows = {name: [] for name in STEPS} | {"obs": {name: [] for name in obs}, "caption": []}
+        rows = {name: [] for name in STEPS} | {"obs": {name: [] for name in readable(obs)}, "caption": []}
         Recorder._add(rows, obs, i, caption)
         return rows
 
     @staticmethod
     def _add(rows: dict[str, Any], obs: dict, i: int, caption: str) -> None:
-        for name, x in obs.items():
+        for name, x in readable(obs).items():
             rows["obs"][name].append(np.array(x[i]))
         rows["caption"].append(caption)
 

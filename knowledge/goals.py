@@ -125,9 +125,9 @@ class Goals:
         return (transition @ self.goals.T).masked_fill(~counts, 0.0).clamp(min=0).amax(1)
 
 
-def load(path: Path, embedder: str, describe: Callable, words: Sequence[str]) -> Goals:
+def load(path: Path, embedder: str, describe: Callable, words: Sequence[str], env_id: str) -> Goals:
     """The potential of a library file, `hash` or `minilm` embedded; its threshold is a quantile over 2,048 moments of
-    the shipped dataset. Raises KnowledgeError for a file that is none."""
+    the shipped dataset. Raises KnowledgeError for a file that is none, or is of other observations than `env_id`'s."""
     try:
         saved = json.loads(path.read_text())
         library, goals, env = saved["library"], saved["goals"], saved["env"]
@@ -135,6 +135,8 @@ def load(path: Path, embedder: str, describe: Callable, words: Sequence[str]) ->
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise KnowledgeError(f"{path} is no library of goals ({type(error).__name__}); make one with python -m "
                              "knowledge.label_goals") from None
+    if shipped_for(env) is None or shipped_for(env) != shipped_for(env_id):
+        raise KnowledgeError(f"{path} has goals of {env}, whose observations are others than those of {env_id}")
     potential = Goals(library, goals, minilm() if embedder == "minilm" else hash_embedding, describe, words)
     match = potential.match(Dataset(shipped_for(env)).histories(2048, HORIZON))
     potential.threshold = float(match.quantile(QUANTILE))

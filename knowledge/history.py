@@ -1,6 +1,6 @@
 """What a potential reads: the last observations and actions of a batch of episodes."""
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,8 +35,8 @@ class History(NamedTuple):
 Potential = Callable[[History], torch.Tensor]  # -> (B,), how promising the present is
 
 
-def readable(obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The entries of observations {name: (B, ...)} that potentials read; pictures, for one, are left out."""
+def readable(obs: dict[str, Any]) -> dict[str, Any]:
+    """The entries of observations {name: (B, ...)}, tensors or arrays, that potentials read. Pictures are left out."""
     return {name: x for name, x in obs.items() if READ.get(name) == tuple(x.shape[1:])}
 
 

@@ -42,7 +42,9 @@ def take_over(actor: dict[str, torch.Tensor], normalizer, names: list[str], sour
     except Exception as error:  # a foreign file raises anything
         raise KnowledgeError(f"--init-from {source}: no keys can be read there ({type(error).__name__}); name a run of "
                              "this script with knowledge") from error
-    keys[f"inner.{folder.resolve().name}"] = keys.pop("inner")
+    inner = keys.pop("inner")
+    if "inner_key.weight" not in old:  # there the inner policy has no key of its own, but a function of the state
+        keys[f"inner.{folder.resolve().name}"] = inner
     ours = {name: p for name, p in actor.items() if name.startswith(QUERY)}
     if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in query.items()}:
         raise KnowledgeError(f"--init-from {source}: its query network has other sizes; the inputs have to be the same")

@@ -77,9 +77,10 @@ def main(args: Args) -> Path:
     if args.mode != "replay":
         print(f"{args.iterations} calls, at most {args.iterations * TRIES}; --max-calls is {args.max_calls}")
     final, versions = "", []
+    failed = 0  # versions without code that works; after one the same question is asked for another answer
     for number in tqdm(range(args.iterations), desc="versions", disable=None):
         messages = labelling.pruned(messages, args.budget)
-        if args.mode == "replay" and not chat.answers and chat.key(messages) not in chat.recorded and final:
+        if args.mode == "replay" and not chat.answers and chat.key(messages, failed) not in chat.recorded and final:
             break  # no more was recorded
         segments = [dataset.draw(rng, args.horizon) for _ in range(args.segments)]
         results = ""
@@ -92,9 +93,10 @@ def main(args: Args) -> Path:
             return code
 
         try:
-            code, messages = chat.ask_for(messages, parse, TRIES)
+            code, messages = chat.ask_for(messages, parse, TRIES, failed)
         except client.Unusable as error:
             print(f"version {number} is left out: {error}")
+            failed += 1
             continue
         final = code
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import torch
 
+from env_id import split_id
 from knowledge import check_sources, code, fetch, goals, keep_sources, preferences, qualities, run_file, source_of
 from knowledge.dataset import Dataset, shipped_for
 from knowledge.history import History, Potential
@@ -33,6 +34,7 @@ COLOURS = {"Red": 0, "Green": 1, "Blue": 2, "Purple": 3, "Yellow": 4, "Grey": 5}
 KINDS = {"Key": KEY, "Ball": BALL, "Box": BOX}
 
 _potentials: dict[str, dict[str, Callable[[str], Potential]]] = {}  # {name: {env prefix: env id -> potential}}
+_whole: dict[str, str] = {}  # of potentials that are weak or wrong on purpose: the name of the right one
 
 
 def potential(name: str, envs: tuple[str, ...]):
@@ -173,6 +175,7 @@ def mirrored(phi: Potential) -> Potential:
 def register_qualities(name: str, drawn: Callable, size: float) -> None:
     """`<name>-half` and `<name>-mirrored` of a potential whose values are between 0 and `size`."""
     for prefix, make in _potentials[name].items():
+        _whole[f"{name}-half"] = _whole[f"{name}-mirrored"] = name
         potential(f"{name}-half", (prefix,))(lambda env_id, make=make: half(make(env_id), drawn, size))
         potential(f"{name}-mirrored", (prefix,))(lambda env_id, make=make: mirrored(make(env_id)))
 
@@ -208,13 +211,21 @@ class Checked:
         return torch.where(bad, 0.0, phi).clamp(-LARGEST, LARGEST)
 
 
-def scale_of(potential: Potential, env_id: str, horizon: int, count: int = 4096) -> float:
+def scale_of(potential: Checked, env_id: str, horizon: int, count: int = 4096) -> float:
     """By what a potential is divided: its standard deviation over moments of the shipped dataset that has the
-    observations of `env_id`; 1 where it hardly varies, or where there is none."""
+    observations of `env_id`; 1 where it hardly varies, or where there is none. Those that are weak or wrong on purpose
+    are divided by that of the right one, so that all weigh the same. Raises KnowledgeError for code that fails."""
+    env_id = split_id(env_id)[1]
     folder = shipped_for(env_id)
     if folder is None:
         return 1.0
+    if potential.name in _whole:
+        potential = _load(_whole[potential.name], env_id, None, (), "")
     deviation = float(potential(Dataset(folder).histories(count, horizon)).std(correction=0))
+    failed, potential.invalid = potential.invalid / count, 0  # a run counts its own
+    if failed > code.MOST_INVALID:
+        raise KnowledgeError(f"potential {potential.name} gives no number in {failed:.0%} of {count} moments of the "
+                             f"shipped dataset; correct it, or take one that is for {env_id}")
     return deviation if deviation > 1e-6 else 1.0
 
 
@@ -234,6 +245,7 @@ def load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], kep
     """The potential that `spec` names, for `env_id`. `describe` gives the phrases of observations {name: (B, ...)},
     `words` what the actions do: for potentials that read text. `kept_in` is the folder of a run that goes on: of files
     its copies are taken. Of a new run stderr says what it is. Raises KnowledgeError for whatever cannot be used."""
+    env_id = split_id(env_id)[1]
     found, path = _load(spec, env_id, describe, words, kept_in), path_of(spec, env_id)[1]
     if spec != "none" and not kept_in:
         print(f"knowledge: {spec}" + (f", {path.relative_to(ROOT)}" if path and path.is_relative_to(ROOT) else ""),
@@ -259,7 +271,7 @@ def _load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], ke
         return Checked(spec, preferences.load(path))
     if kind in ("goals", "goals-minilm"):
         embedder = "minilm" if kind == "goals-minilm" else "hash"
-        return Checked(spec, goals.load(path, embedder, describe, words))
+        return Checked(spec, goals.load(path, embedder, describe, words, env_id))
     if spec == "none":
         return Checked(spec, lambda history: torch.zeros(history.step.shape))
     fits = {prefix: make for prefix, make in _potentials.get(spec, {}).items() if env_id.startswith(prefix)}
@@ -272,7 +284,7 @@ def _load(spec: str, env_id: str, describe: Callable, words: tuple[str, ...], ke
 
 def keep(spec: str, env_id: str, folder: Path) -> None:
     """Copy the file behind a potential into the run `folder`, for a run that goes on has to go on with it."""
-    path = path_of(spec, env_id)[1]
+    path = path_of(spec, split_id(env_id)[1])[1]
     if path is not None:
         keep_sources([source_of(path, folder)])
 

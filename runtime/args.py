@@ -19,7 +19,7 @@ from errors import UserError
 
 MAY_BE_ZERO = {"eval_every", "checkpoint_every", "video"}  # 0 switches these off
 ROOT = Path(__file__).resolve().parent.parent
-MOST_ENVS = 100_000  # more would take minutes to be made
+MOST_ENVS = 5000  # more would share streams of random numbers with other seeds, or with evaluations
 RESUMED = ("total_timesteps", "device")  # what --resume may change
 EVALUATED = ("eval_episodes", "video", "device")  # what --evaluate may change
 
@@ -87,7 +87,9 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
         exact = config.get("exact_env")
         if isinstance(exact, str) and args.env == stored.env and split_id(exact)[:2] == split_id(args.env)[:2]:
             args = replace(args, env=exact)
-        if args.resume and saved["step"] >= args.total_timesteps and config.get("finished"):
+        finished = saved["step"] >= args.total_timesteps and config.get("finished")
+        shortened = saved["step"] > args.total_timesteps and args.total_timesteps != stored.total_timesteps
+        if args.resume and (finished or shortened):
             raise UserError(f"{folder} is at {saved['step']} steps; give it more --total-timesteps, or --evaluate it")
     for field in fields(args):
         value = getattr(args, field.name)

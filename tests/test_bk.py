@@ -141,6 +141,10 @@ def test_curiosity_and_its_statistics():
     loss = agent.curiosity(z).mean()
     loss.backward()
     assert all(p.grad is None for p in agent.target.parameters())
+    pictures = ppo_rnd.Agent((64, 64, 3), 7)
+    with torch.no_grad():
+        found = pictures.curiosity(torch.randn(40, 64, 64, 3))
+    assert found.std() > 0.05 * found.mean()  # it tells pictures apart
     twice = curious.scaled(torch.ones(2, 2), 0.5)  # sums 1, 1 | 1.5, 1.5: of deviation 0.25
     assert twice.flatten().tolist() == pytest.approx([4.0] * 4, rel=1e-3)
 
@@ -155,6 +159,13 @@ def test_networks_have_the_size_that_the_page_names(shape, num_actions, count):
 def rows(folder, name="eval.csv", drop="wall_s"):
     with (folder / name).open() as file:
         return [{k: v for k, v in row.items() if k != drop} for row in csv.DictReader(file)]
+
+
+def test_rewards_weigh_the_same_without_shaping():
+    reward, zeros = torch.tensor([[0., 1.]]), torch.zeros(1, 2)
+    for settings in (dict(shaping="none"), dict(shaping="pbrs"), dict(shaping="official")):
+        learned, _ = bk_code.Shaping(1.0, 2)(reward, zeros, zeros, zeros, bk_code.Args(ext_coef=10.0, **settings))
+        assert learned.tolist() == [[0, 10]], settings
 
 
 def test_without_shaping_it_is_ppo(tmp_path):

@@ -348,6 +348,7 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(script, uncut, cut, tmp_path, 
     for flags, expected in ((["--resume", str(cut), "--evaluate", str(cut)], "leave one of them out"),
                              (["--resume", str(cut), "--seed", "7"], "--seed 7: a run keeps"),
                              (["--evaluate", str(cut), "--checkpoint-every", "7"], "--checkpoint-every 7: a run keeps"),
+                             (["--resume", str(cut), "--total-timesteps", "1"], "give it more --total-timesteps"),
                              (["--resume", str(uncut[0])], "give it more --total-timesteps")):
         assert expected in refused(script, capsys, *flags)
     assert contents(uncut[0]) == before

@@ -102,6 +102,22 @@ def test_progress_on_doorkey_is_that_of_its_stages():
 
 # histories
 
+def test_weak_and_wrong_potentials_weigh_what_the_right_one_does():
+    env_id = "minigrid:MiniGrid-DoorKey-8x8-v0"  # also behind a module
+    scales = [potentials.scale_of(potentials.load(f"minigrid.official{quality}", env_id, None, ()), env_id, 4)
+              for quality in ("", "-half", "-mirrored")]
+    assert scales[0] == scales[1] == scales[2] != 1
+
+
+def test_potentials_of_other_tasks_are_refused(tmp_path):
+    env_id = "BabyAI-Text-GoToLocal-RedBall-S20"
+    with pytest.raises(KnowledgeError, match="goals of Crafter.*others than those of BabyAI"):
+        potentials.load("goals:knowledge/shipped/crafter.json", env_id, envs.clauses, envs.action_words(env_id))
+    loaded = potentials.load("llm:knowledge/shipped/crafter.py", env_id, None, ())
+    with pytest.raises(KnowledgeError, match="gives no number in 100% of 4096 moments"):
+        potentials.scale_of(loaded, env_id, 4)
+
+
 def test_past_starts_anew_with_every_episode():
     def obs(*numbers):
         return {"image": torch.tensor(numbers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 7, 7, 3),
