@@ -8,7 +8,7 @@ least one external policy advises, and for all actions where none advises any. T
 
 so eps is the share of steps that are masked. Ratio, entropy and loss use p_eps with the eps of the rollout, because
 p_eps chose the actions. At eps 0 all is PPO. Evaluations and policy.pt2 use p, the agent without masks. A mask may
-leave out actions that are needed, as that of a wrong rule does. It then holds learning up, but only until it has faded.
+leave out actions that are needed, as that of a wrong rule does. It then holds learning up, also after it has faded.
 Everything else is PPO: `diff algos/ppo.py algos/ppo_mask.py`. docs/forms_of_knowledge.md compares it with other forms.
 
 python algos/ppo_mask.py --env MiniGrid-DoorKey-8x8-v0

@@ -9,8 +9,8 @@ The buffer keeps plain rewards. The potential is evaluated when a batch is drawn
 goal all values of a state move by the same amount, Q'(s, a, g) = Q(s, a, g) - shape_coef phi(s, g), so the ranking of
 policies does not change. Two things make this exact: the potential after the end of a task is 0, and a transition cut
 by a time limit, which bootstraps, counts with the potential of its last state. It also holds for wrong potentials,
-which cost time only. Everything else is SAC: `diff algos/sac.py algos/sac_shaping.py`. docs/forms_of_knowledge.md
-compares it with other forms.
+though a noisy one may cost more time than a run has. Everything else is SAC: `diff algos/sac.py algos/sac_shaping.py`.
+docs/forms_of_knowledge.md compares it with other forms.
 
 python algos/sac_shaping.py --env FetchPickAndPlace-v2
 """
