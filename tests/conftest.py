@@ -10,6 +10,15 @@ import pytest
 import runtime
 
 
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run in continuous integration (CI=1), and when they are asked for by name or by `-m slow`."""
+    if os.environ.get("CI") or config.option.markexpr or any("::" in arg for arg in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 @pytest.fixture(autouse=True)
 def no_exports(request, monkeypatch):
     """Runs of this process leave no policy.pt2, which takes longer to write than a short run takes; marked tests do."""

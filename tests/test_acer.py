@@ -236,6 +236,7 @@ def test_it_learns_from_what_another_policy_did():
     assert p[0, 0] > 0.9 and p[1, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_it_balances_a_pole(tmp_path):
     args = acer.Args(seed=2, total_timesteps=30_000, learning_rate=4e-3, replay_starts=200, eval_every=0,
                      device="cpu", run_dir=str(tmp_path / "run"))

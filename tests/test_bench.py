@@ -36,6 +36,7 @@ def bench(path: Path, *flags: str) -> subprocess.Popen:
                             env={**os.environ, "OMP_NUM_THREADS": "2"})  # of the engine, not of its cells
 
 
+@pytest.mark.slow
 def test_runs_once_and_names_failures(tmp_path):
     """Two cells at once, one with a flag that does not exist. Again: only that one is tried."""
     path = suite(tmp_path, "--total-timesteps 400", "--total-timesteps 400 --knowledge no.such.rule")
@@ -60,6 +61,7 @@ def test_runs_once_and_names_failures(tmp_path):
     assert output.count("starts ") == 2 and "1 of 2 cells finished, 1 failed" in output  # what was deleted runs again
 
 
+@pytest.mark.slow
 def test_a_stopped_suite_goes_on(tmp_path):
     """SIGTERM reaches the cell, which saves; while one engine runs, a second starts nothing; then the cell resumes."""
     path = suite(tmp_path, "--total-timesteps 6000")

@@ -237,6 +237,7 @@ def test_how_often_a_run_is_evaluated(steps, total, every, count):
 
 # the stages, one after the other
 
+@pytest.mark.slow
 def test_the_three_stages(tmp_path):
     """Collect, label, train: what a user does, in small. 20,000 steps each."""
     small = dict(epochs=1, total_timesteps=20_000, eval_every=0, eval_episodes=5)

@@ -134,6 +134,7 @@ def learn_toy(args: Args, std: float, updates: int) -> dict:
 TOY = Args(hidden="64x2", bins=20, negatives=32, batch_size=128, learning_rate=1e-3, samples=256)
 
 
+@pytest.mark.slow
 def test_the_best_outcomes_are_asked_for_and_reached():
     """c = .05 earns 9.9 where the data earns 2.2 and the behaviour's mean 2.7; c = 1 is that mean."""
     agent = learn_toy(TOY, 0.5, 1500)
@@ -147,6 +148,7 @@ def test_the_best_outcomes_are_asked_for_and_reached():
     assert bins[0.05] > 17.5 and 6 < bins[0.2] < 13 and bins[1.0] == 0
 
 
+@pytest.mark.slow
 def test_nce_correct_narrows_the_behaviour():
     """True deviation .35: without the correction beta is wider, and the actions earn the same."""
     std, earned, obs = {}, {}, torch.linspace(-1, 1, 100)[:, None]

@@ -813,6 +813,7 @@ if "Corridor-v0" not in gym.registry:
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(double=False, dueling=False, priority_alpha=0.0, n_step=1)])
+@pytest.mark.slow
 def test_dqn_finds_the_end_of_a_corridor(kwargs, tmp_path):
     args = dqn.Args(env="Corridor-v0", total_timesteps=2000, num_envs=2, hidden="32x1", learning_rate=3e-3,
                     learning_starts=200, train_every=20, updates=8, target_every=20, epsilon_fraction=0.5,

@@ -57,6 +57,7 @@ def test_a_driver_killed_while_it_swaps_loses_nothing(tmp_path, monkeypatch):
     assert (cell.folder / "checkpoint.pt").read_text() == "new" and not cell.beside(".old").exists()
 
 
+@pytest.mark.slow
 def test_a_dead_node_costs_nothing(cluster, tmp_path):
     """Three cells on two nodes, one node killed while its cell trains: all finish, each once, results are here."""
     path = suite(tmp_path, *(f"--total-timesteps 3000 --gamma 0.9{i}" for i in range(3)))
@@ -79,6 +80,7 @@ def test_a_dead_node_costs_nothing(cluster, tmp_path):
         assert cell.beside(".log").read_text().count("$ ") == 1  # what came back is of one attempt
 
 
+@pytest.mark.slow
 def test_shared_gpu_and_a_stop(cluster, tmp_path):
     """Two cells share a GPU (one that Ray is only told of), the third waits though a core is free. SIGTERM at the
     driver: cells save on their node, checkpoints come back, the next call resumes them."""

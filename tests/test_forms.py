@@ -52,12 +52,14 @@ def nothing(tmp_path_factory):
 
 @pytest.mark.parametrize("script, more", [(sac_bc, {"bc_coef": 5.0}), (sac_demos, {"demos": 64}),
                                           (sac_shaping, {"shape_coef": 10.0, "knowledge": "tests/potential.py"})])
+@pytest.mark.slow
 def test_it_learns_where_nothing_fails(script, more, nothing, tmp_path):
     args = script.Args(**SHORT | LUCK | {"knowledge": RULE} | more, run_dir=str(tmp_path / "run"))
     success = script.main(args)["success_rate"]
     assert nothing <= 0.4 and success >= 0.7, (nothing, success)
 
 
+@pytest.mark.slow
 def test_an_actor_that_reads_advice_learns_sooner(tmp_path):
     """From a reward that is never rare: advice alone finds none."""
     args = SHORT | dict(env="tests.tasks:PointDense-v0", updates_per_step=0.5, her_goals=0, total_timesteps=600)
@@ -245,6 +247,7 @@ def test_masks_fade_and_evaluations_have_none(tmp_path, monkeypatch):
     assert p.sum(1).tolist() == pytest.approx([1] * 3) and p.min() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_good_mask_is_learned_from_and_a_wrong_one_is_left_behind():
     """Four arms, of which one pays in each of two states. The mask holds one arm. When it has faded, the agent plays
     the arm that pays, whatever the mask was."""

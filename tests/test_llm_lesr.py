@@ -276,6 +276,7 @@ def test_what_ships_was_written_and_read_by_a_person(bench, tmp_path):
     assert "No number was at hand" in asked and asked.count("(measured)") == 6 and "Return: " not in asked
 
 
+@pytest.mark.slow
 def test_a_loop_is_stopped_and_goes_on(tmp_path):
     """Two trainings of Hopper from the recordings that ship, without a key; stopped after the first, or in the second.
     """

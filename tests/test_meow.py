@@ -306,6 +306,7 @@ def learn_bandit(args: Args, updates: int, uniform: bool) -> tuple[float, torch.
     return value, drawn, best
 
 
+@pytest.mark.slow
 def test_one_step_bandit_is_learned():
     """V is alpha log of the integral of exp(r / alpha), the policy is close to N(0.3, 0.158)."""
     value, drawn, best = learn_bandit(settings(**BANDIT), 1000, uniform=False)
@@ -316,6 +317,7 @@ def test_one_step_bandit_is_learned():
     assert drawn.mean().item() == pytest.approx(0.3, abs=0.03) and drawn.std().item() == pytest.approx(0.158, abs=0.03)
 
 
+@pytest.mark.slow
 def test_uniform_actions_are_fitted_elsewhere():
     """One action has a family of Gaussians before tanh, which cannot fit r everywhere: with replay that is far from the
     policy, V and the action are wrong. With larger networks and 3,000 updates it is -0.68 and 0.74."""

@@ -437,6 +437,7 @@ def test_a_run_goes_on_in_the_next_task(tmp_path, monkeypatch, short_episodes):
         assert same == (part != "actor"), part
 
 
+@pytest.mark.slow
 def test_zero_shot_scores_become_rows(tmp_path, monkeypatch, short_episodes):
     folder = str(tmp_path / "run")
     ppo.main(ppo.Args(**SMALL, run_dir=folder))

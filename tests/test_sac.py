@@ -204,6 +204,7 @@ if "BitFlip-v0" not in gym.registry:
     gym.register("BitFlip-v0", BitFlip, max_episode_steps=8)
 
 
+@pytest.mark.slow
 def test_hindsight_learns_where_plain_replay_does_not(tmp_path):
     """With relabelled goals all patterns are reached, without them few."""
     success = {}

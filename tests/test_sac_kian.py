@@ -136,6 +136,7 @@ def test_compiled_update_is_the_eager_one():
             assert torch.allclose(eager, agents[1][group][name], atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_it_learns_faster_with_a_good_policy_than_without(tmp_path):
     """One of two external policies goes to the goal, the other to the right. Who may be followed has to be found out:
     untrained attention fails at half of the goals, and plain SAC, which needs luck to meet one, at nearly all."""

@@ -121,6 +121,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_autoencoder_learns(trained):
     rows = [line.split(",") for line in (trained / "scalars.csv").read_text().splitlines()]
     errors = [float(value) for _, _, name, value in rows if name == "reconstruction"]

@@ -786,6 +786,7 @@ def test_series_and_its_returns(tmp_path):
             stream_td.main(runtime.cli(stream_td.Args, "stream_td", flags))
 
 
+@pytest.mark.slow
 def test_learning_gates(tmp_path):
     """Seconds of CartPole, and of a bandit with one right action: returns rise far above chance."""
     result = train(stream_q, tmp_path / "q", env="CartPole-v1", total_timesteps=10_000, hidden="", eval_every=0,

@@ -106,6 +106,7 @@ def test_exploration_noise_stays_in_the_box_and_starts_after_uniform_actions(tmp
 
 
 @pytest.mark.parametrize("script", [ddpg, td3])
+@pytest.mark.slow
 def test_they_go_to_a_goal(script, tmp_path):
     """The reward is minus the distance. Without training the return is -10, and after it -2 with three seeds each."""
     args = script.Args(env="tests.tasks:PointDense-v0", total_timesteps=1500, learning_starts=200, batch_size=64,
