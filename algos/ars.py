@@ -121,9 +121,12 @@ def play(vec: envs.VectorEnv, act: Callable, seed: int, survival_bonus: float
     return returns, lengths, torch.cat(seen)
 
 
-def make_agent(n: int, args: Args) -> dict:
-    """Fresh weights."""
-    return {"theta": torch.zeros(n, dtype=torch.float64)}
+def make_agent(f: int, d: int, args: Args) -> dict:
+    """Fresh weights: zeros, but for those of a hidden layer. Were these zeros too, a direction and its opposite would
+    make the same policy, because two signs cancel, and there would never be a step."""
+    theta = torch.zeros(num_weights(f, d, args.hidden), dtype=torch.float64)
+    theta[:f * args.hidden] = torch.randn(f * args.hidden, dtype=torch.float64) / math.sqrt(f)
+    return {"theta": theta}
 
 
 def ask(agent: dict, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +166,7 @@ def main(args: Args) -> dict[str, float]:
     discrete = isinstance(vec.action_space, gym.spaces.Discrete)
     obs = vec.reset(10_000 * args.seed)
     example = envs.example_of(vec, obs)
-    agent = make_agent(num_weights(f, d, args.hidden), args)
+    agent = make_agent(f, d, args)
     normalizer = envs.Normalizer(f, args.normalize)
     scalars = runtime.Means()  # since the last log
     parts = {"agent": agent, "normalizer": normalizer, "vec": vec, "scalars": scalars}

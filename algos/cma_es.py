@@ -186,11 +186,12 @@ def update(agent: dict, z: torch.Tensor, returns: torch.Tensor, args: Args) -> d
     covariance = kept * agent["covariance"] + r.c_1 * path_c.outer(path_c) + r.c_mu * (y.T * weights) @ y
     agent["covariance"] = (covariance + covariance.T) / 2
     agent["path_sigma"], agent["path_c"] = path, path_c
+    step_norm = (agent["sigma"] * mean_y).norm()
     agent["sigma"] *= math.exp(min(1, r.c_sigma / r.d_sigma * (path.norm().item() / r.chi - 1)))
     if agent["generation"] % math.ceil(1 / (10 * n * (r.c_1 + r.c_mu))) == 0:
         values, vectors = torch.linalg.eigh(agent["covariance"])
         agent["root"] = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return {"sigma": agent["sigma"].clone(), "step_norm": (agent["sigma"] * mean_y).norm()}
+    return {"sigma": agent["sigma"].clone(), "step_norm": step_norm}
 
 
 def check(args: Args) -> None:

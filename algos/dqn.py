@@ -283,9 +283,9 @@ def look(obs: envs.Observation) -> torch.Tensor:
     return envs.seen(envs.to_tensors(obs))
 
 
-def epsilon_at(step: int, args: Args) -> float:
-    """Share of uniform actions: linear in the steps so far, then constant."""
-    progress = min(1, step / max(1, args.epsilon_fraction * args.total_timesteps))
+def epsilon_at(step: int, planned: int, args: Args) -> float:
+    """Share of uniform actions: linear in the steps so far, then constant. planned: steps of the run as it began."""
+    progress = min(1, step / max(1, args.epsilon_fraction * planned))
     return 1 + (args.epsilon_end - 1) * progress
 
 
@@ -302,7 +302,8 @@ def main(args: Args) -> dict[str, float]:
     obs = vec.reset(10_000 * args.seed)  # environment i has stream 10,000 * seed + i; seeds share none
     example = envs.example_of(vec, obs)
     agent = make_agent(args, shape, num_actions, device)
-    loop = {"obs": look(obs)}
+    # exploration is planned once: a run that is given more steps goes on with epsilon_end
+    loop = {"obs": look(obs), "planned": args.total_timesteps}
     buffer = PrioritisedBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), loop["obs"][0],
                                args.priority_alpha)
     n_step = NStep(args.num_envs, args.n_step, args.gamma)
@@ -332,7 +333,7 @@ def main(args: Args) -> dict[str, float]:
     if not saved:
         run.log_evaluation(evaluator.play(act))  # the untrained agent
     while run.advance(args.num_envs):
-        epsilon, obs = epsilon_at(run.step, args), loop["obs"]
+        epsilon, obs = epsilon_at(run.step, loop["planned"], args), loop["obs"]
         random = (torch.rand(args.num_envs) < epsilon).numpy()
         greedy = q_values(agent["online"], obs.to(device)).argmax(1).cpu().numpy()
         action = np.where(random, torch.randint(num_actions, (args.num_envs,)).numpy(), greedy)
@@ -347,9 +348,10 @@ def main(args: Args) -> dict[str, float]:
         if run.due(args.target_every):
             for name, p in agent["online"].items():
                 agent["target"][name].copy_(p)
-        learning = run.due(args.train_every) and run.step > args.learning_starts and buffer.stored > 0
-        for _ in range(args.updates if learning else 0):
-            beta = args.priority_beta + (1 - args.priority_beta) * min(1, run.step / args.total_timesteps)
+        rounds = run.step // args.train_every - run.before // args.train_every
+        learning = run.step > args.learning_starts and buffer.stored > 0
+        for _ in range(args.updates * rounds if learning else 0):
+            beta = args.priority_beta + (1 - args.priority_beta) * min(1, run.step / loop["planned"])
             index, weight = buffer.draw(torch.rand(args.batch_size, dtype=torch.float64).numpy(), beta)
             batch = tree_map(lambda x: x[torch.from_numpy(index)].to(device), buffer.rows)
             logged, error = learn(agent, batch, torch.from_numpy(weight).float().to(device), args)

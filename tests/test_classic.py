@@ -601,9 +601,18 @@ def test_ars_step(returns, expected):
     """Directions 2 and 3 count; the deviation of their four returns is divided by four, not three."""
     delta = torch.tensor([[1, -1, .5, 0, 2, -.5, 1, 0], [0, 1, -1, .5, -.5, 1, 0, -1], [-.5, 0, 1, 1, 0, 0, -2, .5]])
     args = ars.Args(num_envs=6, top=2)
-    agent = ars.make_agent(8, args)
+    agent = ars.make_agent(4, 2, args)
     ars.update(agent, delta.double(), torch.tensor(returns, dtype=torch.float64), args)
     assert numbers(agent["theta"]) == pytest.approx(expected, abs=1e-7)
+
+
+def test_ars_moves_a_hidden_layer():
+    """A direction and its opposite are two policies from the start."""
+    args = ars.Args(num_envs=2, top=1, hidden=5)
+    agent, x = ars.make_agent(3, 2, args), torch.randn(1, 6, 3).double()
+    _, candidates = ars.ask(agent, args)
+    along, against = ars.forward(candidates, x.expand(2, 6, 3), 2, 5)
+    assert not torch.allclose(along, against)
 
 
 def test_ars_tries_both_ways():
@@ -791,7 +800,7 @@ def test_sum_tree_is_a_prefix_sum():
 
 def test_exploration_ends_where_it_should():
     args = dqn.Args(total_timesteps=1000, epsilon_fraction=0.2, epsilon_end=0.1)
-    assert [dqn.epsilon_at(step, args) for step in (0, 100, 200, 900)] == pytest.approx([1, 0.55, 0.1, 0.1])
+    assert [dqn.epsilon_at(step, 1000, args) for step in (0, 100, 200, 900)] == pytest.approx([1, 0.55, 0.1, 0.1])
 
 
 class Corridor(gym.Env):
