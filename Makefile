@@ -36,7 +36,7 @@ gl:  ## rendering without a display, and a browser for the report's test (Debian
 	    apt-get install -y -qq --no-install-recommends libegl1 libgl1 libosmesa6 chromium >/dev/null; } || \
 	  echo "tests that film or open a browser are skipped: apt-get install libegl1 libgl1 libosmesa6 chromium"
 
-test: $(VENV)/.tests-installed gl  ## the tests, two files at a time: 6 minutes on two cores; CI=1 runs the slow ones too
+test: $(VENV)/.tests-installed gl  ## the tests, two files at a time: 5 minutes on two cores; CI=1 runs the slow ones too: 7
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=algos/stream_ac.py
