@@ -158,7 +158,7 @@ def threshold(log_prob: torch.Tensor, c: float) -> torch.Tensor:
     """k* (B,) of log p(R|s) (B, K): the largest bin k with P(R >= k|s) >= c; else 0."""
     tail = log_prob.exp().flip(-1).cumsum(-1).flip(-1)  # (B, K), P(R >= k|s), falls with k
     k = ((tail >= c).sum(-1) - 1).clamp(min=0)
-    return k if c < 1 else 0 * k  # a rounded sum may reach 1 too early
+    return k if c < 1 else torch.zeros_like(k)  # a rounded sum may reach 1 too early
 
 
 def tail_log_prob(log_prob: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,9 @@ def split_view(env: str) -> tuple[str, str]:
 def task_of(args: dict) -> str:
     """What a table of runs with these arguments is named by: the environment, or of offline learners the dataset."""
     env, dataset = split_view(args["env"])[0], Path(args.get("dataset") or "").stem
-    return dataset if dataset.startswith(env) else f"{env}-{dataset}" if dataset else env
+    if not dataset:
+        return env
+    return dataset if dataset.startswith(env) else f"{env}-{dataset}"
 
 
 def real_id(env: str) -> str:

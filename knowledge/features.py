@@ -137,8 +137,11 @@ def _try(features: Features, spec: str, example: torch.Tensor) -> None:
     except Exception as error:  # a user's code raises anything
         raise KnowledgeError(f"features {spec} fail: {type(error).__name__}: {str(error).splitlines()[0]}; correct "
                              "them") from error
-    wrong = "they change what they are given; work on copies" if in_place else ""
-    if x.dtype != states.dtype:
+    if in_place:
+        wrong = "they change what they are given; work on copies"
+    elif x.dtype != states.dtype:
         wrong = f"revise_state returns {x.dtype}, and states are {states.dtype}"
-    if wrong := wrong or objection(states.numpy(), *made):
+    else:
+        wrong = objection(states.numpy(), *made)
+    if wrong:
         raise KnowledgeError(f"features {spec}: {wrong}; correct them")
