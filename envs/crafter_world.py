@@ -202,18 +202,18 @@ class World(crafter.Env):
 
 def generate(world: engine.World, player: objects.Player) -> None:
     """crafter.worldgen.generate_world, with the same draws, noise of the whole map at once."""
-    noise = Noise(world.random.randint(0, 2 ** 31 - 1))
-    x, y = np.indices(world.area).astype(float)
+    names, noises = map_noise(world.area)
+    noise = dict(zip(names, noises.values(world.random.randint(0, 2 ** 31 - 1))))
+    x, y = np.indices(world.area)
     distance = np.sqrt((x - player.pos[0]) ** 2 + (y - player.pos[1]) ** 2)
-    start = 4 - distance + 2 * noise(x / 3, y / 3, 8)
-    start = 1 / (1 + np.exp(-start))
-    water = noise(x / 15, y / 15, 3) + 0.15 * noise(x / 5, y / 5, 3) + 0.1 - 2 * start
-    mountain = (noise(x / 15, y / 15, 0) + 0.3 * noise(x / 5, y / 5, 0)) / 1.3 - (4 * start + 0.3 * water)
+    start = 1 / (1 + np.exp(-(4 - distance + 2 * noise["start"])))
+    water = noise["lake"] + 0.15 * noise["pond"] + 0.1 - 2 * start
+    mountain = (noise["mountain"] + 0.3 * noise["hill"]) / 1.3 - (4 * start + 0.3 * water)
     meadow, rock = start > 0.5, mountain > 0.15
-    cave = (noise(x / 7, y / 7, 6) > 0.15) & (mountain > 0.3)
-    across, down = noise(2 * x / 3, y / 5 / 3, 7) > 0.4, noise(x / 5 / 3, 2 * y / 3, 7) > 0.4
-    coal, iron, lava = noise(x / 8, y / 8, 1) > 0, noise(x / 6, y / 6, 2) > 0.4, noise(x / 5, y / 5, 6) > 0.35
-    beach, trees = noise(x / 9, y / 9, 4) > -0.2, noise(x / 7, y / 7, 5) > 0
+    cave = (noise["cave"] > 0.15) & (mountain > 0.3)
+    across, down = noise["across"] > 0.4, noise["down"] > 0.4
+    coal, iron, lava = noise["coal"] > 0, noise["iron"] > 0.4, noise["lava"] > 0.35
+    beach, trees = noise["beach"] > -0.2, noise["trees"] > 0
     ids, uniform = world._mat_ids, world.random.uniform
 
     material = np.full(world.area, ids["grass"], np.uint8)
@@ -249,21 +249,46 @@ def generate(world: engine.World, player: objects.Player) -> None:
             world.add(objects.Skeleton(world, (i, j), player))
 
 
+@cache
+def map_noise(area: tuple[int, int]) -> tuple[list[str], "Noise"]:
+    """Names of what noise decides in a world, and the noise itself: all worlds ask for it at the same points."""
+    x, y = np.indices(area).astype(float)
+    points = {"start": (x / 3, y / 3, 8), "lake": (x / 15, y / 15, 3), "pond": (x / 5, y / 5, 3),
+              "mountain": (x / 15, y / 15, 0), "hill": (x / 5, y / 5, 0), "cave": (x / 7, y / 7, 6),
+              "across": (2 * x / 3, y / 5 / 3, 7), "down": (x / 5 / 3, 2 * y / 3, 7), "coal": (x / 8, y / 8, 1),
+              "iron": (x / 6, y / 6, 2), "lava": (x / 5, y / 5, 6), "beach": (x / 9, y / 9, 4),
+              "trees": (x / 7, y / 7, 5)}
+    return list(points), Noise(np.stack([np.stack(np.broadcast_arrays(*point)) for point in points.values()], 1))
+
+
 class Noise:
-    """OpenSimplex noise in three dimensions for arrays of points (Spencer 2014, `opensimplex.noise3`): the sum of
-    (2 - d^2)^4 times a gradient over points of a skewed lattice at a distance d < sqrt(2). A cell of the lattice is a
-    tetrahedron at either end and an octahedron between; in a tetrahedron, the sum leaves all points beside its corners
-    out but two, which depend on the two corners that are nearest."""
+    """OpenSimplex noise in three dimensions at fixed points (Spencer 2014, `opensimplex.noise3`): the sum of
+    (2 - d^2)^4 times a gradient over points of a skewed lattice at a distance d < sqrt(2). Only the gradients depend on
+    the seed. A cell of the lattice is a tetrahedron at either end and an octahedron between; in a tetrahedron, the sum
+    leaves all points beside its corners out but two, which depend on the two corners that are nearest."""
 
     corners = np.array([(-1, 0, 1), (-1, 1, 0), (-1, 1, 1), (0, -1, 1), (0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, -1),
                         (0, 1, 0), (0, 1, 1), (0, 1, 2), (0, 2, 0), (0, 2, 1), (1, -1, 0), (1, -1, 1), (1, 0, -1),
                         (1, 0, 0), (1, 0, 1), (1, 0, 2), (1, 1, -1), (1, 1, 0), (1, 1, 1), (1, 2, 0), (2, 0, 0),
                         (2, 0, 1), (2, 1, 0)])  # (26, 3), as seen from that of a point's cell: all that are ever near
 
-    def __init__(self, seed: int):
-        simplex = opensimplex.OpenSimplex(seed=seed)
-        self.perm = simplex._perm
-        self.gradient = GRADIENTS3.reshape(-1, 3).T.astype(float)[:, simplex._perm_grad_index3 // 3]  # (3, 256)
+    def __init__(self, points: np.ndarray):
+        """points (3, ...)"""
+        self.shape, points = points.shape[1:], points.reshape(3, -1)
+        skewed = points + points.sum(0) * STRETCH_CONSTANT3
+        cell = np.floor(skewed)
+        offset = points - (cell + cell.sum(0) * SQUISH_CONSTANT3)
+        counted = self.counted()[:, self.case(skewed - cell)]  # (26, n)
+        found = []
+        for corner, counts in zip(self.corners, counted):
+            n = np.flatnonzero(counts)
+            d = offset[:, n] - corner[:, None] - corner.sum() * SQUISH_CONSTANT3
+            weight = 2 - d[0] * d[0] - d[1] * d[1] - d[2] * d[2]  # in this order: points of a map lie on the very edge
+            near = weight > 0
+            corners = cell[:, n[near]].astype(np.int64) + corner[:, None]
+            found.append((n[near], corners, d[:, near], np.square(np.square(weight[near]))))
+        # pairs of a point and a lattice point near it: number of the point, lattice (3, m), difference (3, m), weight
+        self.point, self.corner, self.d, self.weight = (np.concatenate(part, -1) for part in zip(*found))
 
     @classmethod
     @cache
@@ -296,22 +321,12 @@ class Noise:
         axis = np.where(near_tip, np.where(score_b > score_a, b, a), 3 - a - b)
         return np.where((total <= 1) | far, np.where(far, 7, 1) + np.where(near_tip, 0, 3) + axis, 0)
 
-    def __call__(self, x: np.ndarray, y: np.ndarray, z: float) -> np.ndarray:
-        """The noise in [-1, 1] at points (x, y, z), x and y of one shape."""
-        points = np.stack(np.broadcast_arrays(x.ravel(), y.ravel(), z))  # (3, n)
-        skewed = points + points.sum(0) * STRETCH_CONSTANT3
-        cell = np.floor(skewed)
-        offset = points - (cell + cell.sum(0) * SQUISH_CONSTANT3)
-        counted = self.counted()[:, self.case(skewed - cell)]  # (26, n)
-        cell = cell.astype(np.int64)
-        value = np.zeros(x.size)
-        for corner, counts in zip(self.corners, counted):
-            n = np.flatnonzero(counts)
-            d = offset[:, n] - corner[:, None] - corner.sum() * SQUISH_CONSTANT3
-            weight = 2 - d[0] * d[0] - d[1] * d[1] - d[2] * d[2]  # in this order: points of a map lie on the very edge
-            near = weight > 0
-            n, d, weight = n[near], d[:, near], np.square(np.square(weight[near]))
-            i, j, k = cell[:, n] + corner[:, None]
-            index = self.perm[(self.perm[i & 255] + j) & 255] + k
-            value[n] += weight * (self.gradient[:, index & 255] * d).sum(0)
-        return value.reshape(x.shape) / NORM_CONSTANT3
+    def values(self, seed: int) -> np.ndarray:
+        """The noise of this seed in [-1, 1] at the points."""
+        simplex = opensimplex.OpenSimplex(seed=seed)
+        perm, gradients = simplex._perm, GRADIENTS3.reshape(-1, 3).astype(float)
+        i, j, k = self.corner
+        index = (perm[(perm[i & 255] + j) & 255] + k) & 255
+        gradient = gradients[simplex._perm_grad_index3 // 3][index].T  # (3, m)
+        parts = self.weight * (gradient * self.d).sum(0)
+        return np.bincount(self.point, parts, np.prod(self.shape)).reshape(self.shape) / NORM_CONSTANT3
