@@ -5,8 +5,8 @@ With `cross = {gamma = [0.98, 0.99], clip = [0.1, 0.2]}` there is a cell for eac
 Its folder is a function of these four alone, so a suite can be run again at any time: finished cells are skipped, the
 others go on from their last checkpoint, or from the start. Beside a run folder `seed<k>/` stand `seed<k>.log`, what
 the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops every cell with a checkpoint; a second
-one kills them. Cells that fail, in whatever way, are named at the end, and the others run on. A table then compares what
-is finished with the committed results (benchmarks/verdict.py).
+one, two seconds later or more, kills them. Cells that fail, in whatever way, are named at the end, and the others run
+on. A table then compares what is finished with the committed results (benchmarks/verdict.py).
 """
 import ast
 import csv
@@ -39,6 +39,7 @@ from benchmarks.curves import arguments
 
 
 GRACE = 60  # seconds that a cell has to save, once its time is over
+ECHO = 2.0  # seconds after the first signal in which others count as the same: make passes on what its group gets
 
 
 def say(line: str) -> None:
@@ -260,8 +261,13 @@ class Engine:
     def __init__(self, workers: int, timeout: float = 0.0):
         self.workers, self.timeout = workers, timeout
         self.stop, self.asked = 0, 0  # the signal that came last; how many came
+        self.first = math.inf  # when the first came
 
     def ask_to_stop(self, signum: int, _frame) -> None:
+        now = time.monotonic()
+        self.first = min(self.first, now)
+        if self.asked and now < self.first + ECHO:
+            return
         self.stop, self.asked = signum, self.asked + 1
 
     def run_cell(self, cell: Cell) -> int | None:
