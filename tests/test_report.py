@@ -175,6 +175,20 @@ def test_summary_of_hand_made_curves(tmp_path):
     assert wild == ["kian --gamma 2.0", "1", "not reached", "", *["nan"] * 3, "0.00", "nan (20k)", "nan", "abc"]
 
 
+def test_last_scores_of_seeds_are_compared_at_one_step(tmp_path):
+    """Seed 1 of kian goes on and falls; that of plain goes on by less than 1 %, which counts as the same."""
+    rows = [("kian", 1, 0, 0, 0.1, 0), ("kian", 1, 10_000, 1, 0.7, 0), ("kian", 1, 30_000, 3, 0.2, 0),
+            ("kian", 2, 0, 0, 0.1, 0), ("kian", 2, 5000, 1, 0.1, 0), ("kian", 2, 10_000, 1, 0.5, 0),
+            ("plain", 1, 0, 0, 0.0, 0), ("plain", 1, 20_180, 2, 0.9, 0),
+            ("plain", 2, 0, 0, 0.0, 0), ("plain", 2, 20_000, 2, 0.6, 0)]
+    variants = curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate")
+    head, (kian, plain) = report.summarise(variants, report.Reading("success_rate"))
+    assert head[-3:] == ["last (at step)", "worst seed", "code"]
+    assert kian[-3:-1] == ["0.60 (10k)", "0.50"] and plain[-3:-1] == ["0.75 (20k)", "0.60"]
+    head, (kian,) = report.summarise({"kian": variants["kian"]}, report.Reading("success_rate"))
+    assert head[2:] == ["success at 10k", "mean up to 10k", "worst seed", "code"] and kian[-2] == "0.50"
+
+
 def returns(tmp_path: Path, env: str, last: int) -> Path:
     """Six variants of three seeds that have returns and know no success; the k-th variant ends at k - 2 + seed / 10."""
     names = ["a2t", "kian", "kogun", "mix", "plain", "rule"]
