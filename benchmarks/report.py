@@ -129,8 +129,8 @@ def ends(curves: list[Curve]) -> str:
 
 
 def last_scores(curves: list[Curve]) -> tuple[list[float], str]:
-    """The last score of each curve, and where that is. Where their ends differ by more than 1 %, the end of the shortest
-    one counts for all: a mean of several lengths says nothing."""
+    """The last score of each curve, and where that is. Where their ends differ by more than 1 %, all are read at the end
+    of the shortest one: a mean over several lengths says nothing."""
     end = min(c.steps[-1] for c in curves)
     if all(c.steps[-1] <= 1.01 * end for c in curves):
         return [c.scores[-1] for c in curves], ends(curves)
@@ -351,6 +351,7 @@ def all_results() -> dict[str, dict[str, Variants]]:
 
 
 def main(html: Path) -> None:
+    html.parent.mkdir(parents=True, exist_ok=True)  # where that is impossible, it is said before all is drawn
     results = all_results()
     others = {other for algo in results for other in reading(algo).beside}  # they are shown there
     for algo, environments in results.items():
@@ -392,6 +393,6 @@ if __name__ == "__main__":
     parser.add_argument("html", type=Path, nargs="?", default=ROOT / "report.html", help="page to write")
     try:
         main(parser.parse_args().html)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         sys.exit(2)

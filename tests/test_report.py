@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
     drawn, committed = ({figure.name for figure in (root / "docs" / "figures").glob("*_curves.svg")}
                         for root in (tmp_path, ROOT))
     assert drawn == committed, "make report"
+
+
+def test_a_page_that_cannot_be_written_is_one_line_before_all_is_drawn(tmp_path):
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, "benchmarks/report.py", str(tmp_path / "file" / "report.html")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("report: ") and done.stderr.count("\n") == 1
+    assert not done.stdout
 
 
 def test_rows_beside_a_method_are_read_by_its_score():
