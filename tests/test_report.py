@@ -80,6 +80,11 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     shutil.copytree(tmp_path / "run0", tmp_path / "smoke" / "run0")
     with pytest.raises(ValueError, match="holds smoke runs"):
         curves.gather([*folders[:1], str(tmp_path / "smoke")])
+    shutil.copytree(tmp_path / "run0" / "MinAtar", tmp_path / "foreign")
+    for text in ('{"model": "of something else"}', '{"algo": "sac", "args": []}', "[]", "cut"):
+        (tmp_path / "foreign" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="foreign/config.json is not that of a run"):
+            curves.gather([*folders[:1], str(tmp_path / "foreign")])
     assert not curves.RESULTS.exists()  # nothing was written
     curves.gather(folders[1:2])
     assert "has 999 of 1000 steps; finish it with --resume" in capsys.readouterr().out and not curves.RESULTS.exists()
