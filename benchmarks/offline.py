@@ -121,8 +121,9 @@ def main() -> None:
         raise ValueError("--out ends with .npz, --steps is 1 or more, --seed 0 or more")
     above = next(folder for folder in flags.out.resolve().parents if folder.exists())
     if flags.out.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):  # before all is collected
-        raise ValueError(f"--out {flags.out} cannot be written, because of {flags.out if flags.out.is_dir() else above}; "
-                         "name a file in a folder that you may write to")
+        cause = flags.out if flags.out.is_dir() else above
+        raise ValueError(f"--out {flags.out} cannot be written, because of {cause}; name a file in a folder that you may "
+                         "write to")
     share = -(-flags.steps // len(flags.policies))
     with torch.no_grad():
         parts = [gather(name, flags.env, share, 1000 * flags.seed + i) for i, name in enumerate(flags.policies)]

@@ -129,8 +129,8 @@ def ends(curves: list[Curve]) -> str:
 
 
 def last_scores(curves: list[Curve]) -> tuple[list[float], str]:
-    """The last score of each curve, and where that is. Where their ends differ by more than 1 %, all are read at the end
-    of the shortest one: a mean over several lengths says nothing."""
+    """The last score of each curve, and where that is. If their ends differ by more than 1 %, all are read at the end of
+    the shortest one: a mean over several lengths says nothing."""
     end = min(c.steps[-1] for c in curves)
     if all(c.steps[-1] <= 1.01 * end for c in curves):
         return [c.scores[-1] for c in curves], ends(curves)
@@ -144,7 +144,7 @@ def how_many(curves: list[Curve]) -> str:
 
 
 def shared_budget(variants: Variants) -> int:
-    """The step that every curve gets to, but for those that have only a start and an end: too short to be compared."""
+    """The step that every curve reaches. Curves of two evaluations do not count: they are too short to be compared."""
     ends = [(c.steps[-1], len(c.steps)) for curves in variants.values() for c in curves]
     return min([end for end, evaluations in ends if evaluations > 2] or [end for end, _ in ends])
 

@@ -82,8 +82,8 @@ class Cell:
             return False
 
     def finished(self) -> bool:
-        """Its command ended well; or its curve, checkpoint and policy are complete, though the engine was killed, or a
-        film failed. A cell with files that cannot be read is not finished."""
+        """Whether its command ended well. If that was not written down, because the engine was killed or a film failed,
+        a complete curve and checkpoint will do. A cell with files that cannot be read is not finished."""
         config, curve = self.folder / "config.json", self.folder / "eval.csv"
         if not (config.is_file() and curve.is_file()):  # deleted by hand, to be made again
             return False
@@ -342,7 +342,8 @@ def main(args: Args) -> int:
         how = outcomes[cell] or "0, and left no run"
         print("\n  ".join([f"\n{cell.name} failed ({how}); {cell.beside('.log')} ends:", *cell.last_words()]))
     if finished := [cell.folder for cell in cells if cell.finished()]:
-        print(f"\n{verdict.table(finished)}\n(by chance, a new seed is outside of the range of n in 2 of n + 1 cases)")
+        print(f"\n{verdict.table(finished)}\n(Even a run that is just as good falls outside the "
+              "range of n seeds in 2 of n + 1 cases.)")
     done = sum(cell.finished() for cell in cells)
     print(f"\n{done} of {len(cells)} cells finished" + (f", {len(failed)} failed" if failed else "")
           + ("; stopped, the same command goes on" if engine.stop else ""))

@@ -2,8 +2,8 @@
 at the end of a suite.
 
 A fresh run is one seed, so it is compared with the range of the committed seeds, at the step that it has reached. That
-is no confidence interval: beside n seeds a new one is outside of their range by chance in 2 of n + 1 cases, most often
-by little. With the same seed, code and machine it repeats a committed one.
+is no confidence interval: even a run that is just as good falls outside the range of n seeds in 2 of n + 1 cases, most
+often by little. With the same seed, code and machine it repeats a committed one.
 """
 import csv
 import json

@@ -417,7 +417,7 @@ def test_a_file_that_cannot_be_written_is_said_before_all_is_collected(tmp_path,
     for out in ("file/x/d.npz", "folder.npz", "locked/x/d.npz"):
         monkeypatch.setattr(sys, "argv", ["", "--env", "Pendulum-v1", "--policies", "random", "--out",
                                           str(tmp_path / out)])
-        with pytest.raises(ValueError, match=f"--out {tmp_path / out} cannot be written, because of [^\n]*; name a file"):
+        with pytest.raises(ValueError, match=f"--out {tmp_path / out} cannot be written, because of .*; name a file"):
             making.main()
         assert not (tmp_path / "locked/x").exists()
 
