@@ -6,7 +6,8 @@ ARGS ?=
 SUITE ?= quick
 WORKERS ?= 1
 ALGO ?=
-ENV ?=
+# not from the shell, where a variable of this name may mean something else
+ENV :=
 TRIALS ?= 20
 
 .PHONY: help train test setup gl twins speed bench report tune llm doctor clean
@@ -16,7 +17,7 @@ help:  ## this list
 
 setup: $(VENV)/.installed  ## virtual environment with the pinned packages
 
-$(VENV)/.tests-installed: requirements-test.txt $(VENV)/.installed
+$(VENV)/.tests-installed: requirements-test.txt requirements-envs.txt requirements-sami.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
@@ -45,8 +46,9 @@ twins: setup  ## rewrite the twin blocks of all scripts from those of one: FROM=
 speed: setup  ## updates/s and steps/s: ALGO=sac, td3, ppo beside stable-baselines3; stream, bk beside plain code
 	$(BIN)/python benchmarks/speed.py $(or $(ALGO),sac) $(ARGS)
 
-bench: setup  ## every headline in an hour, beside the committed number; SUITE=cpu|bk|forms|sami|..., WORKERS=2, ALGO=sac_kian
-	$(BIN)/python benchmarks/run.py --suite $(SUITE) --workers $(WORKERS) $(if $(ALGO),--algo $(ALGO)) $(ARGS)
+bench: setup  ## main results beside committed ones: 100 minutes, an hour with WORKERS=2; SUITE=cpu|bk|..., ALGO=, ENV=
+	$(BIN)/python benchmarks/run.py --suite $(SUITE) --workers $(WORKERS) $(if $(ALGO),--algo $(ALGO)) \
+	  $(if $(ENV),--env $(ENV)) $(ARGS)
 
 report: setup  ## tables and figures in docs/ and README, and report.html, from benchmarks/results/
 	$(BIN)/python benchmarks/report.py

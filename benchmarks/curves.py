@@ -118,14 +118,26 @@ def add_online_returns(curve: list[dict[str, str]], scalars: Path) -> None:
         before = int(row["step"])
 
 
+def run_config(folder: Path) -> dict:
+    """config.json of a run, ours or a peer's. Raises ValueError, one line, for one that is neither."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        known = isinstance(config["algo"], str) and {"env", "seed", "total_timesteps"} <= config["args"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise ValueError(f"{folder}/config.json is not that of a run; name folders that hold runs alone")
+    return config
+
+
 def gather(folders: list[str], into: str = "", unfinished: bool = False) -> None:
     """Add the curves of all runs in these folders to the CSVs, of their scripts or of `into`: that of eval.csv to
     <env>.csv, that of eval-extreme.csv, where there is one, to <env>-extreme.csv. A run that is there already is
     replaced, unless it is the longer one. Runs that have not come to their end are skipped, because a table goes no
     further than its shortest run, unless `unfinished` asks for them.
 
-    Raises ValueError, before anything is written, for a folder without runs, for one of smoke runs, and for a name
-    that leads elsewhere."""
+    Raises ValueError, before anything is written, for a folder without runs, for one of smoke runs, for a config.json of
+    something else, and for a name that leads elsewhere."""
     if not re.fullmatch(r"[\w-]*", into):
         raise ValueError(f"--into takes a name in benchmarks/results, as stream_barrier, not {into!r}")
     runs = [(folder, sorted(path.parent for path in Path(folder).rglob("config.json"))) for folder in folders]
@@ -136,12 +148,13 @@ def gather(folders: list[str], into: str = "", unfinished: bool = False) -> None
             raise ValueError(f"{folder} holds smoke runs, which are too short for a table")
     touched, seen = {}, {}  # {(file, variant): its rows}, {(file, variant, seed): folder}
     files = [file for _, found in runs for run in found for file in (run / "eval.csv", *sorted(run.glob("eval-*.csv")))]
+    configs = {file.parent: run_config(file.parent) for file in files if file.is_file()}
     for file in files:
         folder, part = file.parent, file.stem.removeprefix("eval")  # part of the tasks: "", "-extreme"
         if not file.is_file():
             print(f"skipped, not evaluated yet: {folder}")
             continue
-        config = json.loads((folder / "config.json").read_text())
+        config = configs[folder]
         args = config["args"]
         env = task_of(args)
         if env.startswith("Fetch") and config.get("env_id", real_id(env)) != real_id(env):

@@ -26,7 +26,10 @@ def python() -> str:
 def packages() -> str:
     """Installed versions are those that the committed curves were made with."""
     wrong = []
-    for name, wanted in re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.M):
+    line = re.compile(r'^([\w-]+)==([\w.]+)(?:; sys_platform == "(\w+)")?', re.M)
+    for name, wanted, platform in line.findall((ROOT / "requirements.txt").read_text()):
+        if platform not in ("", sys.platform):  # for another system
+            continue
         try:
             found = importlib.metadata.version(name).split("+")[0]
         except importlib.metadata.PackageNotFoundError:

@@ -13,6 +13,7 @@ without noise (--expert: of another one), over 20 episodes each.
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -118,6 +119,11 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.out.suffix != ".npz" or flags.steps < 1 or not 0 <= flags.seed < 2 ** 31:
         raise ValueError("--out ends with .npz, --steps is 1 or more, --seed 0 or more")
+    above = next(folder for folder in flags.out.resolve().parents if folder.exists())
+    if flags.out.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):  # before all is collected
+        cause = flags.out if flags.out.is_dir() else above
+        raise ValueError(f"--out {flags.out} cannot be written, because of {cause}; name a file in a folder that you may "
+                         "write to")
     share = -(-flags.steps // len(flags.policies))
     with torch.no_grad():
         parts = [gather(name, flags.env, share, 1000 * flags.seed + i) for i, name in enumerate(flags.policies)]
@@ -140,6 +146,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"offline: {error}", file=sys.stderr)
         sys.exit(2)

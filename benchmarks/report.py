@@ -128,6 +128,15 @@ def ends(curves: list[Curve]) -> str:
     return ", ".join(thousands(step) for step in sorted({c.steps[-1] // 1000 * 1000 for c in curves}))
 
 
+def last_scores(curves: list[Curve]) -> tuple[list[float], str]:
+    """The last score of each curve, and where that is. If their ends differ by more than 1 %, all are read at the end of
+    the shortest one: a mean over several lengths says nothing."""
+    end = min(c.steps[-1] for c in curves)
+    if all(c.steps[-1] <= 1.01 * end for c in curves):
+        return [c.scores[-1] for c in curves], ends(curves)
+    return [float(np.interp(end, c.steps, c.scores)) for c in curves], thousands(end // 1000 * 1000)
+
+
 def how_many(curves: list[Curve]) -> str:
     """How many, and how many of them have not come to their end."""
     cut = sum(c.cut for c in curves)
@@ -135,7 +144,7 @@ def how_many(curves: list[Curve]) -> str:
 
 
 def shared_budget(variants: Variants) -> int:
-    """The step that every curve gets to, but for those that have only a start and an end: too short to be compared."""
+    """The step that every curve reaches. Curves of two evaluations do not count: they are too short to be compared."""
     ends = [(c.steps[-1], len(c.steps)) for curves in variants.values() for c in curves]
     return min([end for end, evaluations in ends if evaluations > 2] or [end for end, _ in ends])
 
@@ -163,7 +172,7 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
                  if len(c.steps) > 2), default=0)  # two: what does not learn
     budgets = [*(b for b in smaller_budgets(budget) if b > 0.9 * first), budget]  # none before all were evaluated
     compared = how.baseline in variants and len(variants) > 1
-    uneven = any(abs(c.steps[-1] - budget) > 0.01 * budget for curves in variants.values() for c in curves)
+    uneven = any(abs(min(c.steps[-1] for c in curves) - budget) > 0.01 * budget for curves in variants.values())
     learned = [f"steps to {how.threshold:g}, median (range)", "minutes, median"] if how.threshold is not None else []
     head = ["", "seeds", *learned, *(f"{how.label} at {thousands(b)}" for b in budgets),
             f"mean up to {thousands(budget)}", *([f"P(above {how.baseline})"] if compared else []),
@@ -179,13 +188,13 @@ def summarise(variants: Variants, how: Reading) -> tuple[list[str], list[list[st
                     "" if np.isinf(minutes) else f"{minutes:.1f}"]
         row += [estimate(stats.mean, scores, how.bounds) if (scores := [
             np.interp(b, c.steps, c.scores) for c in long(curves, b)]) else "" for b in budgets]
-        last, area = [c.scores[-1] for c in curves], areas(long(curves, budget), budget)
+        (last, where), area = last_scores(curves), areas(long(curves, budget), budget)
         row.append(estimate(stats.mean, area, how.bounds) if area else "")
         if compared:  # how likely a seed's mean up to there is above one of the baseline's
             others = [] if name == how.baseline else areas(long(variants[how.baseline], budget), budget)
             row.append(above(area, others) if area and others else "")
         if uneven:
-            row.append(f"{estimate(stats.mean, last, how.bounds)} ({ends(curves)})")
+            row.append(f"{estimate(stats.mean, last, how.bounds)} ({where})")
         rows.append([*row, number(np.min(last)),
                      ", ".join(sorted(set().union(*(c.commits for c in curves))))])
     return head, rows
@@ -221,13 +230,12 @@ def status(algo: str, environments: dict[str, Variants]) -> tuple[list[str], lis
     for env, variants in environments.items():
         how = reading(algo, env)
         for name, curves in variants.items():
-            seeds = how_many(curves)
+            seeds, (last, where) = how_many(curves), last_scores(curves)
             if how.threshold is not None:
                 learned = sum(max(c.scores) >= how.threshold for c in curves)
                 share = "none" if not learned else learned if learned < len(curves) else "all"
                 seeds += f", {share} of them reached {how.threshold:g}"
-            rows.append([env, name, estimate(stats.mean, [c.scores[-1] for c in curves], how.bounds), ends(curves),
-                         seeds, how.paper])
+            rows.append([env, name, estimate(stats.mean, last, how.bounds), where, seeds, how.paper])
     score = f"{reading(algo).label}, last evaluation"
     return ["environment", "script, and its flags", score, "steps", "seeds", "published"], rows
 
@@ -343,6 +351,7 @@ def all_results() -> dict[str, dict[str, Variants]]:
 
 
 def main(html: Path) -> None:
+    html.parent.mkdir(parents=True, exist_ok=True)  # where that is impossible, it is said before all is drawn
     results = all_results()
     others = {other for algo in results for other in reading(algo).beside}  # they are shown there
     for algo, environments in results.items():
@@ -384,6 +393,6 @@ if __name__ == "__main__":
     parser.add_argument("html", type=Path, nargs="?", default=ROOT / "report.html", help="page to write")
     try:
         main(parser.parse_args().html)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,8 +5,8 @@ With `cross = {gamma = [0.98, 0.99], clip = [0.1, 0.2]}` there is a cell for eac
 Its folder is a function of these four alone, so a suite can be run again at any time: finished cells are skipped, the
 others go on from their last checkpoint, or from the start. Beside a run folder `seed<k>/` stand `seed<k>.log`, what
 the command printed, and `seed<k>.json`, how it ended. Ctrl-C or SIGTERM stops every cell with a checkpoint; a second
-one kills them. Cells that fail, in whatever way, are named at the end, and the others run on. A table then compares what
-is finished with the committed results (benchmarks/verdict.py).
+one, two seconds later or more, kills them. Cells that fail, in whatever way, are named at the end, and the others run
+on. A table then compares what is finished with the committed results (benchmarks/verdict.py).
 """
 import ast
 import csv
@@ -39,6 +39,7 @@ from benchmarks.curves import arguments
 
 
 GRACE = 60  # seconds that a cell has to save, once its time is over
+ECHO = 2.0  # seconds after the first signal in which others count as the same: make passes on what its group gets
 
 
 def say(line: str) -> None:
@@ -81,8 +82,8 @@ class Cell:
             return False
 
     def finished(self) -> bool:
-        """Its command ended well; or its curve, checkpoint and policy are complete, though the engine was killed, or a
-        film failed. A cell with files that cannot be read is not finished."""
+        """Whether its command ended well. If that was not written down, because the engine was killed or a film failed,
+        a complete curve and checkpoint will do. A cell with files that cannot be read is not finished."""
         config, curve = self.folder / "config.json", self.folder / "eval.csv"
         if not (config.is_file() and curve.is_file()):  # deleted by hand, to be made again
             return False
@@ -260,8 +261,13 @@ class Engine:
     def __init__(self, workers: int, timeout: float = 0.0):
         self.workers, self.timeout = workers, timeout
         self.stop, self.asked = 0, 0  # the signal that came last; how many came
+        self.first = math.inf  # when the first came
 
     def ask_to_stop(self, signum: int, _frame) -> None:
+        now = time.monotonic()
+        self.first = min(self.first, now)
+        if self.asked and now < self.first + ECHO:
+            return
         self.stop, self.asked = signum, self.asked + 1
 
     def run_cell(self, cell: Cell) -> int | None:
@@ -336,7 +342,8 @@ def main(args: Args) -> int:
         how = outcomes[cell] or "0, and left no run"
         print("\n  ".join([f"\n{cell.name} failed ({how}); {cell.beside('.log')} ends:", *cell.last_words()]))
     if finished := [cell.folder for cell in cells if cell.finished()]:
-        print(f"\n{verdict.table(finished)}\n(by chance, a new seed is outside of the range of n in 2 of n + 1 cases)")
+        print(f"\n{verdict.table(finished)}\n(Even a run that is just as good falls outside the "
+              "range of n seeds in 2 of n + 1 cases.)")
     done = sum(cell.finished() for cell in cells)
     print(f"\n{done} of {len(cells)} cells finished" + (f", {len(failed)} failed" if failed else "")
           + ("; stopped, the same command goes on" if engine.stop else ""))

@@ -1,9 +1,10 @@
 """Statistics of a few runs, after Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice".
 
-Scores are arrays (runs, tasks). A run is one seed. Point estimates and the bootstrap are rliable's, and tested against
-it. Its intervals are the bootstrap's percentiles, which with 3, 5 and 10 runs hold the true mean in 75, 83 and 90 of
-100 cases. So ours are t intervals, and a score interval for the probability of improvement: they hold it in 95, as far
-as runs are normal, and in about 90 where their scores are skewed.
+Scores are arrays (runs, tasks). A run is one seed. Point estimates and the bootstrap are those of rliable, and tests
+compare them. The intervals differ. rliable takes percentiles of the bootstrap, and with few runs these are too narrow:
+with 3, 5 and 10 runs a 95 % interval holds the true mean in 75, 83 and 90 of 100 cases. Here a mean has a t interval,
+and the probability of improvement has a score interval. These hold the true value in 95 of 100 cases if the scores of
+runs are normal, and in about 90 if they are skewed.
 """
 from typing import Callable, Sequence
 

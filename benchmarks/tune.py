@@ -2,12 +2,14 @@
 
 Ranges stand in the script: `TUNE`, below its `Args`. A trial calls `main(args)` and scores the area under its curve of
 evaluation returns, so that fast learning counts. Trials are kept in runs/tune/<algo>/<env>/, those with other flags
-beside it: the same command goes on.
+beside it: the same command goes on. A trial that diverges has failed, and the search goes on, unless no trial before it
+came to its end.
 Flags that are not listed here go to the script: python benchmarks/tune.py --env FetchPush-v2 --total-timesteps 50000
 """
 import csv
 import hashlib
 import importlib
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import stats
+from errors import UserError
 
 
 @dataclass
@@ -65,15 +68,24 @@ def main(args: Args, flags: list[str]) -> None:
 
     def objective(trial) -> float:
         run = folder / f"trial{trial.number}"
-        script.main(replace(base, **sample(trial, ranges), seed=args.seed + trial.number, run_dir=str(run)))
+        try:
+            script.main(replace(base, **sample(trial, ranges), seed=args.seed + trial.number, run_dir=str(run)))
+        except UserError as error:  # it diverged; before any has succeeded, it is rather the command that is wrong
+            if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+                raise
+            print(f"trial {trial.number}: {error}", flush=True)
+            return math.nan  # of which Optuna makes a failed trial
         return score(run)
+
+    def tell(_study, trial) -> None:
+        result = "failed" if trial.value is None else f"mean return {trial.value}"
+        print(f"trial {trial.number}: {result}: {as_flags(trial.params)}", flush=True)
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # an error is one line, ours
     study = optuna.create_study(storage=f"sqlite:///{folder / 'study.db'}", study_name=args.algo, load_if_exists=True,
                                 direction="maximize")
     study.sampler = optuna.samplers.TPESampler(seed=args.seed + len(study.trials))  # going on is not starting again
-    study.optimize(objective, args.trials, callbacks=[lambda _, trial: print(
-        f"trial {trial.number}: mean return {trial.value}: {as_flags(trial.params)}", flush=True)])
+    study.optimize(objective, args.trials, callbacks=[tell])
     best = study.best_trial
     print(f"best of {len(study.trials)}: trial {best.number}, mean return {best.value:.2f}: {as_flags(best.params)}")
 

@@ -2,22 +2,23 @@
 at the end of a suite.
 
 A fresh run is one seed, so it is compared with the range of the committed seeds, at the step that it has reached. That
-is no confidence interval: beside n seeds a new one is outside of their range by chance in 2 of n + 1 cases, most often
-by little. With the same seed, code and machine it repeats a committed one.
+is no confidence interval: even a run that is just as good falls outside the range of n seeds in 2 of n + 1 cases, most
+often by little. With the same seed, code and machine it repeats a committed one.
 """
 import csv
 import json
 import tomllib
 from pathlib import Path
 
-from benchmarks.curves import RESULTS, load, task_of, variant
+from benchmarks.curves import RESULTS, load, real_id, task_of, variant
 
 
 def committed(task: str, name: str, results: Path) -> tuple[str, list[dict[str, str]]]:
     """The method in `results` that has rows of a variant in a task, and these; "" and none where there is none. Of
     several methods the first by name."""
-    for path in sorted(results.glob(f"*/{task.replace('/', '-')}.csv")):
-        if path.parent.name not in ("rules", "zero_shot", "speed") and (
+    name_of_file = real_id(task).replace("/", "-")  # a file may bear an older id
+    for path in sorted(results.glob("*/*.csv")):
+        if real_id(path.stem) == name_of_file and path.parent.name not in ("rules", "zero_shot", "speed") and (
                 rows := [row for row in load(path) if row["variant"] == name]):
             return path.parent.name, rows
     return "", []

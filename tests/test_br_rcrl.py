@@ -408,6 +408,20 @@ def test_medium_replay_and_medium_expert_of_a_run(tmp_path, monkeypatch, capsys)
     assert both.meta["expert"] == f"run:{folder}"
 
 
+def test_a_file_that_cannot_be_written_is_said_before_all_is_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "gather", lambda *_: pytest.fail("it collects"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(making.os, "access", lambda path, mode: path != tmp_path / "locked")  # for root all is open
+    for out in ("file/x/d.npz", "folder.npz", "locked/x/d.npz"):
+        monkeypatch.setattr(sys, "argv", ["", "--env", "Pendulum-v1", "--policies", "random", "--out",
+                                          str(tmp_path / out)])
+        with pytest.raises(ValueError, match=f"--out {tmp_path / out} cannot be written, because of .*; name a file"):
+            making.main()
+        assert not (tmp_path / "locked/x").exists()
+
+
 def test_damaged_and_foreign_datasets_are_one_line(tmp_path):
     vec = envs.make_vec("Pendulum-v1", 1)
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")

@@ -1,7 +1,9 @@
 """The Ray backend on a real cluster of two nodes on this machine."""
+import math
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.test_bench import bench, suite
@@ -55,6 +57,18 @@ def test_a_driver_killed_while_it_swaps_loses_nothing(tmp_path, monkeypatch):
         assert (cell.folder / "checkpoint.pt").read_text() == "old"
     cluster.unpack(cluster.pack(back), cell.folder)
     assert (cell.folder / "checkpoint.pt").read_text() == "new" and not cell.beside(".old").exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    from benchmarks import cluster
+
+    engine, asked = object.__new__(cluster.RayEngine), []  # without a cluster
+    engine.stop, engine.first = 0, math.inf
+    engine.board = SimpleNamespace(stop=SimpleNamespace(remote=lambda: asked.append(signal.SIGTERM)))
+    for now, times in ((100.0, 1), (101.9, 1), (102.1, 2)):
+        monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: now))
+        engine.ask_to_stop(signal.SIGTERM, None)
+        assert len(asked) == times and engine.stop == signal.SIGTERM
 
 
 @pytest.mark.slow

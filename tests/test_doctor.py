@@ -1,5 +1,6 @@
 """make doctor: fine where the tests run, and clear about what is not."""
 import shutil
+import sys
 
 import pytest
 
@@ -14,14 +15,18 @@ def test_this_machine_can_train(capsys):
 
 
 def test_what_is_broken_is_named(tmp_path, monkeypatch, capsys):
-    """Another numpy than the pinned one is broken, no compiler is a warning."""
-    (tmp_path / "requirements.txt").write_text("numpy==1.0.0\nno-such-package==2.0\n")
+    """Another numpy than the pinned one is broken, no compiler is a warning. Packages of other systems are not asked
+    for."""
+    here, elsewhere = (f'{name}==3.0; sys_platform == "{system}"  # why\n'
+                       for name, system in (("not-here", sys.platform), ("elsewhere", "amiga")))
+    (tmp_path / "requirements.txt").write_text(f"numpy==1.0.0\n{elsewhere}no-such-package==2.0\n{here}")
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor, "OPTIONAL", {"compiler": doctor.compiler})
     assert doctor.main() == 1
     out = capsys.readouterr().out
     assert "BROKEN  packages" in out and "not 1.0.0; no-such-package is missing" in out and "make clean setup" in out
+    assert "not-here is missing" in out and "elsewhere" not in out
     assert "warning compiler         no C++ compiler" in out
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def test_pages_say_what_the_results_say(tmp_path, monkeypatch):
     drawn, committed = ({figure.name for figure in (root / "docs" / "figures").glob("*_curves.svg")}
                         for root in (tmp_path, ROOT))
     assert drawn == committed, "make report"
+
+
+def test_a_page_that_cannot_be_written_is_one_line_before_all_is_drawn(tmp_path):
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, "benchmarks/report.py", str(tmp_path / "file" / "report.html")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("report: ") and done.stderr.count("\n") == 1
+    assert not done.stdout
 
 
 def test_rows_beside_a_method_are_read_by_its_score():
@@ -71,6 +80,11 @@ def test_runs_are_gathered_by_what_they_differ_in(tmp_path, monkeypatch, capsys)
     shutil.copytree(tmp_path / "run0", tmp_path / "smoke" / "run0")
     with pytest.raises(ValueError, match="holds smoke runs"):
         curves.gather([*folders[:1], str(tmp_path / "smoke")])
+    shutil.copytree(tmp_path / "run0" / "MinAtar", tmp_path / "foreign")
+    for text in ('{"model": "of something else"}', '{"algo": "sac", "args": []}', "[]", "cut"):
+        (tmp_path / "foreign" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="foreign/config.json is not that of a run"):
+            curves.gather([*folders[:1], str(tmp_path / "foreign")])
     assert not curves.RESULTS.exists()  # nothing was written
     curves.gather(folders[1:2])
     assert "has 999 of 1000 steps; finish it with --resume" in capsys.readouterr().out and not curves.RESULTS.exists()
@@ -173,6 +187,20 @@ def test_summary_of_hand_made_curves(tmp_path):
     _, (_, wild, _) = report.summarise(curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate"),
                                        report.Reading("success_rate", 0.9, "plain"))
     assert wild == ["kian --gamma 2.0", "1", "not reached", "", *["nan"] * 3, "0.00", "nan (20k)", "nan", "abc"]
+
+
+def test_last_scores_of_seeds_are_compared_at_one_step(tmp_path):
+    """Seed 1 of kian goes on and falls; that of plain goes on by less than 1 %, which counts as the same."""
+    rows = [("kian", 1, 0, 0, 0.1, 0), ("kian", 1, 10_000, 1, 0.7, 0), ("kian", 1, 30_000, 3, 0.2, 0),
+            ("kian", 2, 0, 0, 0.1, 0), ("kian", 2, 5000, 1, 0.1, 0), ("kian", 2, 10_000, 1, 0.5, 0),
+            ("plain", 1, 0, 0, 0.0, 0), ("plain", 1, 20_180, 2, 0.9, 0),
+            ("plain", 2, 0, 0, 0.0, 0), ("plain", 2, 20_000, 2, 0.6, 0)]
+    variants = curves.load_curves(write(tmp_path / "x.csv", rows), "success_rate")
+    head, (kian, plain) = report.summarise(variants, report.Reading("success_rate"))
+    assert head[-3:] == ["last (at step)", "worst seed", "code"]
+    assert kian[-3:-1] == ["0.60 (10k)", "0.50"] and plain[-3:-1] == ["0.75 (20k)", "0.60"]
+    head, (kian,) = report.summarise({"kian": variants["kian"]}, report.Reading("success_rate"))
+    assert head[2:] == ["success at 10k", "mean up to 10k", "worst seed", "code"] and kian[-2] == "0.50"
 
 
 def returns(tmp_path: Path, env: str, last: int) -> Path:

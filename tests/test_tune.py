@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import optuna
+import pytest
 
 from algos import sac_kian
 from benchmarks import tune
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +30,23 @@ def test_sampled_values_reach_the_run(tmp_path, capsys):
         assert {name: config[name] for name in trial.params} == trial.params
         assert trial.value == tune.score(folder / f"trial{trial.number}") < 0
     assert f"best of 2: trial {max(trials, key=lambda t: t.value).number}," in capsys.readouterr().out
+
+
+def test_a_trial_that_diverges_has_failed(tmp_path, monkeypatch, capsys):
+    """The search goes on. But where the first one fails, the command is wrong, and the search ends."""
+    def main(args):
+        if args.seed == 2:
+            raise UserError("the run has diverged")
+        Path(args.run_dir).mkdir()
+        Path(args.run_dir, "eval.csv").write_text(f"step,return_mean\n0,{args.seed}\n10,{args.seed}\n")
+    monkeypatch.setattr(sac_kian, "main", main)
+    tune.main(tune.Args(env="Pendulum-v1", trials=3, root=str(tmp_path / "good")), [])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": --")[0] for line in said] == [
+        "trial 0: mean return 1.0", "trial 1: the run has diverged", "trial 1: failed", "trial 2: mean return 3.0",
+        "best of 3: trial 2, mean return 3.00"]
+    with pytest.raises(UserError, match="the run has diverged"):
+        tune.main(tune.Args(env="Pendulum-v1", seed=2, root=str(tmp_path / "bad")), [])
 
 
 def test_errors_are_one_line(tmp_path):
