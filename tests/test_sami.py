@@ -250,6 +250,35 @@ def test_the_last_episodes_are_kept():
     assert all(torch.equal(a, b) for a, b in zip(drawn, copy.sample(20)))
 
 
+def test_a_ring_of_another_size_begins_with_the_oldest():
+    """A ring that is full of short episodes goes on in a larger one, in a smaller one, and in one as large."""
+    def play(buffer, episodes):
+        for episode in episodes:
+            for t in range(2):
+                row, final = (torch.tensor([[100.0 * episode + k, 1.0]]) for k in (t, t + 1))
+                buffer.add(row, torch.zeros(1, 1), np.array([float(episode)]), np.array([t == 1]), np.array([False]),
+                           final, np.array([0]))
+        return buffer.mean_reward.tolist()
+
+    full = TrajectoryBuffer(12, 4, 3, 1, 2, 1)
+    assert play(full, range(5)) == [3, 4, 2]
+    for room, kept, later in ((6, [2, 3, 4], [2, 3, 4, 5]), (2, [3, 4], [5, 4]), (3, [3, 4, 2], [3, 4, 5])):
+        buffer = TrajectoryBuffer(4 * room, 4, 3, 1, 2, 1)
+        buffer.load_state_dict(full.state_dict())
+        assert buffer.mean_reward.tolist() == kept and buffer.transitions == 2 * len(kept)
+        assert buffer.kept["rows"][:len(kept), 2, 0].tolist() == [100 * episode for episode in kept]
+        assert buffer.mean_reward[buffer.latest(0, 2)].tolist() == [3, 4]
+        if room == 3:
+            assert buffer.stored == 5 and all(torch.equal(part, full.kept[name]) for name, part in buffer.kept.items())
+        assert play(buffer, [5]) == later and buffer.mean_reward[buffer.latest(0, 2)].tolist() == [4, 5]
+    few = TrajectoryBuffer(12, 4, 3, 1, 2, 1)
+    play(few, range(2))
+    for room in (6, 1):  # not full: as it is, and the last where there is room for one
+        buffer = TrajectoryBuffer(4 * room, 4, 3, 1, 2, 1)
+        buffer.load_state_dict(few.state_dict())
+        assert buffer.mean_reward.tolist() == [0, 1][-room:] and play(buffer, [2]) == [0, 1, 2][-room:]
+
+
 def test_what_a_policy_remembers():
     windows, yes, no = Windows(3, 2, 1), torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
     windows.push(torch.tensor([[1.0], [5.0]]), yes)
