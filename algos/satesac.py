@@ -64,7 +64,7 @@ class Args:
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth
     batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions kept for replay
+    buffer_size: int = 1_000_000  # transitions kept for replay; fewer where episodes end before the horizon
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature
     gamma: float = 0.95  # discount per step
     tau: float = 0.02  # Polyak step of the target critics and the momentum encoder, per update
