@@ -13,13 +13,14 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from envs.dynamics import SPLITS, all_tasks
+from envs.dynamics import SPLITS, all_tasks, num_buckets
 from envs.evaluation import record, write_down
 from envs.franka import SKILLS
 from envs.ids import announce
 from envs.making import make_vec
 from envs.vector import VectorEnv
 
+from errors import UserError
 Player = Callable[..., Callable[[object, np.ndarray], tuple[np.ndarray, torch.Tensor]]]
 EVERY = 10  # steps between two contexts that are kept
 
@@ -44,7 +45,14 @@ class SplitEvaluator:
 
     def __init__(self, args, **kwargs):
         """`args` are those of a script; `kwargs` go to the environments. Every task is played as often as fits into
-        `args.eval_episodes`, at least once."""
+        `args.eval_episodes`, at least once. Raises UserError for a training that would leave out tasks."""
+        buckets = num_buckets(args.env)
+        if not args.evaluate and args.num_envs < buckets:  # environment i plays bucket i modulo their number
+            raise UserError(f"--num-envs {args.num_envs}: {args.env} has {buckets} buckets of training tasks; use at "
+                            f"least {buckets}")
+        if not args.evaluate and args.num_envs % buckets:
+            announce(f"--num-envs {args.num_envs} is no multiple of the {buckets} buckets of training tasks: some are "
+                     "played in more environments than others")
         self.args, self.kwargs = args, kwargs
         self.tasks = {split: all_tasks(args.env, split) for split in SPLITS}
         self.vecs = {split: make_vec(args.env, len(tasks), seed=0, threads=torch.get_num_threads(), split=split,

@@ -410,7 +410,7 @@ def test_windows_that_are_compared(script):
 def test_evaluation_plays_every_task():
     """From the same start states every time, as often as it is told; a player that knows its task from its context does
     something else with another's."""
-    args = SimpleNamespace(env=CHEETAH, seed=1, eval_episodes=80, video=0, evaluate="")
+    args = SimpleNamespace(env=CHEETAH, seed=1, num_envs=3, eval_episodes=80, video=0, evaluate="")
     evaluator = envs.SplitEvaluator(args, max_episode_steps=12)
 
     def player(num, tasks, wrong=False):
@@ -547,7 +547,9 @@ def test_franka_tasks_are_learned_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, words", [
     (tesac.Args(env="HalfCheetah-v5"), "HalfCheetah-v5 has no task splits; known are HalfCheetah-dyn-v0"),
     (satesac.Args(contrast_trajectories=1), "--contrast-trajectories must be 2 or more"),
-    (ccm.Args(kappa=0.0), "--kappa must be greater than 0"), (tesac.Args(window=0), "--window must be greater than 0")])
+    (ccm.Args(kappa=0.0), "--kappa must be greater than 0"), (tesac.Args(window=0), "--window must be greater than 0"),
+    (tesac.Args(num_envs=2), f"--num-envs 2: {CHEETAH} has 3 buckets of training tasks; use at least 3"),
+    (saccm.Args(env="FrankaSkill-v0", num_envs=5), "FrankaSkill-v0 has 6 buckets of training tasks; use at least 6")])
 def test_errors(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = SCRIPTS[type(args).__module__.split(".")[1]]
