@@ -432,6 +432,22 @@ def test_evaluation_plays_every_task():
     assert played.task.tolist() == sorted([*range(12)] * 4) and played.context.shape == (48, 8)
     found = evaluator.diagnose(player)
     assert found["probe_r2"] == pytest.approx(1, abs=1e-6) and found["wrong_context"] != results["train"]["return_mean"]
+    vec, numbers, last = evaluator.vecs["train"], evaluator.numbers["train"], []
+    for seed in (evaluator.seed + 1, evaluator.seed + 2):
+        obs, act = vec.reset(seed), player(15, numbers)
+        for _ in range(9):
+            obs, *_ = vec.step(act(obs, None)[0])
+        last.append(envs.flatten(obs).unsqueeze(0))  # what the tenth action is chosen on
+        assert torch.equal(splits.play(player(15, numbers), vec, 1, seed).observations, last[-1])
+    assert found["probe_r2_observation"] == splits.probe(*last, torch.from_numpy(numbers)) < 1
+
+
+@pytest.mark.parametrize("num_envs, evaluate, said", [(3, "", 0), (4, "", 1), (6, "", 0), (1, "run", 0)])
+def test_buckets_are_trained_alike_or_it_is_said(num_envs, evaluate, said, monkeypatch):
+    lines = []
+    monkeypatch.setattr(splits, "announce", lines.append)
+    envs.SplitEvaluator(SimpleNamespace(env=CHEETAH, seed=1, num_envs=num_envs, eval_episodes=1, evaluate=evaluate))
+    assert len(lines) == said
 
 
 def test_probe_is_fair():
@@ -505,6 +521,7 @@ def test_every_variant_runs(name, changes, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "contexts.png").exists() == (changes.get("context") != "none")
     scalars = {row["name"]: float(row["value"]) for row in rows_of(tmp_path / "run", "scalars.csv")}
     assert ("weight" in scalars) == (name != "tesac") and ("probe_r2" in scalars) == (changes.get("context") != "none")
+    assert scalars["probe_r2_observation"] < 1
     assert all(math.isfinite(value) for key, value in scalars.items() if "success" not in key)
     if name != "tesac":
         fixed = name == "ccm" or "fixed_weight" in changes
