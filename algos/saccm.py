@@ -242,8 +242,7 @@ def update(agent: dict, batch: Batch, contrast: Contrast, noise: torch.Tensor, n
 
 
 def make_windows(args: Args, num: int, width: int) -> Windows:
-    """The windows of the last steps of `num` episodes. In the paper's code the encoder sees the first observation of an
-    episode in training, but not when it acts; --official repeats that."""
+    """The windows of `num` episodes. With --official their first rows are seen in training, but not when acting."""
     return Windows(args.window, num, width, hide_first=args.official)
 
 
@@ -270,12 +269,13 @@ def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args)
     step = (torch.rand(len(episode)) * buffer.length[episode]).long()
     if not args.official:
         return Contrast(look(buffer.windows(episode, step)), weight)
-    # The paper's code also draws steps after the end, whose embeddings are zero. It pairs observations with actions of
-    # another trajectory: the one before in the same environment, one step too late.
+    # In the paper's code embeddings are zero from the step on that ends an episode. It pairs observations with actions
+    # of another one, a step late: the one before in the same environment, if all episodes are of one length.
     step = torch.randint(buffer.horizon + 1, (len(episode),))
     windows = look(buffer.windows(episode, step))
     other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
     return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
+    windows[-1, step >= buffer.length[episode] - 1, -1] = 0
 # twin end
 
 

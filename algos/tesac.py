@@ -202,8 +202,7 @@ def update(agent: dict, batch: Batch, noise: torch.Tensor, next_noise: torch.Ten
 
 
 def make_windows(args: Args, num: int, width: int) -> Windows:
-    """The windows of the last steps of `num` episodes. In the paper's code the encoder sees the first observation of an
-    episode in training, but not when it acts; --official repeats that."""
+    """The windows of `num` episodes. With --official their first rows are seen in training, but not when acting."""
     if args.context != "learned":
         return Windows(1, num, width)
     return Windows(args.window, num, width, hide_first=args.official)

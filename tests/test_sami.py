@@ -398,8 +398,11 @@ def test_windows_that_are_compared(script):
     for seed in range(20):
         torch.manual_seed(seed)
         windows = script.contrast_batch(buffer, lambda x: x, 1, replace(args, official=True)).windows
-        there = windows[-1, :, -1] == 1
-        episode, t = (windows[-1, there, 0] / 100).floor(), windows[-1, there, 0] % 100
+        there, step = windows[-1, :, -1] == 1, windows[-1, :, 0] % 100
+        assert torch.equal(there, step < 3)  # of rows 0 to 4: the last action of an episode is chosen on row 3
+        embeddings = satesac.encode(satesac.init_encoder(2, 4, 6), windows)
+        assert (embeddings[~there] == 0).all() and (embeddings[there] != 0).any(1).all()
+        episode, t = (windows[-1, there, 0] / 100).floor(), step[there]
         other = (episode - 2) % 8
         assert torch.allclose(windows[-1, there, 1], other + (t + 1).clamp(max=4) / 10)
 
