@@ -183,7 +183,7 @@ def contrastive_loss(critic: dict, query: torch.Tensor, keys: torch.Tensor, args
     positive, negative = keys[:len(query)], keys[len(query):]
     if args.estimator == "sigmoid":
         return sigmoid_nce(query, positive, negative)
-    return softmax_nce(query, positive.roll(args.contrast_steps, 0), negative)  # keys of the next trajectory
+    return softmax_nce(query, positive.roll(args.contrast_steps, 0), negative)  # of the next trajectory, a random one
 
 
 def critic_loss(critic: dict, windows: torch.Tensor, action: torch.Tensor, target_q: torch.Tensor,
@@ -205,6 +205,8 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, obs: torch.Tensor
 
 def make_agent(args: Args, f: int, d: int, c: int, device: torch.device) -> dict:
     """Fresh parameters and optimiser state."""
+    if args.estimator == "softmax" and args.contrast_trajectories < 3:
+        raise runtime.UserError("--contrast-trajectories 2: --estimator softmax needs two positive ones; use 3 or more")
     hidden = runtime.hidden_layers(args.hidden)
     critic = init_mlp("q", [f + c + d, *hidden, 1], stack=(2,))
     critic |= init_encoder(f + d, args.encoder_hidden, c) | {"bilinear": torch.eye(c)}
@@ -277,9 +279,9 @@ def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args)
     # of another one, a step late: the one before in the same environment, if all episodes are of one length.
     step = torch.randint(buffer.horizon + 1, (len(episode),))
     windows = look(buffer.windows(episode, step))
+    windows[-1, step >= buffer.length[episode] - 1, -1] = 0
     other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
     return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
-    windows[-1, step >= buffer.length[episode] - 1, -1] = 0
 # twin end
 
 

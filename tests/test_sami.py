@@ -360,6 +360,18 @@ def test_what_is_drawn():
         positive_tasks.add(one)
         negative_tasks |= some
     assert positive_tasks == negative_tasks == {0, 1, 2}
+
+    for script in CONTRASTED.values():  # softmax compares neighbours: of any ranks, of the same draw
+        sorted_draws = 0
+        for seed in range(30):
+            torch.manual_seed(seed)
+            ordered, weight = script.draw_trajectories(buffer, args)
+            torch.manual_seed(seed)
+            shuffled, same = script.draw_trajectories(buffer, replace(args, estimator="softmax"))
+            assert same.item() == pytest.approx(weight.item()) and torch.equal(shuffled[8:], ordered[8:])
+            assert torch.equal(shuffled[:8].sort().values, ordered[:8].sort().values)
+            sorted_draws += (buffer.mean_reward[shuffled[:8]].diff() <= 0).all().item()
+        assert sorted_draws < 3
     alike, one_task = filled([1.0] * 6, [0, 1, 2] * 2, 3), filled([1.0, 2.0], [0, 0], 2)
     for script, buffer in ((saccm, alike), (satesac, alike), (ccm, one_task)):
         contrast = script.contrast_batch(buffer, lambda x: x, 1, args)
@@ -567,6 +579,8 @@ def test_franka_tasks_are_learned_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, words", [
     (tesac.Args(env="HalfCheetah-v5"), "HalfCheetah-v5 has no task splits; known are HalfCheetah-dyn-v0"),
     (satesac.Args(contrast_trajectories=1), "--contrast-trajectories must be 2 or more"),
+    (ccm.Args(estimator="softmax", contrast_trajectories=2), "softmax needs two positive ones; use 3 or more"),
+    (satesac.Args(estimator="softmax", contrast_trajectories=2), "softmax needs two positive ones; use 3 or more"),
     (ccm.Args(kappa=0.0), "--kappa must be greater than 0"), (tesac.Args(window=0), "--window must be greater than 0"),
     (tesac.Args(num_envs=2), f"--num-envs 2: {CHEETAH} has 3 buckets of training tasks; use at least 3"),
     (saccm.Args(env="FrankaSkill-v0", num_envs=5), "FrankaSkill-v0 has 6 buckets of training tasks; use at least 6")])
