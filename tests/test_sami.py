@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import envs
 import runtime
 from algos import ccm, saccm, satesac, tesac
+from benchmarks import sami_probe
 from benchmarks.sami_direct import Direct, Encoder
 from buffers import Batch, TrajectoryBuffer, Windows
 from envs import splits
@@ -490,6 +491,63 @@ def test_planes():
     distance = torch.cdist(plane, plane)
     same = groups.unsqueeze(0) == groups.unsqueeze(1)
     assert distance[same].max() < distance[~same].min()
+
+
+# ---- what one observation tells
+
+
+def keep_replay(folder, tell, episodes=36, num_envs=3):
+    """A run folder whose replay has episodes of 10 and 9 steps, played three at a time in buckets 0, 1, 2. The first
+    number of an observation tells the bucket or nothing, the second one is noise, and all that is no observation tells
+    it: the rest of the row, the action, the reward, the rows after the last step."""
+    buffer, generator = TrajectoryBuffer(10 * (episodes - num_envs), 10, 4, num_envs, 3, 1), torch.Generator()
+    bucket = torch.arange(num_envs).float()
+    for block in range(episodes // num_envs):
+        for t in range(10 - block % 2):
+            known, noise = (torch.randn(num_envs, generator=generator) for _ in range(2))
+            row = torch.stack([bucket + 0.1 * known if tell else known, noise, bucket], 1)
+            buffer.add(row, bucket.unsqueeze(1), bucket.numpy(), np.zeros(num_envs, bool),
+                       np.full(num_envs, t == 9 - block % 2), 100 + bucket.unsqueeze(1).expand(-1, 3),
+                       np.arange(num_envs))
+    folder.mkdir()
+    torch.save({"buffer": buffer.state_dict(), "normalizer": {"mean": torch.zeros(2)}}, folder / "checkpoint.pt")
+    return folder
+
+
+def test_one_observation_tells_the_task_or_it_does_not(tmp_path, capsys):
+    """And what is shuffled is told by neither."""
+    sami_probe.main([str(keep_replay(tmp_path / "told", True)), str(keep_replay(tmp_path / "silent", False))])
+    (told, told_shuffled, often), (silent, silent_shuffled, _) = (
+        [float(cell) for cell in line.split("|")[2:5]] for line in capsys.readouterr().out.splitlines()[2:])
+    assert told > 0.99 and often == pytest.approx(1 / 3, abs=1e-3)
+    assert max(told_shuffled, silent, silent_shuffled) < 0.6
+
+
+def test_held_out_episodes_are_whole_and_in_order(tmp_path):
+    """The ring begins in its middle; no observation is a row before the first or after the last step."""
+    obs, length, bucket, together = sami_probe.replay(keep_replay(tmp_path / "run", True), 30)
+    assert obs.shape == (30, 10, 2) and together == 3 and bucket.tolist() == [0, 1, 2] * 10
+    assert length.tolist() == [10, 10, 10, 9, 9, 9] * 5
+    there = torch.arange(10) < length.unsqueeze(1)
+    assert ((obs[..., 0] - bucket.unsqueeze(1)).abs()[there] < 1).all()
+
+
+@pytest.mark.parametrize("saved, words", [
+    (None, "has no checkpoint.pt"), (b"no archive", "is damaged"), ({"buffer": {"rows": 1}}, "keeps no trajectories"),
+    ([1], "keeps no trajectories"), (6, "6 episodes are too few")])
+def test_what_cannot_be_probed_is_one_line(saved, words, tmp_path, capsys):
+    run = tmp_path / "run"
+    if isinstance(saved, int):
+        keep_replay(run, True, episodes=12, num_envs=6)
+    elif saved is not None:
+        run.mkdir()
+        if isinstance(saved, bytes):
+            (run / "checkpoint.pt").write_bytes(saved)
+        else:
+            torch.save(saved, run / "checkpoint.pt")
+    with pytest.raises(sami_probe.UserError, match=words) as error:
+        sami_probe.main([str(run)])
+    assert "\n" not in str(error.value) and not capsys.readouterr().out
 
 
 # ---- runs
