@@ -101,14 +101,15 @@ class TrajectoryBuffer:
     A row is what a policy sees of a step, `width` numbers; an episode of n steps has n + 1 of them. The window of step
     t is rows t - window + 1 to t, zeros where the episode had not begun. Open episodes wait aside, never sampled.
 
-    stored: episodes so far. transitions: steps of those that are kept. length, task (n,) int64, mean_reward (n,): of
-    the episodes that are kept.
+    stored: episodes so far, but only the kept ones count that were loaded from a ring of another size. transitions:
+    steps of those that are kept. length, task (n,) int64, mean_reward (n,): of the episodes that are kept.
     """
 
     def __init__(self, capacity: int, horizon: int, window: int, num_envs: int, width: int, d: int,
                  bootstrap: bool = True):
-        """Room for `capacity` transitions, and for an episode per environment at least. Without `bootstrap`, a time
-        limit is stored as terminal."""
+        """Room for `capacity // horizon` episodes, and for one per environment at least: `capacity` transitions where
+        all have `horizon` steps, fewer where some end early. Without `bootstrap`, a time limit is stored as terminal.
+        """
         def empty(n: int) -> dict[str, torch.Tensor]:
             return {"rows": torch.zeros(n, window + horizon, width), "action": torch.zeros(n, horizon, d),
                     "reward": torch.zeros(n, horizon), "terminated": torch.zeros(n, horizon),
@@ -174,9 +175,14 @@ class TrajectoryBuffer:
         return {"kept": kept, "open": self.open, "stored": self.stored}
 
     def load_state_dict(self, state: dict) -> None:
-        for name, part in state["kept"].items():
+        kept, stored = state["kept"], state["stored"]
+        n, room = len(kept["task"]), len(self.kept["task"])
+        if n > room or n < min(stored, room):  # of a ring of another size, which was full: the oldest is the first here
+            order = ((torch.arange(n) + stored) % n)[-room:]
+            kept, stored = {name: part[order] for name, part in kept.items()}, len(order)
+        for name, part in kept.items():
             self.kept[name][:len(part)] = part
-        self.open, self.stored = state["open"], state["stored"]
+        self.open, self.stored = state["open"], stored
         self._count()
 
 

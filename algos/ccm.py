@@ -12,8 +12,7 @@ contrastive loss is added for the encoder psi:
 algos/tesac.py
 
 Departures: those of the parent; 4 random windows of each trajectory, so that one of 32 positive pairs is a window with
-itself; one step on the sum of both losses, not a step on each in turn. docs/sami.md says what is exact, and what was
-measured.
+itself; one step on the sum of both losses, not a step on each in turn. docs/sami.md says what is exact.
 
 python algos/ccm.py --env CrippledHalfCheetah-dyn-v0
 """
@@ -65,7 +64,7 @@ class Args:
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth
     batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions kept for replay
+    buffer_size: int = 1_000_000  # transitions kept for replay; fewer where episodes end before the horizon
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature
     gamma: float = 0.95  # discount per step
     tau: float = 0.02  # Polyak step of the target critics and the momentum encoder, per update
@@ -184,7 +183,7 @@ def contrastive_loss(critic: dict, query: torch.Tensor, keys: torch.Tensor, args
     positive, negative = keys[:len(query)], keys[len(query):]
     if args.estimator == "sigmoid":
         return sigmoid_nce(query, positive, negative)
-    return softmax_nce(query, positive.roll(args.contrast_steps, 0), negative)  # keys of the next trajectory
+    return softmax_nce(query, positive.roll(args.contrast_steps, 0), negative)  # of the next trajectory, a random one
 
 
 def critic_loss(critic: dict, windows: torch.Tensor, action: torch.Tensor, target_q: torch.Tensor,
@@ -206,6 +205,8 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, obs: torch.Tensor
 
 def make_agent(args: Args, f: int, d: int, c: int, device: torch.device) -> dict:
     """Fresh parameters and optimiser state."""
+    if args.estimator == "softmax" and args.contrast_trajectories < 3:
+        raise runtime.UserError("--contrast-trajectories 2: --estimator softmax needs two positive ones; use 3 or more")
     hidden = runtime.hidden_layers(args.hidden)
     critic = init_mlp("q", [f + c + d, *hidden, 1], stack=(2,))
     critic |= init_encoder(f + d, args.encoder_hidden, c) | {"bilinear": torch.eye(c)}
@@ -247,8 +248,7 @@ def update(agent: dict, batch: Batch, contrast: Contrast, noise: torch.Tensor, n
 
 
 def make_windows(args: Args, num: int, width: int) -> Windows:
-    """The windows of the last steps of `num` episodes. In the paper's code the encoder sees the first observation of an
-    episode in training, but not when it acts; --official repeats that."""
+    """The windows of `num` episodes. With --official their first rows are seen in training, but not when acting."""
     return Windows(args.window, num, width, hide_first=args.official)
 
 
@@ -275,10 +275,11 @@ def contrast_batch(buffer: TrajectoryBuffer, look: Callable, d: int, args: Args)
     step = (torch.rand(len(episode)) * buffer.length[episode]).long()
     if not args.official:
         return Contrast(look(buffer.windows(episode, step)), weight)
-    # The paper's code also draws steps after the end, whose embeddings are zero. It pairs observations with actions of
-    # another trajectory: the one before in the same environment, one step too late.
+    # In the paper's code embeddings are zero from the step on that ends an episode. It pairs observations with actions
+    # of another one, a step late: the one before in the same environment, if all episodes are of one length.
     step = torch.randint(buffer.horizon + 1, (len(episode),))
     windows = look(buffer.windows(episode, step))
+    windows[-1, step >= buffer.length[episode] - 1, -1] = 0
     other = buffer.windows((episode - args.num_envs) % len(buffer.task), (step + 1).clamp(max=buffer.horizon))
     return Contrast(torch.cat([windows[..., :-d - 1], other[..., -d - 1:-1], windows[..., -1:]], -1), weight)
 # twin end

@@ -61,7 +61,7 @@ class Args:
     # algorithm
     hidden: str = "256x2"  # hidden layers of actor and critics, width x depth
     batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions kept for replay
+    buffer_size: int = 1_000_000  # transitions kept for replay; fewer where episodes end before the horizon
     learning_rate: float = 1e-3  # Adam, for actor, critics and temperature
     gamma: float = 0.95  # discount per step
     tau: float = 0.02  # Polyak step of the target critics and the momentum encoder, per update
@@ -202,8 +202,7 @@ def update(agent: dict, batch: Batch, noise: torch.Tensor, next_noise: torch.Ten
 
 
 def make_windows(args: Args, num: int, width: int) -> Windows:
-    """The windows of the last steps of `num` episodes. In the paper's code the encoder sees the first observation of an
-    episode in training, but not when it acts; --official repeats that."""
+    """The windows of `num` episodes. With --official their first rows are seen in training, but not when acting."""
     if args.context != "learned":
         return Windows(1, num, width)
     return Windows(args.window, num, width, hide_first=args.official)

@@ -131,6 +131,12 @@ def all_tasks(env_id: str, split: str) -> list[dict]:
             for mass, damping, crippled in product(bucket.mass, bucket.damping, bucket.crippled)]
 
 
+def num_buckets(env_id: str) -> int:
+    """How many buckets of training tasks there are. Raises EnvError for an id without splits."""
+    all_tasks(env_id, "train")
+    return len(FAMILIES[IDS[env_id]].splits["train"] if env_id in IDS else FRANKA["train"])
+
+
 def horizon_of(env_id: str, at_most: int = 0) -> int:
     """Steps of an episode: as many as the task is registered with, but `at_most` so many (0: no limit). Raises EnvError
     for an id without splits."""

@@ -13,15 +13,17 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from envs.dynamics import SPLITS, all_tasks
+from envs.dynamics import SPLITS, all_tasks, num_buckets
 from envs.evaluation import record, write_down
+from envs.features import flatten
 from envs.franka import SKILLS
 from envs.ids import announce
 from envs.making import make_vec
 from envs.vector import VectorEnv
+from errors import UserError
 
 Player = Callable[..., Callable[[object, np.ndarray], tuple[np.ndarray, torch.Tensor]]]
-EVERY = 10  # steps between two contexts that are kept
+EVERY = 10  # steps between two contexts that are kept, and between the observations that they belong to
 
 
 class Episodes(NamedTuple):
@@ -33,6 +35,7 @@ class Episodes(NamedTuple):
     skill: np.ndarray  # (n,) words, of FrankaSkill, else empty ones
     context: torch.Tensor  # (n, c) at the last step
     contexts: torch.Tensor  # (T, num, c) of all copies at every tenth step
+    observations: torch.Tensor  # (T, num, f) then
 
 
 class SplitEvaluator:
@@ -44,7 +47,14 @@ class SplitEvaluator:
 
     def __init__(self, args, **kwargs):
         """`args` are those of a script; `kwargs` go to the environments. Every task is played as often as fits into
-        `args.eval_episodes`, at least once."""
+        `args.eval_episodes`, at least once. Raises UserError for a training that would leave out tasks."""
+        buckets = num_buckets(args.env)
+        if not args.evaluate and args.num_envs < buckets:  # environment i plays bucket i modulo their number
+            raise UserError(f"--num-envs {args.num_envs}: {args.env} has {buckets} buckets of training tasks; use at "
+                            f"least {buckets}")
+        if not args.evaluate and args.num_envs % buckets:
+            announce(f"--num-envs {args.num_envs} is no multiple of the {buckets} buckets of training tasks: some are "
+                     "played in more environments than others")
         self.args, self.kwargs = args, kwargs
         self.tasks = {split: all_tasks(args.env, split) for split in SPLITS}
         self.vecs = {split: make_vec(args.env, len(tasks), seed=0, threads=torch.get_num_threads(), split=split,
@@ -73,13 +83,16 @@ class SplitEvaluator:
     def diagnose(self, player: Player) -> dict[str, float]:
         """How much a policy needs its context, and what a line through the context tells of the task, both in training:
         `wrong_context`, the return where each copy acts on another's; `probe_r2`, the share of the variance of the
-        tasks' numbers that least squares explain on episodes they were not fitted to, over those numbers that vary."""
+        tasks' numbers that least squares explain on episodes they were not fitted to, over those numbers that vary;
+        `probe_r2_observation`, the same of the last observation, which a policy without a context sees, too."""
         vec, numbers = self.vecs["train"], self.numbers["train"]
         wrong = play(player(vec.num_envs, numbers, wrong=True), vec, self.share, self.seed)
-        first, second = (play(player(vec.num_envs, numbers), vec, 1, self.seed + k).contexts for k in (1, 2))
-        result = {"wrong_context": float(wrong.total.mean())}
-        if first.shape[2]:
-            result["probe_r2"] = probe(first, second, torch.from_numpy(numbers))
+        first, second = (play(player(vec.num_envs, numbers), vec, 1, self.seed + k) for k in (1, 2))
+        tasks = torch.from_numpy(numbers)
+        result = {"wrong_context": float(wrong.total.mean()),
+                  "probe_r2_observation": probe(first.observations, second.observations, tasks)}
+        if first.contexts.shape[2]:
+            result["probe_r2"] = probe(first.contexts, second.contexts, tasks)
         return result
 
     def report(self, player: Player, step: int) -> dict[str, dict[str, float]]:
@@ -146,13 +159,15 @@ def play(act: Callable, vec: VectorEnv, share: int, seed: int) -> Episodes:
     """Play `share` episodes on every copy of `vec`, from the start states of `seed`."""
     obs, began = vec.reset(seed), np.ones(vec.num_envs, bool)
     total, length, finished = (np.zeros(vec.num_envs, kind) for kind in (np.float64, np.int64, np.int64))
-    rows, contexts, step = [], [], 0
+    rows, contexts, observations, step = [], [], [], 0
     while (finished < share).any():
+        seen = flatten(obs)
         action, context = act(obs, began)
         obs, reward, terminated, truncated, info = vec.step(action)
         total, length, step = total + reward, length + 1, step + 1
         if step % EVERY == 0:
             contexts.append(context)
+            observations.append(seen)
         began = terminated | truncated
         for i in np.flatnonzero(began):
             if finished[i] < share:
@@ -162,7 +177,8 @@ def play(act: Callable, vec: VectorEnv, share: int, seed: int) -> Episodes:
             total[i] = length[i] = 0
     rows.sort(key=lambda row: row[0])
     columns = list(zip(*rows))
-    return Episodes(*map(np.array, columns[:5]), torch.stack(columns[5]), torch.stack(contexts or [context]))
+    return Episodes(*map(np.array, columns[:5]), torch.stack(columns[5]), torch.stack(contexts or [context]),
+                    torch.stack(observations or [seen]))
 
 
 def summary(episodes: Episodes) -> dict[str, float]:
@@ -172,7 +188,7 @@ def summary(episodes: Episodes) -> dict[str, float]:
 
 
 def probe(fitted: torch.Tensor, tested: torch.Tensor, numbers: torch.Tensor) -> float:
-    """Share of the variance of tasks' numbers (num, p) that is linear in contexts (T, num, c), 1 at most: coefficients
+    """Share of the variance of tasks' numbers (num, p) that is linear in `fitted` (T, num, c), 1 at most: coefficients
     from `fitted`, share from `tested`; mean over the numbers that vary."""
     varying = numbers.std(0) > 0
     x, y = (torch.cat([c, torch.ones(*c.shape[:2], 1)], 2).flatten(0, 1).double() for c in (fitted, tested))

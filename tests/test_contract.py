@@ -48,7 +48,7 @@ OF_PPO, OF_STREAM = "policy_loss value_loss entropy approx_kl", "abs_delta value
 BOTH = "policy.pt2 inner.pt2"
 SPLITS = ("--env CrippledHalfCheetah-dyn-v0 --num-envs 6 --horizon 10 --hidden 8x1 --encoder-hidden 8 --batch-size 16 "
           "--updates-per-step 0.2")
-OF_SPLITS = f"{SAC} eval-moderate/return_mean eval-extreme/return_mean wrong_context probe_r2"
+OF_SPLITS = f"{SAC} eval-moderate/return_mean eval-extreme/return_mean wrong_context probe_r2 probe_r2_observation"
 WINDOWS = dict(refuses="Pendulum-v1", episodes=15, sees=(8, 25))  # a window has 8 rows
 TEXT = f"--env BabyAI-Text-GoToLocal-RedBall-S20 {PPO}"
 SHAPED = f"{OF_PPO} phi shaping phi_invalid"

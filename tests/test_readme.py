@@ -20,7 +20,7 @@ from benchmarks import offline
 TREE = ROOT / "algos" / "README.md"
 FEW_SAC = ["--total-timesteps", "400", "--num-envs", "4", "--hidden", "16x1", "--batch-size", "32",
            "--updates-per-step", "0.05", "--no-compile", "--eval-every", "0", "--eval-episodes", "2", "--video", "0"]
-FEW_SPLITS = [*FEW_SAC, "--horizon", "10", "--encoder-hidden", "8"]
+FEW_SPLITS = [*FEW_SAC, "--num-envs", "6", "--horizon", "10", "--encoder-hidden", "8"]  # FrankaSkill has six buckets
 FEW_DDPG = [*FEW_SAC, "--learning-starts", "100"]
 FEW_MEOW = [*FEW_DDPG, "--shift-hidden", "16x1"]
 FEW_OFFLINE = ["--total-timesteps", "40", "--hidden", "16x1", "--batch-size", "16", "--bins", "8", "--negatives", "4",

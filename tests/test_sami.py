@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import envs
 import runtime
 from algos import ccm, saccm, satesac, tesac
+from benchmarks import sami_probe
 from benchmarks.sami_direct import Direct, Encoder
 from buffers import Batch, TrajectoryBuffer, Windows
 from envs import splits
@@ -250,6 +251,35 @@ def test_the_last_episodes_are_kept():
     assert all(torch.equal(a, b) for a, b in zip(drawn, copy.sample(20)))
 
 
+def test_a_ring_of_another_size_begins_with_the_oldest():
+    """A ring that is full of short episodes goes on in a larger one, in a smaller one, and in one as large."""
+    def play(buffer, episodes):
+        for episode in episodes:
+            for t in range(2):
+                row, final = (torch.tensor([[100.0 * episode + k, 1.0]]) for k in (t, t + 1))
+                buffer.add(row, torch.zeros(1, 1), np.array([float(episode)]), np.array([t == 1]), np.array([False]),
+                           final, np.array([0]))
+        return buffer.mean_reward.tolist()
+
+    full = TrajectoryBuffer(12, 4, 3, 1, 2, 1)
+    assert play(full, range(5)) == [3, 4, 2]
+    for room, kept, later in ((6, [2, 3, 4], [2, 3, 4, 5]), (2, [3, 4], [5, 4]), (3, [3, 4, 2], [3, 4, 5])):
+        buffer = TrajectoryBuffer(4 * room, 4, 3, 1, 2, 1)
+        buffer.load_state_dict(full.state_dict())
+        assert buffer.mean_reward.tolist() == kept and buffer.transitions == 2 * len(kept)
+        assert buffer.kept["rows"][:len(kept), 2, 0].tolist() == [100 * episode for episode in kept]
+        assert buffer.mean_reward[buffer.latest(0, 2)].tolist() == [3, 4]
+        if room == 3:
+            assert buffer.stored == 5 and all(torch.equal(part, full.kept[name]) for name, part in buffer.kept.items())
+        assert play(buffer, [5]) == later and buffer.mean_reward[buffer.latest(0, 2)].tolist() == [4, 5]
+    few = TrajectoryBuffer(12, 4, 3, 1, 2, 1)
+    play(few, range(2))
+    for room in (6, 1):  # not full: as it is, and the last where there is room for one
+        buffer = TrajectoryBuffer(4 * room, 4, 3, 1, 2, 1)
+        buffer.load_state_dict(few.state_dict())
+        assert buffer.mean_reward.tolist() == [0, 1][-room:] and play(buffer, [2]) == [0, 1, 2][-room:]
+
+
 def test_what_a_policy_remembers():
     windows, yes, no = Windows(3, 2, 1), torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
     windows.push(torch.tensor([[1.0], [5.0]]), yes)
@@ -331,6 +361,18 @@ def test_what_is_drawn():
         positive_tasks.add(one)
         negative_tasks |= some
     assert positive_tasks == negative_tasks == {0, 1, 2}
+
+    for script in CONTRASTED.values():  # softmax compares neighbours: of any ranks, of the same draw
+        sorted_draws = 0
+        for seed in range(30):
+            torch.manual_seed(seed)
+            ordered, weight = script.draw_trajectories(buffer, args)
+            torch.manual_seed(seed)
+            shuffled, same = script.draw_trajectories(buffer, replace(args, estimator="softmax"))
+            assert same.item() == pytest.approx(weight.item()) and torch.equal(shuffled[8:], ordered[8:])
+            assert torch.equal(shuffled[:8].sort().values, ordered[:8].sort().values)
+            sorted_draws += (buffer.mean_reward[shuffled[:8]].diff() <= 0).all().item()
+        assert sorted_draws < 3
     alike, one_task = filled([1.0] * 6, [0, 1, 2] * 2, 3), filled([1.0, 2.0], [0, 0], 2)
     for script, buffer in ((saccm, alike), (satesac, alike), (ccm, one_task)):
         contrast = script.contrast_batch(buffer, lambda x: x, 1, args)
@@ -369,8 +411,11 @@ def test_windows_that_are_compared(script):
     for seed in range(20):
         torch.manual_seed(seed)
         windows = script.contrast_batch(buffer, lambda x: x, 1, replace(args, official=True)).windows
-        there = windows[-1, :, -1] == 1
-        episode, t = (windows[-1, there, 0] / 100).floor(), windows[-1, there, 0] % 100
+        there, step = windows[-1, :, -1] == 1, windows[-1, :, 0] % 100
+        assert torch.equal(there, step < 3)  # of rows 0 to 4: the last action of an episode is chosen on row 3
+        embeddings = satesac.encode(satesac.init_encoder(2, 4, 6), windows)
+        assert (embeddings[~there] == 0).all() and (embeddings[there] != 0).any(1).all()
+        episode, t = (windows[-1, there, 0] / 100).floor(), step[there]
         other = (episode - 2) % 8
         assert torch.allclose(windows[-1, there, 1], other + (t + 1).clamp(max=4) / 10)
 
@@ -381,7 +426,7 @@ def test_windows_that_are_compared(script):
 def test_evaluation_plays_every_task():
     """From the same start states every time, as often as it is told; a player that knows its task from its context does
     something else with another's."""
-    args = SimpleNamespace(env=CHEETAH, seed=1, eval_episodes=80, video=0, evaluate="")
+    args = SimpleNamespace(env=CHEETAH, seed=1, num_envs=3, eval_episodes=80, video=0, evaluate="")
     evaluator = envs.SplitEvaluator(args, max_episode_steps=12)
 
     def player(num, tasks, wrong=False):
@@ -403,6 +448,22 @@ def test_evaluation_plays_every_task():
     assert played.task.tolist() == sorted([*range(12)] * 4) and played.context.shape == (48, 8)
     found = evaluator.diagnose(player)
     assert found["probe_r2"] == pytest.approx(1, abs=1e-6) and found["wrong_context"] != results["train"]["return_mean"]
+    vec, numbers, last = evaluator.vecs["train"], evaluator.numbers["train"], []
+    for seed in (evaluator.seed + 1, evaluator.seed + 2):
+        obs, act = vec.reset(seed), player(15, numbers)
+        for _ in range(9):
+            obs, *_ = vec.step(act(obs, None)[0])
+        last.append(envs.flatten(obs).unsqueeze(0))  # what the tenth action is chosen on
+        assert torch.equal(splits.play(player(15, numbers), vec, 1, seed).observations, last[-1])
+    assert found["probe_r2_observation"] == splits.probe(*last, torch.from_numpy(numbers)) < 1
+
+
+@pytest.mark.parametrize("num_envs, evaluate, said", [(3, "", 0), (4, "", 1), (6, "", 0), (1, "run", 0)])
+def test_buckets_are_trained_alike_or_it_is_said(num_envs, evaluate, said, monkeypatch):
+    lines = []
+    monkeypatch.setattr(splits, "announce", lines.append)
+    envs.SplitEvaluator(SimpleNamespace(env=CHEETAH, seed=1, num_envs=num_envs, eval_episodes=1, evaluate=evaluate))
+    assert len(lines) == said
 
 
 def test_probe_is_fair():
@@ -430,6 +491,63 @@ def test_planes():
     distance = torch.cdist(plane, plane)
     same = groups.unsqueeze(0) == groups.unsqueeze(1)
     assert distance[same].max() < distance[~same].min()
+
+
+# ---- what one observation tells
+
+
+def keep_replay(folder, tell, episodes=36, num_envs=3):
+    """A run folder whose replay has episodes of 10 and 9 steps, played three at a time in buckets 0, 1, 2. The first
+    number of an observation tells the bucket or nothing, the second one is noise, and all that is no observation tells
+    it: the rest of the row, the action, the reward, the rows after the last step."""
+    buffer, generator = TrajectoryBuffer(10 * (episodes - num_envs), 10, 4, num_envs, 3, 1), torch.Generator()
+    bucket = torch.arange(num_envs).float()
+    for block in range(episodes // num_envs):
+        for t in range(10 - block % 2):
+            known, noise = (torch.randn(num_envs, generator=generator) for _ in range(2))
+            row = torch.stack([bucket + 0.1 * known if tell else known, noise, bucket], 1)
+            buffer.add(row, bucket.unsqueeze(1), bucket.numpy(), np.zeros(num_envs, bool),
+                       np.full(num_envs, t == 9 - block % 2), 100 + bucket.unsqueeze(1).expand(-1, 3),
+                       np.arange(num_envs))
+    folder.mkdir()
+    torch.save({"buffer": buffer.state_dict(), "normalizer": {"mean": torch.zeros(2)}}, folder / "checkpoint.pt")
+    return folder
+
+
+def test_one_observation_tells_the_task_or_it_does_not(tmp_path, capsys):
+    """And what is shuffled is told by neither."""
+    sami_probe.main([str(keep_replay(tmp_path / "told", True)), str(keep_replay(tmp_path / "silent", False))])
+    (told, told_shuffled, often), (silent, silent_shuffled, _) = (
+        [float(cell) for cell in line.split("|")[2:5]] for line in capsys.readouterr().out.splitlines()[2:])
+    assert told > 0.99 and often == pytest.approx(1 / 3, abs=1e-3)
+    assert max(told_shuffled, silent, silent_shuffled) < 0.6
+
+
+def test_held_out_episodes_are_whole_and_in_order(tmp_path):
+    """The ring begins in its middle; no observation is a row before the first or after the last step."""
+    obs, length, bucket, together = sami_probe.replay(keep_replay(tmp_path / "run", True), 30)
+    assert obs.shape == (30, 10, 2) and together == 3 and bucket.tolist() == [0, 1, 2] * 10
+    assert length.tolist() == [10, 10, 10, 9, 9, 9] * 5
+    there = torch.arange(10) < length.unsqueeze(1)
+    assert ((obs[..., 0] - bucket.unsqueeze(1)).abs()[there] < 1).all()
+
+
+@pytest.mark.parametrize("saved, words", [
+    (None, "has no checkpoint.pt"), (b"no archive", "is damaged"), ({"buffer": {"rows": 1}}, "keeps no trajectories"),
+    ([1], "keeps no trajectories"), (6, "6 episodes are too few")])
+def test_what_cannot_be_probed_is_one_line(saved, words, tmp_path, capsys):
+    run = tmp_path / "run"
+    if isinstance(saved, int):
+        keep_replay(run, True, episodes=12, num_envs=6)
+    elif saved is not None:
+        run.mkdir()
+        if isinstance(saved, bytes):
+            (run / "checkpoint.pt").write_bytes(saved)
+        else:
+            torch.save(saved, run / "checkpoint.pt")
+    with pytest.raises(sami_probe.UserError, match=words) as error:
+        sami_probe.main([str(run)])
+    assert "\n" not in str(error.value) and not capsys.readouterr().out
 
 
 # ---- runs
@@ -476,6 +594,7 @@ def test_every_variant_runs(name, changes, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "contexts.png").exists() == (changes.get("context") != "none")
     scalars = {row["name"]: float(row["value"]) for row in rows_of(tmp_path / "run", "scalars.csv")}
     assert ("weight" in scalars) == (name != "tesac") and ("probe_r2" in scalars) == (changes.get("context") != "none")
+    assert scalars["probe_r2_observation"] < 1
     assert all(math.isfinite(value) for key, value in scalars.items() if "success" not in key)
     if name != "tesac":
         fixed = name == "ccm" or "fixed_weight" in changes
@@ -518,7 +637,11 @@ def test_franka_tasks_are_learned_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, words", [
     (tesac.Args(env="HalfCheetah-v5"), "HalfCheetah-v5 has no task splits; known are HalfCheetah-dyn-v0"),
     (satesac.Args(contrast_trajectories=1), "--contrast-trajectories must be 2 or more"),
-    (ccm.Args(kappa=0.0), "--kappa must be greater than 0"), (tesac.Args(window=0), "--window must be greater than 0")])
+    (ccm.Args(estimator="softmax", contrast_trajectories=2), "softmax needs two positive ones; use 3 or more"),
+    (satesac.Args(estimator="softmax", contrast_trajectories=2), "softmax needs two positive ones; use 3 or more"),
+    (ccm.Args(kappa=0.0), "--kappa must be greater than 0"), (tesac.Args(window=0), "--window must be greater than 0"),
+    (tesac.Args(num_envs=2), f"--num-envs 2: {CHEETAH} has 3 buckets of training tasks; use at least 3"),
+    (saccm.Args(env="FrankaSkill-v0", num_envs=5), "FrankaSkill-v0 has 6 buckets of training tasks; use at least 6")])
 def test_errors(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = SCRIPTS[type(args).__module__.split(".")[1]]
