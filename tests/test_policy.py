@@ -215,6 +215,17 @@ def test_a_run_that_had_a_run_as_knowledge_is_whole(tmp_path):
     assert torch.equal(policy(obs), -rules["run.first"](obs)) and policy(obs).std() > 0
 
 
+def test_rules_that_make_constants_are_exported_twice(tmp_path):
+    """torch.tensor([...]) leaves a detach_ in the graph, which cannot be traced again."""
+    rules = knowledge.load("fetch.v4-half", "FetchPush-v4", 4, near_obs(3))
+    first = save_run(tmp_path / "first", lambda obs: knowledge.advise(rules, obs, 4)[:, 0], near_obs(2))
+    assert b"detach_" in (tmp_path / "first" / "policy.pt2").read_bytes()
+    theirs, obs = knowledge.load(first, "FetchPush-v4", 4, near_obs(3)), near_obs(64)
+    second = save_run(tmp_path / "second", lambda obs: -knowledge.advise(theirs, obs, 4)[:, 0], near_obs(2))
+    policy, = knowledge.load(second, "FetchPush-v4", 4, obs).values()
+    assert torch.equal(policy(obs), -knowledge.advise(rules, obs, 4)[:, 0]) and policy(obs).std() > 0
+
+
 def test_a_run_remembers_other_runs_as_they_were(tmp_path):
     teacher, run = save_run(tmp_path / "teacher"), tmp_path / "run"
     run.mkdir()
