@@ -189,6 +189,17 @@ def test_what_may_be_drawn():
     advice = torch.tensor([[[1.0, 0, 0], [0, 0, 0.2]], [[0, 0, 0], [0, 0, 0]]])
     assert ppo_mask.mask_of(advice).tolist() == [[1, 0, 1], [1, 1, 1]]
     assert ppo_mask.mask_of(torch.zeros(1, 0, 2)).tolist() == [[1, 1]]
+    torch.manual_seed(0)
+    ones = torch.randint(2, (64, 3, 7)).float()
+    assert torch.equal(ppo_mask.mask_of(ones) == 1, ones.any(1) | ~ones.any(1).any(1, keepdim=True))
+
+
+def test_another_run_advises_what_it_finds_likely():
+    """Its advice is probabilities, all above 0. Each policy is measured by its own highest."""
+    advice = torch.tensor([[[0.6, 0.2, 0.2, 0.0]], [[0.4, 0.3, 0.1999, 0.1]], [[0.25, 0.25, 0.25, 0.25]]])
+    assert ppo_mask.mask_of(advice).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    both = torch.tensor([[[0.97, 0.01, 0.01, 0.01], [0.05, 0.45, 0.4, 0.1]], [[0.7, 0.1, 0.1, 0.1], [0, 0, 0, 0]]])
+    assert ppo_mask.mask_of(both).tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
 
 
 def test_masked_probabilities_by_hand():
