@@ -178,6 +178,18 @@ def test_a_potential_that_cannot_be_used_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_potential_that_gives_no_numbers_is_refused_or_counted(tmp_path):
+    """None at all would be plain SAC."""
+    file = tmp_path / "phi.py"
+    file.write_text("def potential(history):\n    return 0 / (0 * history.last('observation')[:, 0])\n")
+    with pytest.raises(runtime.UserError, match="gives no number in any of the first 8 states; correct it") as caught:
+        short_run(sac_shaping, tmp_path / "none", knowledge=str(file))
+    assert "\n" not in str(caught.value) and not (tmp_path / "none").exists()
+    file.write_text("def potential(history):\n    return history.last('observation')[:, 0].log()\n")
+    rows = curve(short_run(sac_shaping, tmp_path / "half", knowledge=str(file)), "scalars.csv")
+    assert max(float(row["value"]) for row in rows if row["name"] == "phi_invalid") > 64
+
+
 # masks
 
 def agent_of(module: ModuleType):
