@@ -125,6 +125,13 @@ def test_the_first_episodes_are_the_rules(tmp_path, monkeypatch):
     assert int(curve(tmp_path / "a", "eval.csv")[-1]["step"]) == 480
 
 
+def test_a_run_of_demonstrations_alone_says_so(tmp_path, capsys):
+    for demos, said in ((16, False), (1000, True)):
+        sac_demos.main(sac_demos.Args(**SHORT, knowledge=RULE, demos=demos, total_timesteps=240,
+                                      run_dir=str(tmp_path / str(demos))))
+        assert ("demonstrations: 16 episodes took all steps, so nothing was learned" in capsys.readouterr().err) == said
+
+
 def test_every_policy_demonstrates():
     torch.manual_seed(0)
     drawn = sac_demos.demonstrated(torch.tensor([[[1.0], [2.0]]]).expand(1000, 2, 1))
