@@ -255,7 +255,8 @@ def _aten(target: str) -> torch._ops.OpOverload:
     parts = re.fullmatch(r"torch\.ops\.aten\.(\w+)\.(\w+)", target)
     if not parts or not {parts[1], parts[1].removesuffix("_")} & OPERATORS:
         raise BadArchive(f"it uses {target!r:.60}, which is not among the operators that are played")
-    overload = getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None)
+    name = "detach" if parts[1] == "detach_" else parts[1]  # of torch.tensor([...]); in place no run could export it
+    overload = getattr(getattr(torch.ops.aten, name, None), parts[2], None)
     if not isinstance(overload, torch._ops.OpOverload) or any(x.is_out for x in overload._schema.arguments):
         raise BadArchive(f"it uses {target!r:.60}, which is no function")
     return overload

@@ -1,4 +1,5 @@
-"""Networks and running statistics of the stream scripts: what is no method's own idea, for one input at a time.
+"""Networks and running statistics of the stream scripts: code that belongs to no single method; it handles one input
+at a time.
 
 The parameters of a network are one flat vector, and its gradient has a closed form. So a step size that is bounded over
 the whole network is one sum, and a transition, from the raw observation to the next action, is one compiled graph: one
@@ -138,8 +139,8 @@ def scale_reward(stats: dict[str, torch.Tensor], reward: torch.Tensor, ended: to
 def observe(stats: dict[str, torch.Tensor], obs: torch.Tensor, last: torch.Tensor | None, frames: int, normalize: bool,
             learn: bool = True) -> torch.Tensor:
     """What networks see of an observation (n,) of `envs.StreamEnv`, float64: counted in first (not without `learn`),
-    then shifted and scaled. A time feature stays as it is. With `frames` above 1 an image goes on top of the latest of
-    `last`, what was seen one step before (None: this is the first step of an episode)."""
+    then shifted and scaled. A time feature stays as it is. With `frames` above 1, the new image is added to the last
+    `frames - 1` images in `last`, what was seen one step before (None: this is the first step of an episode)."""
     size = stats["mean"].numel()
     x, time = obs[:size].view(stats["mean"].shape), obs[size:]  # (n,) or (channels, height, width); (1,) or (0,)
     if learn:

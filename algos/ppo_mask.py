@@ -2,7 +2,8 @@
 
 This is the idea of CAMEL (arXiv 2502.11896; camel.py) for discrete actions. The paper has continuous actions alone, so
 this is no reproduction: mask, schedule and loss are this project's. The mask m(s) has a 1 for every action that at
-least one external policy advises, and for all actions where none advises any. The agent acts by
+least one external policy advises, and for all actions where none advises any. The advice of another run is a
+probability for every action; it advises those that have more than half of the highest. The agent acts by
 
     p_eps(a|s) = eps p(a|s) m_a(s) / sum_b p(b|s) m_b(s) + (1 - eps) p(a|s),   eps = max(0, 1 - step / mask_steps)
 
@@ -138,8 +139,9 @@ class Seen(NamedTuple):
 
 
 def mask_of(advice: torch.Tensor) -> torch.Tensor:
-    """Advice (B, n, A) -> 1 for actions that may be drawn (B, A): those advised, or all where nobody advises any."""
-    advised = (advice > 0).any(1)  # (B, A)
+    """Advice (B, n, A) -> 1 for actions that may be drawn (B, A): those advised, or all where nobody advises any. A
+    policy advises what has more than half of its highest number: of ones and zeros the ones."""
+    advised = (advice > 0.5 * advice.amax(-1, keepdim=True)).any(1)  # (B, A)
     return (advised | ~advised.any(1, keepdim=True)).float()
 
 

@@ -9,8 +9,9 @@ best one, b. It is imitated only where they value its action above the actor's o
 
 - m is the actor's mean action, so the temperature alone decides on the noise. A log-likelihood would fail, because
   rules often return exactly 1, which tanh never reaches.
-- The filter takes the place of a weight that fades. It may tell which of several rules is right where, and drop
-  wrong ones. It knows no more than the critics: at first its choice is random, and wrong rules were not dropped yet.
+- The filter takes the place of a weight that fades. It may tell which of several rules is right where, and drop wrong
+  ones. It is only as good as the critics. Untrained critics choose at random. In our runs wrong rules were never
+  dropped.
 - The external policies never act. TD3+BC (arXiv 2106.06860) adds such a term offline.
 
 Everything else is SAC: `diff algos/sac.py algos/sac_bc.py`. docs/forms_of_knowledge.md compares it with other forms.

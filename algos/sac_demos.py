@@ -251,6 +251,9 @@ def main(args: Args) -> dict[str, float]:
         if run.due(args.eval_every) or run.over:
             run.log_evaluation(evaluator.play(act, twice=run.over))
         run.save_if_due()
+    if run.over and external and loop["demos"] < args.demos:
+        print(f"demonstrations: {loop['demos']} episodes took all steps, so nothing was learned; lower --demos, or go "
+              "on by --resume with more --total-timesteps", file=sys.stderr)
     run.finish(example, policy=policy)
     evaluator.film(act, run.folder)
     return run.result

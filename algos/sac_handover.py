@@ -334,7 +334,8 @@ def main(args: Args) -> dict[str, float]:
 
     def inner(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean action (B, d) of the inner policy alone. The run exports this as inner.pt2."""
-        return gaussian_policy(agent["actor"], normalizer(envs.flatten(obs)), torch.zeros(d))[0]
+        features = normalizer(envs.flatten(obs)).to(device)
+        return gaussian_policy(agent["actor"], features, torch.zeros(d, device=device))[0].cpu()
 
     def act(obs: envs.Observation) -> np.ndarray:
         """The actions of evaluations: the acting policy is drawn, and the inner policy acts by its mean."""

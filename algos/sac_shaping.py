@@ -189,6 +189,9 @@ def main(args: Args) -> dict[str, float]:
     example = envs.example_of(vec, obs)
     potential = potentials.load(args.knowledge, args.env, envs.clauses, (), kept_in=args.resume or args.evaluate)
     potential(as_history(envs.flatten(obs), g))  # an unfit one raises an error, before a run folder is made
+    if potential.invalid == args.num_envs:  # what is no number counts as 0, so this would be SAC
+        raise runtime.UserError(f"potential {args.knowledge} gives no number in any of the first {args.num_envs} "
+                                "states; correct it")
     agent = make_agent(args, f, d, device)
     normalizer = envs.Normalizer(f, args.normalize)
     buffer, relabelled = make_buffer(args, vec, f, d, g)
@@ -245,7 +248,7 @@ def main(args: Args) -> dict[str, float]:
             batch = buffer.sample(args.batch_size, relabelled)
             phi, next_phi = (potential(as_history(x, g)) for x in (batch.obs, batch.next_obs))  # for the batch's goals
             batch = batch._replace(reward=shaped(batch.reward, phi, next_phi, batch.terminated, args))
-            scalars.add({"phi": phi.mean()})
+            scalars.add({"phi": phi.mean(), "phi_invalid": torch.tensor(float(potential.invalid))})
             batch = batch._replace(obs=look(batch.obs), next_obs=look(batch.next_obs))
             inputs = (batch, draw_noise(args.batch_size, d), draw_noise(args.batch_size, d))
             scalars.add(learn(agent, *tree_map(lambda x: x.to(device), inputs), args))

@@ -1,12 +1,13 @@
-"""Rules of Fetch and of MiniGrid's DoorKey made weak or wrong on purpose, to compare forms of knowledge: for every
-rule of `fetch.v4` and of DoorKey's `minigrid.official` there are two more, in groups of their own.
+"""Rules of Fetch and of MiniGrid's DoorKey made weak or wrong on purpose, to compare forms of knowledge. Every rule of
+`fetch.v4` and of DoorKey's `minigrid.official` has two variants, `-half` and `-mirrored`. Each variant forms a group.
 
     fetch.v4-half        right for half of all goals, so in half of the episodes; for the others an action at random
     minigrid.official-half   right in half of all views, in the others an action at random
     fetch.v4-mirrored, minigrid.official-mirrored    wrong always: away from where the rule goes
 
 Rules have no memory, so chance depends on the state alone: in a state a rule is always right, or always wrong in the
-same way. On grids a rule that has nothing to say stays silent. docs/forms_of_knowledge.md has the use.
+same way. For the same reason all rules of a `-half` group are wrong in the same states, with the same random action. On
+grids a rule that has nothing to say stays silent. docs/forms_of_knowledge.md has the use.
 """
 import torch
 from torch import Tensor

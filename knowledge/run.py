@@ -13,11 +13,15 @@ import torch
 import pt2
 from knowledge.registry import KnowledgeError, Obs, Policy, copy_of
 
+FUSING = {"ppo_kian", "sac_handover", "sac_kian"}  # scripts that write inner.pt2
+
 
 def file_of(kind: str, folder: Path) -> Path:
-    """The file that `run:<folder>` or `inner:<folder>` stands for."""
+    """The file that `run:<folder>` or `inner:<folder>` stands for. It need not be there."""
     inner = folder / "inner.pt2"
-    return inner if kind == "inner" and inner.is_file() else folder / "policy.pt2"
+    if kind == "inner" and (inner.is_file() or _config(folder).get("algo") in FUSING):
+        return inner
+    return folder / "policy.pt2"
 
 
 def load(kind: str, folder: Path, action_dim: int, example: Obs, lowest: float) -> dict[str, Policy]:
@@ -31,7 +35,7 @@ def load(kind: str, folder: Path, action_dim: int, example: Obs, lowest: float) 
     if not folder.is_dir():
         raise KnowledgeError(f"run {folder} is not there; check the path, or put it back where it was")
     if not file.is_file():
-        raise KnowledgeError(f"run {folder} has no policy.pt2; {_remedy(folder)}")
+        raise KnowledgeError(f"run {folder} has no {file.name}; {_remedy(folder)}")
     try:
         program = pt2.read(file)
     except (pt2.BadArchive, OSError) as error:
@@ -74,7 +78,9 @@ def load(kind: str, folder: Path, action_dim: int, example: Obs, lowest: float) 
 
 
 def _remedy(folder: Path) -> str:
-    """What to do about a folder that has no policy.pt2."""
+    """What to do about a folder that has no policy.pt2, or no inner.pt2 where there should be one."""
+    if (folder / "policy.pt2").is_file():
+        return f"its own policy was not exported; --resume tries again, run:{folder} is the whole agent"
     if (folder / "inner.pt2").is_file():
         return f"its knowledge could not be exported; inner:{folder} is its own policy alone"
     if (folder / "checkpoint.pt").is_file():
@@ -84,10 +90,17 @@ def _remedy(folder: Path) -> str:
 
 def _where(folder: Path) -> str:
     """" in <environment>", as the run's config.json has it."""
+    env_id = _config(folder).get("env_id")
+    return f" in {env_id}" if env_id else ""
+
+
+def _config(folder: Path) -> dict:
+    """The run's config.json; empty where it has none that can be read."""
     try:
-        return f" in {json.loads((folder / 'config.json').read_text())['env_id']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _numbers(size: Sequence[int], dtype: torch.dtype) -> str:

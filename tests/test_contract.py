@@ -92,7 +92,7 @@ SCRIPTS = [
     Script("sac_kian", f"{POINT} {RULES}", f"{SAC} attention/inner attention/tasks.approach selected/ key_norm/",
            refuses="CartPole-v1", leaves=BOTH),
     Script("sac_kogun", f"{POINT} {RULES}", SAC, refuses="CartPole-v1"),
-    Script("sac_shaping", f"{POINT} --knowledge tests/potential.py", f"{SAC} phi", refuses="CartPole-v1"),
+    Script("sac_shaping", f"{POINT} --knowledge tests/potential.py", f"{SAC} phi phi_invalid", refuses="CartPole-v1"),
     Script("saccm", SPLITS, f"{OF_SPLITS} nce_loss weight", **WINDOWS),
     Script("satesac", SPLITS, f"{OF_SPLITS} nce_loss weight", **WINDOWS),
     Script("srl", "--env MobileRobot-v0 --losses vae,inverse,forward,reward,priors --frames 200 --episode-steps 10 "

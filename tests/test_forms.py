@@ -125,6 +125,13 @@ def test_the_first_episodes_are_the_rules(tmp_path, monkeypatch):
     assert int(curve(tmp_path / "a", "eval.csv")[-1]["step"]) == 480
 
 
+def test_a_run_of_demonstrations_alone_says_so(tmp_path, capsys):
+    for demos, said in ((16, False), (1000, True)):
+        sac_demos.main(sac_demos.Args(**SHORT, knowledge=RULE, demos=demos, total_timesteps=240,
+                                      run_dir=str(tmp_path / str(demos))))
+        assert ("demonstrations: 16 episodes took all steps, so nothing was learned" in capsys.readouterr().err) == said
+
+
 def test_every_policy_demonstrates():
     torch.manual_seed(0)
     drawn = sac_demos.demonstrated(torch.tensor([[[1.0], [2.0]]]).expand(1000, 2, 1))
@@ -178,6 +185,18 @@ def test_a_potential_that_cannot_be_used_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_potential_that_gives_no_numbers_is_refused_or_counted(tmp_path):
+    """None at all would be plain SAC."""
+    file = tmp_path / "phi.py"
+    file.write_text("def potential(history):\n    return 0 / (0 * history.last('observation')[:, 0])\n")
+    with pytest.raises(runtime.UserError, match="gives no number in any of the first 8 states; correct it") as caught:
+        short_run(sac_shaping, tmp_path / "none", knowledge=str(file))
+    assert "\n" not in str(caught.value) and not (tmp_path / "none").exists()
+    file.write_text("def potential(history):\n    return history.last('observation')[:, 0].log()\n")
+    rows = curve(short_run(sac_shaping, tmp_path / "half", knowledge=str(file)), "scalars.csv")
+    assert max(float(row["value"]) for row in rows if row["name"] == "phi_invalid") > 64
+
+
 # masks
 
 def agent_of(module: ModuleType):
@@ -189,6 +208,17 @@ def test_what_may_be_drawn():
     advice = torch.tensor([[[1.0, 0, 0], [0, 0, 0.2]], [[0, 0, 0], [0, 0, 0]]])
     assert ppo_mask.mask_of(advice).tolist() == [[1, 0, 1], [1, 1, 1]]
     assert ppo_mask.mask_of(torch.zeros(1, 0, 2)).tolist() == [[1, 1]]
+    torch.manual_seed(0)
+    ones = torch.randint(2, (64, 3, 7)).float()
+    assert torch.equal(ppo_mask.mask_of(ones) == 1, ones.any(1) | ~ones.any(1).any(1, keepdim=True))
+
+
+def test_another_run_advises_what_it_finds_likely():
+    """Its advice is probabilities, all above 0. Each policy is measured by its own highest."""
+    advice = torch.tensor([[[0.6, 0.2, 0.2, 0.0]], [[0.4, 0.3, 0.1999, 0.1]], [[0.25, 0.25, 0.25, 0.25]]])
+    assert ppo_mask.mask_of(advice).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    both = torch.tensor([[[0.97, 0.01, 0.01, 0.01], [0.05, 0.45, 0.4, 0.1]], [[0.7, 0.1, 0.1, 0.1], [0, 0, 0, 0]]])
+    assert ppo_mask.mask_of(both).tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
 
 
 def test_masked_probabilities_by_hand():

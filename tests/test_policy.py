@@ -10,12 +10,16 @@ import zipfile
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import knowledge
 import pt2
-from algos import sac, sac_kian
+import runtime
+from algos import sac, sac_handover, sac_kian
 from knowledge import KnowledgeError, minigrid
 from runtime import save_policy
+from tests import tasks
+from tests.test_form import SCRIPTS
 
 
 def network(inputs: int, outputs: int) -> nn.Module:
@@ -215,6 +219,17 @@ def test_a_run_that_had_a_run_as_knowledge_is_whole(tmp_path):
     assert torch.equal(policy(obs), -rules["run.first"](obs)) and policy(obs).std() > 0
 
 
+def test_rules_that_make_constants_are_exported_twice(tmp_path):
+    """torch.tensor([...]) leaves a detach_ in the graph, which cannot be traced again."""
+    rules = knowledge.load("fetch.v4-half", "FetchPush-v4", 4, near_obs(3))
+    first = save_run(tmp_path / "first", lambda obs: knowledge.advise(rules, obs, 4)[:, 0], near_obs(2))
+    assert b"detach_" in (tmp_path / "first" / "policy.pt2").read_bytes()
+    theirs, obs = knowledge.load(first, "FetchPush-v4", 4, near_obs(3)), near_obs(64)
+    second = save_run(tmp_path / "second", lambda obs: -knowledge.advise(theirs, obs, 4)[:, 0], near_obs(2))
+    policy, = knowledge.load(second, "FetchPush-v4", 4, obs).values()
+    assert torch.equal(policy(obs), -knowledge.advise(rules, obs, 4)[:, 0]) and policy(obs).std() > 0
+
+
 def test_a_run_remembers_other_runs_as_they_were(tmp_path):
     teacher, run = save_run(tmp_path / "teacher"), tmp_path / "run"
     run.mkdir()
@@ -239,6 +254,40 @@ def test_runs_of_the_scripts_are_knowledge_of_each_other(tmp_path):
     obs = near_obs(16) | {"observation": torch.randn(16, 26)}
     run, inner = knowledge.load(f"run:{tmp_path / 'kian'},inner:{tmp_path / 'kian'}", "FetchPush-v4", 4, obs).values()
     assert run(obs).shape == inner(obs).shape == (16, 4) and not torch.equal(run(obs), inner(obs))
+
+
+@pytest.mark.parametrize("script", [sac_handover, sac_kian])
+def test_what_is_exported_of_an_agent_on_a_gpu(script, tmp_path, monkeypatch):
+    """Weights are on another device, for which "meta" stands. All else is on the CPU, and so is the action."""
+    written, finish = [], runtime.Run.finish
+    monkeypatch.setattr(runtime.Run, "finish", lambda run, *given, **named: (written.extend([*given, named]),
+                                                                             finish(run)))
+    run = dict(env="tests.tasks:Point-v0", knowledge=tasks.__file__, eval_episodes=1, run_dir=str(tmp_path / "run"))
+    script.main(script.Args(**SMALL | run))
+    example, functions = written
+    inner = functions["inner"]
+    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__))  # of main's variables, which `policy` shares
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # such tensors have no values to look at
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        agent = cells["agent"].cell_contents
+        agent["actor"] = {name: torch.empty_like(x, device="meta") for name, x in agent["actor"].items()}
+        cells["device"].cell_contents = torch.device("meta")
+        for function in functions.values():
+            action = function(knowledge.registry.copy_of(example))
+            assert action.device.type == "cpu" and action.shape == (len(example["observation"]), 2)
+
+
+def test_an_inner_policy_that_was_not_exported_is_not_replaced(tmp_path):
+    """The whole agent, knowledge included, is something else."""
+    assert knowledge.run.FUSING == {name for name, path in SCRIPTS.items() if "inner=inner" in path.read_text()}
+    save_run(tmp_path / "seed1")
+    for algo in knowledge.run.FUSING:
+        (tmp_path / "seed1" / "config.json").write_text(json.dumps({"env_id": "Toy-v0", "algo": algo}))
+        with pytest.raises(KnowledgeError, match="seed1 has no inner.pt2; its own policy was not exported") as caught:
+            load(f"inner:{tmp_path / 'seed1'}")
+        assert "\n" not in str(caught.value) and load(f"run:{tmp_path / 'seed1'}")
+    (tmp_path / "seed1" / "config.json").write_text(json.dumps({"env_id": "Toy-v0", "algo": "sac"}))
+    assert load(f"inner:{tmp_path / 'seed1'}")
 
 
 def test_bad_runs(tmp_path):
