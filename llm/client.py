@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import string
 import sys
 import threading
@@ -43,6 +44,8 @@ from llm.sandbox import SandboxUnavailable
 HANDWRITTEN = "handwritten"  # the model and the source of answers that a person wrote
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 TRIES = 8  # of one call, while the server says to come again
+NO_TEXT = "an answer without text"
+HOST = re.compile(r"[\w.:%-]+")
 LONGEST_WAIT = 60.0  # seconds between two tries, and the longest Retry-After that is waited for
 TOKENS_PER_REPLY = 500  # what an estimate takes where --max-tokens is larger
 
@@ -122,11 +125,13 @@ class Client:
             raise UserError(f"--mode {self.args.mode} asks a server: name its model, --model NAME; '{HANDWRITTEN}' "
                             "stands for answers that a person wrote")
         url = self.args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise UserError(f"--base-url {_without_password(url)} is no address; an address is, for example, "
                             "http://127.0.0.1:8080/v1")
-        key = os.environ.get("OPENAI_API_KEY", "")
+        parts = urlsplit(url)
+        key = os.environ.get("OPENAI_API_KEY", "").strip()  # a file with Windows' line ends leaves a \r
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("OPENAI_API_KEY has a character that no key has, such as a line break; set it again")
         if not key and parts.hostname == "api.openai.com":
             raise UserError("no key: set OPENAI_API_KEY, or name a server of yours, for example --base-url "
                             "http://127.0.0.1:8080/v1")
@@ -257,8 +262,8 @@ class Client:
                     model=self.args.model, messages=messages, temperature=self.args.temperature,
                     **{self._limit: self.args.max_tokens}, extra_body=extra)
                 if isinstance(said, str):
-                    raise UserError(f"{self.server} is no chat completions server, it answers '{_short(said)}'; "
-                                    "--base-url mostly ends in /v1")
+                    raise UserError(self._hidden(f"{self.server} is no chat completions server, it answers "
+                                                 f"'{_short(said)}'; --base-url mostly ends in /v1"))
                 text, finish_reason = _said(said)
                 if text:
                     usage = said.usage.model_dump(exclude_none=True) if said.usage else {}
@@ -325,10 +330,17 @@ def _seconds(header: str | None) -> float:
         return 0.0
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and parts.port != 0 and bool(HOST.fullmatch(parts.hostname or ""))
+    except ValueError:  # a bracket or a port that is none
+        return False
+
+
 def _without_password(url: str) -> str:
     """An address as it may be shown: without user, password and query."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return re.sub(r"[?#].*", "", re.sub(r"^(\w+://)?[^/]*@", r"\1", url))
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
