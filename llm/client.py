@@ -114,6 +114,7 @@ class Client:
         self._stopped = threading.Event()  # one of many calls has failed, or Ctrl-C came: the others try no more
         self._limit = "max_tokens"  # some servers call it max_completion_tokens
         self.server = ""
+        self._told = False  # what the calls will cost
         if args.mode != "replay":
             self._connect()
 
@@ -148,24 +149,27 @@ class Client:
         params = {"temperature": self.args.temperature, "max_tokens": self.args.max_tokens, "sample": sample}
         return (extra or {}) | params
 
-    def estimate(self, conversations: list[list[Message]], extra: dict | None = None, most: int = 0) -> int:
-        """Say on stderr what these questions will cost, one line, and return how many calls they are. Equal ones count
-        as samples 0, 1, ... Where answers are checked and asked again, `most` calls can come of it. Raises UserError
-        where the questions alone are more than --max-calls."""
-        seen, missing = {}, []
-        for messages in conversations:
+    def estimate(self, conversations: list[list[Message]], extra: dict | None = None, most: int = 0,
+                 samples: list[int] | None = None) -> int:
+        """Say on stderr what these questions will cost, one line, and return how many calls they are. `samples` are
+        those of each; without them equal questions count as samples 0, 1, ... Where answers are checked and asked
+        again, `most` calls can come of it. Raises UserError where the questions alone are more than --max-calls."""
+        seen, missing = {}, {}  # missing: tokens by key, so that what is asked once counts once
+        for i, messages in enumerate(conversations):
             text = json.dumps(messages)
-            seen[text] = sample = seen.get(text, -1) + 1
-            if self.args.mode == "off" or self.key(messages, sample, extra) not in self.recorded:
-                missing.append(sum(len(message["content"]) for message in messages) // 4 + 4 * len(messages))
+            seen[text] = seen.get(text, -1) + 1
+            key = self.key(messages, samples[i] if samples else seen[text], extra)
+            if self.args.mode == "off" or key not in self.recorded:
+                missing[key] = sum(len(message["content"]) for message in messages) // 4 + 4 * len(messages)
         if self.args.mode == "replay" or not missing:
             return 0
+        self._told = True
         replies = len(missing) * min(self.args.max_tokens, TOKENS_PER_REPLY)
         again = ""
         if most > len(missing):
             again = f"; at most {min(most, self.args.max_calls - self.calls)} calls where answers cannot be used"
         print(f"{len(conversations)} questions, {len(missing)} calls to {self.args.model} at {self.server}: about "
-              f"{sum(missing):,} tokens in, {replies:,} out{again}", file=sys.stderr)
+              f"{sum(missing.values()):,} tokens in, {replies:,} out{again}", file=sys.stderr)
         if len(missing) > self.args.max_calls - self.calls:
             raise UserError(f"{len(missing)} calls are more than --max-calls {self.args.max_calls}; raise it, or ask "
                             "less")
@@ -187,10 +191,10 @@ class Client:
             raise UserError(f"not recorded for model {self.args.model} in {self.file}: {key[:16]}, \"{last}\"; record "
                             "it with --mode record --model NAME --base-url URL")
         with self._lock:
-            if self.calls >= self.args.max_calls:
-                kept = f"; {self.file} has what was answered" if self.args.mode == "record" else ""
-                raise UserError(f"--max-calls {self.args.max_calls} are used up{kept}: raise it and run the same again")
-            self.calls += 1
+            told, self._told = self._told, True
+        if not told:
+            self.estimate([messages], extra, samples=[sample])
+        self._count()
         record = {"key": key, "source": "api", "model": self.args.model, "server": self.server,
                   "time": _now(), "messages": messages, "params": params, **self._call(messages, extra)}
         if self.args.mode == "record":
@@ -198,6 +202,14 @@ class Client:
                 append(self.file, record)
                 self.recorded[key] = record
         return _reply(record)
+
+    def _count(self) -> None:
+        """One call more. Raises UserError where --max-calls are used up."""
+        with self._lock:
+            if self.calls >= self.args.max_calls:
+                kept = f"; {self.file} has what was answered" if self.args.mode == "record" else ""
+                raise UserError(f"--max-calls {self.args.max_calls} are used up{kept}: raise it and run the same again")
+            self.calls += 1
 
     def write_by_hand(self, messages: list[Message], answer: str, sample: int = 0, extra: dict | None = None) -> None:
         """Record what a person answers in the place of a model, for this client's model `handwritten`."""
@@ -211,8 +223,8 @@ class Client:
             self.recorded[record["key"]] = record
 
     def ask_all(self, conversations: list[list[Message]], extra: dict | None = None) -> Iterator[Reply]:
-        """The answers to many conversations (sample 0 each), in their order, `--workers` calls at a time. The first
-        that fails, or Ctrl-C, ends it; those that were under way are still kept."""
+        """The answers to many conversations (sample 0 each), in their order, `--workers` calls at a time; equal ones
+        are asked once. The first that fails, or Ctrl-C, ends it; those that were under way are still kept."""
         failures = []
 
         def ask(messages: list[Message]) -> Reply:
@@ -224,10 +236,11 @@ class Client:
                 raise
 
         pool = ThreadPoolExecutor(self.args.workers)
-        futures = [pool.submit(ask, messages) for messages in conversations]
+        keys = [self.key(messages, 0, extra) for messages in conversations]
+        futures = {key: pool.submit(ask, messages) for key, messages in dict(zip(keys, conversations)).items()}
         try:
-            for future in futures:
-                yield future.result()
+            for key in keys:
+                yield futures[key].result()
         except Exception:
             raise failures[0] from None  # what the others say since then follows from it
         finally:

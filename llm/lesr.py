@@ -200,7 +200,7 @@ class Writer:
         messages, self.tries = [{"role": "user", "content": question}], 0
         files = [folder / f"candidate-{number}.py" for number in range(1, self.args.candidates + 1)]
         missing = {i: file for i, file in enumerate(files) if not file.is_file()}
-        self.chat.estimate([messages] * len(missing), most=TRIES)
+        self.chat.estimate([messages] * len(missing), most=TRIES, samples=list(missing))
         if self.args.mode == "replay":
             for i in missing:
                 self.chat.ask(messages, i)  # what is not recorded is an error before anything is written
