@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from errors import UserError
@@ -117,6 +117,8 @@ class Client:
         self._told = False  # what the calls will cost
         if args.mode != "replay":
             self._connect()
+        if args.mode == "record":
+            _to_append(self.file).close()  # before anything is paid for
 
     def _connect(self) -> None:
         """Make the connection; nothing is sent."""
@@ -392,15 +394,23 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
 
 def append(file: Path, record: dict[str, Any]) -> None:
     """Add one recording, as a line; what is left of a line that was cut goes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     before = file.read_bytes() if file.is_file() and not _ends_a_line(file) else b""
     cut = before.rpartition(b"\n")[2]
-    with file.open("ab") as stream:
+    with _to_append(file) as stream:
         if cut and _is_json(cut):
             stream.write(b"\n")
         elif cut:
             stream.truncate(len(before) - len(cut))
         stream.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
+def _to_append(file: Path) -> BinaryIO:
+    """The file, open to be added to, in a folder that is made if need be. Raises UserError where that cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file.open("ab")
+    except OSError as error:
+        raise UserError(f"--recordings {file} cannot be written ({error.strerror}); name another") from None
 
 
 def _ends_a_line(file: Path) -> bool:
