@@ -269,24 +269,30 @@ class Client:
 
     def _call(self, messages: list[Message], extra: dict | None) -> dict[str, Any]:
         """Ask the server, and again while it says that it is busy; the entries of the recording that come from it."""
-        openai = self._openai
+        openai, reason = self._openai, ""
         for attempt in range(TRIES):
+            if reason.startswith(NO_TEXT):
+                self._count()  # an answer that cannot be used is paid for, too
+            limit = self._limit  # which another thread may change
             wait = min(self.first_wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
             try:
                 said = self._connection.chat.completions.create(
                     model=self.args.model, messages=messages, temperature=self.args.temperature,
-                    **{self._limit: self.args.max_tokens}, extra_body=extra)
+                    **{limit: self.args.max_tokens}, extra_body=extra)
                 if isinstance(said, str):
                     raise UserError(self._hidden(f"{self.server} is no chat completions server, it answers "
                                                  f"'{_short(said)}'; --base-url mostly ends in /v1"))
                 text, finish_reason = _said(said)
                 if text:
-                    usage = said.usage.model_dump(exclude_none=True) if said.usage else {}
+                    usage = said.usage.model_dump(exclude_none=True) if hasattr(said.usage, "model_dump") else {}
                     return {"answer": text, "finish_reason": finish_reason, "usage": usage,
                             "reported_model": said.model or self.args.model}
-                reason = "an answer without text"
+                if finish_reason == "length":
+                    raise UserError(f"all --max-tokens {self.args.max_tokens} were used before an answer; raise "
+                                    "--max-tokens")
+                reason = NO_TEXT
             except openai.BadRequestError as error:
-                if "max_completion_tokens" not in str(error) or self._limit == "max_completion_tokens":
+                if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
                     raise self._refused(error) from None
                 self._limit, wait, reason = "max_completion_tokens", 0, "another name for max_tokens"
             except openai.APIStatusError as error:
@@ -298,8 +304,10 @@ class Client:
                     raise UserError(self._hidden(f"{self.server} asks to wait {asked:.0f} s ({reason}); run the same "
                                                  "again then, it goes on where it stopped")) from None
                 wait = max(wait, asked) if asked else wait
-            except (openai.APIConnectionError, openai.APIResponseValidationError, json.JSONDecodeError) as error:
+            except openai.APIConnectionError as error:
                 reason = f"{type(error).__name__}: {error.__cause__ or error}"
+            except (openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+                reason = f"{NO_TEXT} ({type(error).__name__}: {error})"
             if attempt < TRIES - 1 and self._stopped.wait(wait):
                 break
         raise UserError(self._hidden(f"{self.server} did not answer in {attempt + 1} tries, at last: {reason}; look "
@@ -317,11 +325,13 @@ class Client:
 
 
 def _said(completion: Any) -> tuple[str | None, str | None]:
-    """Text and finish_reason of an answer, None where it has none: not every server keeps to the form."""
+    """Text and finish_reason of an answer, None where it has none: not every server keeps to the form. Half a letter
+    (a lone surrogate), which no file can hold, becomes a question mark."""
     try:
-        return completion.choices[0].message.content, completion.choices[0].finish_reason
-    except (AttributeError, TypeError, IndexError):
+        text, finish_reason = completion.choices[0].message.content, completion.choices[0].finish_reason
+    except (AttributeError, TypeError, LookupError):
         return None, None
+    return text.encode(errors="replace").decode() if isinstance(text, str) else None, finish_reason
 
 
 def _short(text: str, length: int = 60) -> str:
