@@ -437,6 +437,21 @@ def _is_json(text: bytes) -> bool:
     return True
 
 
+def text_in(flag: str, file: str) -> str:
+    """The text of the file that a flag names. Raises UserError where it has none."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{flag} {file} cannot be read ({type(error).__name__}); name a text file") from None
+
+
+def at_least(lowest: int, args: Any, *names: str) -> None:
+    """Raises UserError where one of these arguments is below `lowest`."""
+    for name in names:
+        if getattr(args, name) < lowest:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least {lowest}")
+
+
 def command(main: Callable, args_type: type, doc: str) -> None:
     """Call `main` with the arguments of the command line, as a command that asks a model: one line and exit code 2 for
     what a user can put right. `doc` is the text of the module."""
@@ -446,6 +461,9 @@ def command(main: Callable, args_type: type, doc: str) -> None:
         main(tyro.cli(args_type, description=doc.splitlines()[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of --out, mostly
+        print(f"error: {error}; name a place that can be read and written", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -359,11 +359,8 @@ def score_of(curve: list[float]) -> float:
 
 def run(args: Args) -> Path:
     """Go through the iterations; returns the folder."""
-    for name in ("iterations", "candidates", "total_timesteps", "seeds", "eval_every", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
-    if args.repairs < 0:
-        raise UserError(f"--repairs is {args.repairs}; it has to be 0 or more")
+    client.at_least(1, args, "iterations", "candidates", "total_timesteps", "seeds", "eval_every", "workers")
+    client.at_least(0, args, "repairs")
     if args.flags.count('"') % 2 or args.flags.count("'") % 2:
         raise UserError(f"--flags={args.flags} has a quote that is not closed")
     if split_id(args.env)[2]:

@@ -175,7 +175,8 @@ def test_every_model_has_a_file_of_its_own(server, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("words, said", [
     (["--mode", "record", "--model", "m", "--base-url", "URL"], "none of 1 answers of m can be used"),
     (["--model", "m"], "not recorded for model m"), (["--env", "Swimmer-v4"], "Swimmer-v4 has no description"),
-    (["--candidates", "0"], "--candidates 0"), (["--grammar", "none.gbnf"], "none.gbnf does not exist"),
+    (["--candidates", "0"], "--candidates is 0"), (["--grammar", "none.gbnf"], "none.gbnf cannot be"),
+    (["--grammar", "llm"], "llm cannot be read"),
     (["--out", "mine.txt"], "call it mine.json")])
 def test_command_fails_in_one_line(server, tmp_path, words, said):
     server.script = [fenced("return obs[:3]", "import os")] * 3
