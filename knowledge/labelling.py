@@ -1,5 +1,5 @@
 """What the three labelling commands share: their flags, and a client whose answers a person may write."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errors import UserError
@@ -25,16 +25,21 @@ class Chat(client.Client):
     """A client that takes what is not recorded from a list of answers that a person wrote."""
 
     def __init__(self, args: Args, name: str):
+        if args.by_hand:
+            args = replace(args, workers=1)  # answers are for the questions in their order
         super().__init__(args, args.recordings or ROOT / "llm" / "recordings" / f"{name}.jsonl")
         self.answers = []
         if args.by_hand:
-            file = Path(args.by_hand)
-            if not file.is_file() or args.model != client.HANDWRITTEN:
-                raise UserError(f"--by-hand {file} needs an existing file, and --model {client.HANDWRITTEN}")
-            self.answers = [answer.strip() for answer in file.read_text().split("\n===\n")]
+            if args.model != client.HANDWRITTEN:
+                raise UserError(f"--by-hand {args.by_hand} needs --model {client.HANDWRITTEN}")
+            self.answers = [part.strip() for part in client.text_in("by-hand", args.by_hand).split("\n===\n")]
+            while self.answers and not self.answers[-1]:  # a line of === at the end
+                self.answers.pop()
 
     def ask(self, messages: list[client.Message], sample: int = 0, extra: dict | None = None) -> client.Reply:
-        if self.answers and self.key(messages, sample, extra) not in self.recorded:
+        if self.args.by_hand and self.key(messages, sample, extra) not in self.recorded:
+            if not self.answers:
+                raise UserError(f"--by-hand {self.args.by_hand} has too few answers; name a file with the next ones")
             self.write_by_hand(messages, self.answers.pop(0), sample, extra)
         return super().ask(messages, sample, extra)
 

@@ -237,11 +237,12 @@ def test_a_model_is_asked_in_both_orders(small, tmp_path):
     """Answers of a person stand for those of a model: three pairs, then the same ones the other way round."""
     said = ["[Rank]\nA > B", "[Rank]\nB > A", "[Rank] A = B", "[Rank]\nB > A", "[Rank]\nB > A", "[Rank] A = B"]
     (tmp_path / "answers.md").write_text("\n===\n".join(said))
-    args = label_preferences.Args(dataset=str(small), env=GRID, annotator="model", pairs=3, workers=1,
+    args = label_preferences.Args(dataset=str(small), env=GRID, annotator="model", pairs=3,
                                   by_hand=str(tmp_path / "answers.md"), recordings=str(tmp_path / "said.jsonl"),
                                   out=str(tmp_path / "labels.jsonl"))
     meta, *rows = map(json.loads, label_preferences.main(args).read_text().splitlines())
     assert [row["label"] for row in rows] == [0, -1, 0.5]  # the second pair was judged by its order
+    assert labelling.Chat(args, "").args.workers == 1 < args.workers  # else answers come to other questions
     assert meta["source"] == "handwritten" and meta["contradicts_itself"] == pytest.approx(1 / 3)
     replayed = label_preferences.Args(**{**vars(args), "by_hand": "", "out": str(tmp_path / "again.jsonl")})
     assert label_preferences.main(replayed).read_text() == (tmp_path / "labels.jsonl").read_text()
