@@ -43,6 +43,12 @@ class Chat(client.Client):
             self.write_by_hand(messages, self.answers.pop(0), sample, extra)
         return super().ask(messages, sample, extra)
 
+    def estimate_rest(self, messages: list[client.Message], sample: int, left: int, tries: int) -> None:
+        """Say before the first call what `left` conversations cost, each of which goes on from the one before it. They
+        are pruned to --budget tokens, which all but the first have."""
+        if not self._told and (self.args.mode == "off" or self.key(messages, sample) not in self.recorded):
+            self.estimate([[{"role": "user", "content": "x" * 4 * self.args.budget}]] * left, most=left * tries)
+
 
 def family_of(env_id: str) -> str:
     """minigrid or crafter: by which prompts and files are named. Raises UserError for others."""
@@ -53,7 +59,9 @@ def family_of(env_id: str) -> str:
 
 
 def dataset_of(args: Args) -> Dataset:
-    """The dataset that is to be labelled. Raises UserError for one of another environment than `--env`."""
+    """The dataset that is to be labelled. Raises UserError for one of another environment than `--env`, and for a seed
+    that is none."""
+    client.at_least(0, args, "seed")
     dataset = Dataset(args.dataset or shipped_for(args.env))
     if family_of(dataset.env) != family_of(args.env):
         raise UserError(f"--dataset {args.dataset} is not of --env {args.env}; add --env {dataset.env}")
