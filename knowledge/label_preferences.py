@@ -37,8 +37,8 @@ class Args(labelling.Args):
 
 
 def rank(text: str) -> float:
-    """0 for "A > B" on the first line after [Rank], 1 for "B > A", 0.5 for "A = B", -1 for anything else."""
-    _, tag, after = text.partition("[Rank]")
+    """0 for "A > B" on the first line after the last [Rank], 1 for "B > A", 0.5 for "A = B", -1 for anything else."""
+    _, tag, after = text.rpartition("[Rank]")
     if not tag or not after.strip():
         return INVALID
     line = after.strip().splitlines()[0]

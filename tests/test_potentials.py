@@ -227,7 +227,8 @@ def test_hashed_words():
 @pytest.mark.parametrize("text, label", [
     ("[Thoughts]\nA is busy.\n[Rank]\nA > B", 0), ("[Rank] B > A", 1), ("[Rank]\nA = B\n", .5), ("[Rank]\nA>B", 0),
     ("[Thoughts] A > B", -1), ("[Rank]\n", -1), ("[Rank]\nneither", -1), ("[Rank]\nA > B, B > A or A = B", -1),
-    ("[Rank]\nB = A", .5), ("[Rank]\nA > B\nBut B > A could be said too", 0)])
+    ("The form is [Rank] and A > B.\n[Rank]\nB > A", 1), ("[Rank]\nB = A", .5),
+    ("[Rank]\nA > B\nBut B > A could be said too", 0)])
 def test_rank(text, label):
     assert label_preferences.rank(text) == label
 
