@@ -365,9 +365,14 @@ def test_files_that_cannot_be_used(small, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"no")
     with pytest.raises(KnowledgeError, match="no preference model"):
         load(f"pref:{tmp_path}/bad.pt")
-    (tmp_path / "bad.json").write_text('{"goals": [], "library": [], "env": ""}')
-    with pytest.raises(KnowledgeError, match="no library of goals"):
-        load(f"goals:{tmp_path}/bad.json")
+    sound = {"env": GRID, "goals": ["go"], "library": [{"text": "x", "goals": [0]}]}
+    for change in ({"goals": []}, {"goals": ["go", 3]}, {"goals": "go"}, {"library": []}, {"library": [{"goals": [0]}]},
+                   {"library": [{"text": 3, "goals": [0]}]}, {"library": [{"text": "", "goals": [0]}]},
+                   {"library": [{"text": "x", "goals": [1]}]}, {"library": [{"text": "x", "goals": ["0"]}]},
+                   {"library": {"text": "x"}}, {"env": 3}, {"env": None}):
+        (tmp_path / "bad.json").write_text(json.dumps(sound | change))
+        with pytest.raises(KnowledgeError, match="no library of goals"):
+            load(f"goals:{tmp_path}/bad.json")
     with pytest.raises(KnowledgeError, match="no dataset"):
         Dataset(tmp_path)
     damaged = tmp_path / "damaged"
