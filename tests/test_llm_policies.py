@@ -237,6 +237,14 @@ def test_a_policy_sees_what_its_description_names(tmp_path):
     assert (30 * knowledge.advise(policies, obs, 4)[0, 0]).tolist() == pytest.approx([0, 23, 24, 24])
 
 
+def test_a_policy_sees_images_whole(tmp_path):
+    (tmp_path / "mine.py").write_text('import numpy as np\n\ndef policy(obs):\n    way = np.eye(7)[obs["direction"]]\n'
+                                      '    return way * (obs["image"].shape == (7, 7, 3))\n')
+    obs = {"image": torch.zeros(2, 7, 7, 3, dtype=torch.uint8), "direction": torch.tensor([0, 3])}
+    policies = load(f"llm:{tmp_path / 'mine.py'}", "MiniGrid-DoorKey-5x5-v0", 7, obs, lowest=0.0)
+    assert knowledge.advise(policies, obs, 7, 0.0)[:, 0].argmax(1).tolist() == [0, 3]
+
+
 def test_a_file_of_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text("def policy(obs):\n    return 3 * obs[:3]\n")
     policies = load(f"llm:{tmp_path / 'mine.py'}")
