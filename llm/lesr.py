@@ -7,8 +7,8 @@
 Wang et al. (ICML 2024, arXiv 2407.13237). Each iteration asks for `--candidates` pairs of functions, `revise_state` and
 `intrinsic_reward`, checks them in the sandbox, trains algos/lesr.py with each through benchmarks/run.py, and reports
 the returns and the Lipschitz constants of all numbers to the model, whose analysis goes into the next question. The
-best pair of all iterations is best.py. Everything is in one folder: summary.md is the page to read. Interrupted by
-whatever, the same command goes on: what is answered, trained or half trained is not done again.
+best pair of all iterations is best.py. Everything is in one folder: summary.md is the page to read. If it is
+interrupted, run the same command again. It keeps all answers and finished trainings, and continues half-finished ones.
 
 The questions of a later iteration hold numbers that were measured, which differ from machine to machine. So that the
 handwritten recordings are found everywhere, a question to the model `handwritten` has no numbers in it.
