@@ -12,19 +12,22 @@ import torch
 
 from knowledge.history import History
 from knowledge.registry import KnowledgeError
-from llm.sandbox import Sandbox, SandboxError
+from llm.sandbox import Sandbox, SandboxError, SandboxUnavailable
 
 FUNCTION = "compute_reward"
 MOST_INVALID = 0.05  # share of moments on which code may fail
 
 
 class Code:
-    """The potential that `source` computes. Raises KnowledgeError where the code is refused."""
+    """The potential that `source` computes. Raises KnowledgeError where the code is refused, and lets through
+    SandboxUnavailable, for which the code is not to blame."""
 
     def __init__(self, source: str, name: str):
         self.name = name
         try:
             self.box = Sandbox(source, [FUNCTION])
+        except SandboxUnavailable:
+            raise
         except SandboxError as error:
             raise KnowledgeError(f"potential {name}: {error}") from None
 
@@ -32,6 +35,8 @@ class Code:
         """(B,), NaN where the code fails. Raises KnowledgeError where it hangs."""
         try:
             return torch.from_numpy(self.box.call(FUNCTION, *arguments(history)))
+        except SandboxUnavailable:
+            raise
         except SandboxError as error:
             raise KnowledgeError(f"potential {self.name}: {error}") from None
 

@@ -176,7 +176,12 @@ class Dataset:
                        [self.captions[k] for k in self.caption[first:first + steps + 1]])
 
     def draw(self, rng: np.random.Generator, steps: int) -> Segment:
-        """A random segment: first the episode, any of those that are long enough, then its start."""
+        """A random segment: first the episode, any of those that are long enough, then its start. Raises
+        KnowledgeError where there is none."""
+        longest = int(np.diff(self.start).max(initial=1)) - 1
+        if longest < steps:
+            raise KnowledgeError(f"no episode of the dataset has {steps} steps, the longest has {longest}; take fewer, "
+                                 "or another --dataset")
         while True:
             episode = int(rng.integers(len(self)))
             if (length := self.length(episode)) >= steps:

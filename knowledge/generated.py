@@ -40,7 +40,7 @@ class Generated:
             raise KnowledgeError(f"{self.name} runs in a process of its own, which no file can hold")
         like = next((x for x in (obs.values() if isinstance(obs, dict) else [obs]) if x.is_floating_point()), None)
         if isinstance(obs, dict):
-            given = {k: x[:, :self.widths.get(k)].cpu().numpy() for k, x in obs.items()}
+            given = {k: (x[:, :self.widths.get(k)] if x.dim() == 2 else x).cpu().numpy() for k, x in obs.items()}
         else:
             given = obs.cpu().numpy()
         try:

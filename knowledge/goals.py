@@ -131,8 +131,12 @@ def load(path: Path, embedder: str, describe: Callable, words: Sequence[str], en
     try:
         saved = json.loads(path.read_text())
         library, goals, env = saved["library"], saved["goals"], saved["env"]
-        assert library and goals and all(0 <= k < len(goals) for entry in library for k in entry["goals"])
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        suggested = [k for entry in library for k in entry["goals"]]
+        sound = isinstance(env, str) and isinstance(goals, list) and all(isinstance(goal, str) for goal in goals)
+        if not (sound and library and goals and all(type(k) is int and 0 <= k < len(goals) for k in suggested)
+                and all(phrases(entry["text"]) for entry in library)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
         raise KnowledgeError(f"{path} is no library of goals ({type(error).__name__}); make one with python -m "
                              "knowledge.label_goals") from None
     if shipped_for(env) is None or shipped_for(env) != shipped_for(env_id):

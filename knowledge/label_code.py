@@ -66,6 +66,7 @@ def check_on(code: str, dataset: Dataset, horizon: int) -> float:
 
 def main(args: Args) -> Path:
     """Ask for the versions and write them; returns the file of the final one."""
+    client.at_least(1, args, "iterations", "segments", "horizon", "budget")
     family, dataset = labelling.family_of(args.env), labelling.dataset_of(args)
     chat, rng = labelling.Chat(args, f"bk_code_{family}"), np.random.default_rng(args.seed)
     folder = labelling.out_of(args, f"code-{family}")
@@ -74,14 +75,13 @@ def main(args: Args) -> Path:
     messages = [{"role": "system", "content": client.prompt("bk_code_role")},
                 {"role": "system", "content": task},
                 {"role": "user", "content": "Write the function."}]
-    if args.mode != "replay":
-        print(f"{args.iterations} calls, at most {args.iterations * TRIES}; --max-calls is {args.max_calls}")
     final, versions = "", []
     failed = 0  # versions without code that works; after one the same question is asked for another answer
     for number in tqdm(range(args.iterations), desc="versions", disable=None):
         messages = labelling.pruned(messages, args.budget)
         if args.mode == "replay" and not chat.answers and chat.key(messages, failed) not in chat.recorded and final:
             break  # no more was recorded
+        chat.estimate_rest(messages, failed, args.iterations - number, TRIES)
         segments = [dataset.draw(rng, args.horizon) for _ in range(args.segments)]
         results = ""
 

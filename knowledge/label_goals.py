@@ -39,6 +39,7 @@ def goals_in(text: str) -> list[str]:
 
 def main(args: Args) -> Path:
     """Ask for goals and write the library; returns the file."""
+    client.at_least(1, args, "situations", "budget")
     family, dataset = labelling.family_of(args.env), labelling.dataset_of(args)
     chat, rng = labelling.Chat(args, f"bk_goals_{family}"), np.random.default_rng(args.seed)
     role = client.prompt("bk_goals", environment=client.prompt(f"bk_environment_{family}"))
@@ -50,6 +51,7 @@ def main(args: Args) -> Path:
         messages = labelling.pruned(messages, args.budget)
         if args.mode == "replay" and not chat.answers and chat.key(messages) not in chat.recorded and library:
             break  # no more was recorded
+        chat.estimate_rest(messages, 0, args.situations - number, TRIES)
         try:
             goals, messages = chat.ask_for(messages, goals_in, TRIES)
         except client.Unusable as error:

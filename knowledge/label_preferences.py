@@ -37,8 +37,8 @@ class Args(labelling.Args):
 
 
 def rank(text: str) -> float:
-    """0 for "A > B" on the first line after [Rank], 1 for "B > A", 0.5 for "A = B", -1 for anything else."""
-    _, tag, after = text.partition("[Rank]")
+    """0 for "A > B" on the first line after the last [Rank], 1 for "B > A", 0.5 for "A = B", -1 for anything else."""
+    _, tag, after = text.rpartition("[Rank]")
     if not tag or not after.strip():
         return INVALID
     line = after.strip().splitlines()[0]
@@ -69,6 +69,7 @@ def both_ways(there: float, back: float) -> float:
 
 def main(args: Args) -> Path:
     """Label the pairs and write labels.jsonl; returns the file."""
+    client.at_least(1, args, "pairs", "steps")
     family, dataset = labelling.family_of(args.env), labelling.dataset_of(args)
     pairs, about = pairs_of(dataset, args), {}
     rules = [annotator.prefer(a, b) for a, b in pairs]
@@ -100,7 +101,7 @@ def ask(args: Args, family: str, dataset: Dataset, pairs: list[tuple[Segment, Se
     asked = [question(*pair, family, dataset.words) for pair in pairs]
     if args.swap:
         asked += [question(b, a, family, dataset.words) for a, b in pairs]
-    chat.estimate(asked, extra)
+    chat.estimate(asked, extra, samples=[0] * len(asked))
     answers, ranks = chat.ask_all(asked, extra), []
     for reply in tqdm(answers, total=len(asked), desc="answers", disable=None):
         ranks.append(rank(reply.text))

@@ -1,5 +1,5 @@
 """What the three labelling commands share: their flags, and a client whose answers a person may write."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errors import UserError
@@ -25,18 +25,29 @@ class Chat(client.Client):
     """A client that takes what is not recorded from a list of answers that a person wrote."""
 
     def __init__(self, args: Args, name: str):
+        if args.by_hand:
+            args = replace(args, workers=1)  # answers are for the questions in their order
         super().__init__(args, args.recordings or ROOT / "llm" / "recordings" / f"{name}.jsonl")
         self.answers = []
         if args.by_hand:
-            file = Path(args.by_hand)
-            if not file.is_file() or args.model != client.HANDWRITTEN:
-                raise UserError(f"--by-hand {file} needs an existing file, and --model {client.HANDWRITTEN}")
-            self.answers = [answer.strip() for answer in file.read_text().split("\n===\n")]
+            if args.model != client.HANDWRITTEN:
+                raise UserError(f"--by-hand {args.by_hand} needs --model {client.HANDWRITTEN}")
+            self.answers = [part.strip() for part in client.text_in("by-hand", args.by_hand).split("\n===\n")]
+            while self.answers and not self.answers[-1]:  # a line of === at the end
+                self.answers.pop()
 
     def ask(self, messages: list[client.Message], sample: int = 0, extra: dict | None = None) -> client.Reply:
-        if self.answers and self.key(messages, sample, extra) not in self.recorded:
+        if self.args.by_hand and self.key(messages, sample, extra) not in self.recorded:
+            if not self.answers:
+                raise UserError(f"--by-hand {self.args.by_hand} has too few answers; name a file with the next ones")
             self.write_by_hand(messages, self.answers.pop(0), sample, extra)
         return super().ask(messages, sample, extra)
+
+    def estimate_rest(self, messages: list[client.Message], sample: int, left: int, tries: int) -> None:
+        """Say before the first call what `left` conversations cost, each of which goes on from the one before it. They
+        are pruned to --budget tokens, which all but the first have."""
+        if not self._told and (self.args.mode == "off" or self.key(messages, sample) not in self.recorded):
+            self.estimate([[{"role": "user", "content": "x" * 4 * self.args.budget}]] * left, most=left * tries)
 
 
 def family_of(env_id: str) -> str:
@@ -48,7 +59,9 @@ def family_of(env_id: str) -> str:
 
 
 def dataset_of(args: Args) -> Dataset:
-    """The dataset that is to be labelled. Raises UserError for one of another environment than `--env`."""
+    """The dataset that is to be labelled. Raises UserError for one of another environment than `--env`, and for a seed
+    that is none."""
+    client.at_least(0, args, "seed")
     dataset = Dataset(args.dataset or shipped_for(args.env))
     if family_of(dataset.env) != family_of(args.env):
         raise UserError(f"--dataset {args.dataset} is not of --env {args.env}; add --env {dataset.env}")

@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from knowledge.preferences import TIE, PreferenceModel, Shape, Steps, preference
 from llm import client
 
 INVALID = -1
+META = {"env": str, "dataset": str, "steps": int, "source": str}  # of the labels, beside others
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Args:
     labels: str = ""  # file of knowledge.label_preferences
     dataset: str = ""  # folder of the dataset that was labelled; empty: the shipped one
     out: str = ""  # file to write; empty: beside the labels, ending in .pt
-    size: str = "small"  # small, or paper: as large as released, for grids
+    size: Literal["small", "paper"] = "small"  # small, or paper: as large as released, for grids
     epochs: int = 10  # passes over the pairs
     batch_size: int = 32  # pairs per update
     learning_rate: float = 1e-3  # AdamW (paper: 3e-4)
@@ -37,11 +39,17 @@ class Args:
 
 def read(args: Args) -> tuple[dict, Dataset, torch.Tensor, list[tuple[list[int], list[int]]]]:
     """Meta data, dataset, labels (n,) and places of the pairs. Raises UserError for a file that does not fit."""
+    client.at_least(1, args, "epochs", "batch_size")
+    if not 0 <= args.validation < 1:
+        raise UserError(f"--validation is {args.validation}; it has to be a share below 1")
     file = Path(args.labels)
     if not file.is_file():
-        raise UserError(f"--labels {file or ''} does not exist; make some with python -m knowledge.label_preferences")
+        raise UserError(f"--labels '{args.labels}' does not exist; make some with python -m "
+                        "knowledge.label_preferences")
     try:
         meta, *rows = map(json.loads, file.read_text().splitlines())
+        if not all(isinstance(meta[name], kind) for name, kind in META.items()):
+            raise TypeError
         rows = [row for row in rows if row["label"] != INVALID]
         labels = torch.tensor([float(row["label"]) for row in rows])
         pairs = [(row["a"], row["b"]) for row in rows]

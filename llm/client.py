@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import string
 import sys
 import threading
@@ -34,7 +35,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from errors import UserError
@@ -43,6 +44,8 @@ from llm.sandbox import SandboxUnavailable
 HANDWRITTEN = "handwritten"  # the model and the source of answers that a person wrote
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 TRIES = 8  # of one call, while the server says to come again
+NO_TEXT = "an answer without text"
+HOST = re.compile(r"[\w.:%-]+")
 LONGEST_WAIT = 60.0  # seconds between two tries, and the longest Retry-After that is waited for
 TOKENS_PER_REPLY = 500  # what an estimate takes where --max-tokens is larger
 
@@ -111,8 +114,11 @@ class Client:
         self._stopped = threading.Event()  # one of many calls has failed, or Ctrl-C came: the others try no more
         self._limit = "max_tokens"  # some servers call it max_completion_tokens
         self.server = ""
+        self._told = False  # what the calls will cost
         if args.mode != "replay":
             self._connect()
+        if args.mode == "record":
+            _to_append(self.file).close()  # before anything is paid for
 
     def _connect(self) -> None:
         """Make the connection; nothing is sent."""
@@ -122,11 +128,13 @@ class Client:
             raise UserError(f"--mode {self.args.mode} asks a server: name its model, --model NAME; '{HANDWRITTEN}' "
                             "stands for answers that a person wrote")
         url = self.args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise UserError(f"--base-url {_without_password(url)} is no address; an address is, for example, "
                             "http://127.0.0.1:8080/v1")
-        key = os.environ.get("OPENAI_API_KEY", "")
+        parts = urlsplit(url)
+        key = os.environ.get("OPENAI_API_KEY", "").strip()  # a file with Windows' line ends leaves a \r
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("OPENAI_API_KEY has a character that no key has, such as a line break; set it again")
         if not key and parts.hostname == "api.openai.com":
             raise UserError("no key: set OPENAI_API_KEY, or name a server of yours, for example --base-url "
                             "http://127.0.0.1:8080/v1")
@@ -143,24 +151,27 @@ class Client:
         params = {"temperature": self.args.temperature, "max_tokens": self.args.max_tokens, "sample": sample}
         return (extra or {}) | params
 
-    def estimate(self, conversations: list[list[Message]], extra: dict | None = None, most: int = 0) -> int:
-        """Say on stderr what these questions will cost, one line, and return how many calls they are. Equal ones count
-        as samples 0, 1, ... Where answers are checked and asked again, `most` calls can come of it. Raises UserError
-        where the questions alone are more than --max-calls."""
-        seen, missing = {}, []
-        for messages in conversations:
+    def estimate(self, conversations: list[list[Message]], extra: dict | None = None, most: int = 0,
+                 samples: list[int] | None = None) -> int:
+        """Say on stderr what these questions will cost, one line, and return how many calls they are. `samples` are
+        those of each; without them equal questions count as samples 0, 1, ... Where answers are checked and asked
+        again, `most` calls can come of it. Raises UserError where the questions alone are more than --max-calls."""
+        seen, missing = {}, {}  # missing: tokens by key, so that what is asked once counts once
+        for i, messages in enumerate(conversations):
             text = json.dumps(messages)
-            seen[text] = sample = seen.get(text, -1) + 1
-            if self.args.mode == "off" or self.key(messages, sample, extra) not in self.recorded:
-                missing.append(sum(len(message["content"]) for message in messages) // 4 + 4 * len(messages))
+            seen[text] = seen.get(text, -1) + 1
+            key = self.key(messages, samples[i] if samples else seen[text], extra)
+            if self.args.mode == "off" or key not in self.recorded:
+                missing[key] = sum(len(message["content"]) for message in messages) // 4 + 4 * len(messages)
         if self.args.mode == "replay" or not missing:
             return 0
+        self._told = True
         replies = len(missing) * min(self.args.max_tokens, TOKENS_PER_REPLY)
         again = ""
         if most > len(missing):
             again = f"; at most {min(most, self.args.max_calls - self.calls)} calls where answers cannot be used"
         print(f"{len(conversations)} questions, {len(missing)} calls to {self.args.model} at {self.server}: about "
-              f"{sum(missing):,} tokens in, {replies:,} out{again}", file=sys.stderr)
+              f"{sum(missing.values()):,} tokens in, {replies:,} out{again}", file=sys.stderr)
         if len(missing) > self.args.max_calls - self.calls:
             raise UserError(f"{len(missing)} calls are more than --max-calls {self.args.max_calls}; raise it, or ask "
                             "less")
@@ -182,10 +193,10 @@ class Client:
             raise UserError(f"not recorded for model {self.args.model} in {self.file}: {key[:16]}, \"{last}\"; record "
                             "it with --mode record --model NAME --base-url URL")
         with self._lock:
-            if self.calls >= self.args.max_calls:
-                kept = f"; {self.file} has what was answered" if self.args.mode == "record" else ""
-                raise UserError(f"--max-calls {self.args.max_calls} are used up{kept}: raise it and run the same again")
-            self.calls += 1
+            told, self._told = self._told, True
+        if not told:
+            self.estimate([messages], extra, samples=[sample])
+        self._count()
         record = {"key": key, "source": "api", "model": self.args.model, "server": self.server,
                   "time": _now(), "messages": messages, "params": params, **self._call(messages, extra)}
         if self.args.mode == "record":
@@ -193,6 +204,14 @@ class Client:
                 append(self.file, record)
                 self.recorded[key] = record
         return _reply(record)
+
+    def _count(self) -> None:
+        """One call more. Raises UserError where --max-calls are used up."""
+        with self._lock:
+            if self.calls >= self.args.max_calls:
+                kept = f"; {self.file} has what was answered" if self.args.mode == "record" else ""
+                raise UserError(f"--max-calls {self.args.max_calls} are used up{kept}: raise it and run the same again")
+            self.calls += 1
 
     def write_by_hand(self, messages: list[Message], answer: str, sample: int = 0, extra: dict | None = None) -> None:
         """Record what a person answers in the place of a model, for this client's model `handwritten`."""
@@ -206,8 +225,8 @@ class Client:
             self.recorded[record["key"]] = record
 
     def ask_all(self, conversations: list[list[Message]], extra: dict | None = None) -> Iterator[Reply]:
-        """The answers to many conversations (sample 0 each), in their order, `--workers` calls at a time. The first
-        that fails, or Ctrl-C, ends it; those that were under way are still kept."""
+        """The answers to many conversations (sample 0 each), in their order, `--workers` calls at a time; equal ones
+        are asked once. The first that fails, or Ctrl-C, ends it; those that were under way are still kept."""
         failures = []
 
         def ask(messages: list[Message]) -> Reply:
@@ -219,10 +238,11 @@ class Client:
                 raise
 
         pool = ThreadPoolExecutor(self.args.workers)
-        futures = [pool.submit(ask, messages) for messages in conversations]
+        keys = [self.key(messages, 0, extra) for messages in conversations]
+        futures = {key: pool.submit(ask, messages) for key, messages in dict(zip(keys, conversations)).items()}
         try:
-            for future in futures:
-                yield future.result()
+            for key in keys:
+                yield futures[key].result()
         except Exception:
             raise failures[0] from None  # what the others say since then follows from it
         finally:
@@ -249,24 +269,30 @@ class Client:
 
     def _call(self, messages: list[Message], extra: dict | None) -> dict[str, Any]:
         """Ask the server, and again while it says that it is busy; the entries of the recording that come from it."""
-        openai = self._openai
+        openai, reason = self._openai, ""
         for attempt in range(TRIES):
+            if reason.startswith(NO_TEXT):
+                self._count()  # an answer that cannot be used is paid for, too
+            limit = self._limit  # which another thread may change
             wait = min(self.first_wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
             try:
                 said = self._connection.chat.completions.create(
                     model=self.args.model, messages=messages, temperature=self.args.temperature,
-                    **{self._limit: self.args.max_tokens}, extra_body=extra)
+                    **{limit: self.args.max_tokens}, extra_body=extra)
                 if isinstance(said, str):
-                    raise UserError(f"{self.server} is no chat completions server, it answers '{_short(said)}'; "
-                                    "--base-url mostly ends in /v1")
+                    raise UserError(self._hidden(f"{self.server} is no chat completions server, it answers "
+                                                 f"'{_short(said)}'; --base-url mostly ends in /v1"))
                 text, finish_reason = _said(said)
                 if text:
-                    usage = said.usage.model_dump(exclude_none=True) if said.usage else {}
+                    usage = said.usage.model_dump(exclude_none=True) if hasattr(said.usage, "model_dump") else {}
                     return {"answer": text, "finish_reason": finish_reason, "usage": usage,
                             "reported_model": said.model or self.args.model}
-                reason = "an answer without text"
+                if finish_reason == "length":
+                    raise UserError(f"all --max-tokens {self.args.max_tokens} were used before an answer; raise "
+                                    "--max-tokens")
+                reason = NO_TEXT
             except openai.BadRequestError as error:
-                if "max_completion_tokens" not in str(error) or self._limit == "max_completion_tokens":
+                if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
                     raise self._refused(error) from None
                 self._limit, wait, reason = "max_completion_tokens", 0, "another name for max_tokens"
             except openai.APIStatusError as error:
@@ -278,8 +304,10 @@ class Client:
                     raise UserError(self._hidden(f"{self.server} asks to wait {asked:.0f} s ({reason}); run the same "
                                                  "again then, it goes on where it stopped")) from None
                 wait = max(wait, asked) if asked else wait
-            except (openai.APIConnectionError, openai.APIResponseValidationError, json.JSONDecodeError) as error:
+            except openai.APIConnectionError as error:
                 reason = f"{type(error).__name__}: {error.__cause__ or error}"
+            except (openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+                reason = f"{NO_TEXT} ({type(error).__name__}: {error})"
             if attempt < TRIES - 1 and self._stopped.wait(wait):
                 break
         raise UserError(self._hidden(f"{self.server} did not answer in {attempt + 1} tries, at last: {reason}; look "
@@ -297,11 +325,13 @@ class Client:
 
 
 def _said(completion: Any) -> tuple[str | None, str | None]:
-    """Text and finish_reason of an answer, None where it has none: not every server keeps to the form."""
+    """Text and finish_reason of an answer, None where it has none: not every server keeps to the form. Half a letter
+    (a lone surrogate), which no file can hold, becomes a question mark."""
     try:
-        return completion.choices[0].message.content, completion.choices[0].finish_reason
-    except (AttributeError, TypeError, IndexError):
+        text, finish_reason = completion.choices[0].message.content, completion.choices[0].finish_reason
+    except (AttributeError, TypeError, LookupError):
         return None, None
+    return text.encode(errors="replace").decode() if isinstance(text, str) else None, finish_reason
 
 
 def _short(text: str, length: int = 60) -> str:
@@ -325,10 +355,17 @@ def _seconds(header: str | None) -> float:
         return 0.0
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and parts.port != 0 and bool(HOST.fullmatch(parts.hostname or ""))
+    except ValueError:  # a bracket or a port that is none
+        return False
+
+
 def _without_password(url: str) -> str:
     """An address as it may be shown: without user, password and query."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return re.sub(r"[?#].*", "", re.sub(r"^(\w+://)?[^/]*@", r"\1", url))
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
@@ -367,15 +404,23 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
 
 def append(file: Path, record: dict[str, Any]) -> None:
     """Add one recording, as a line; what is left of a line that was cut goes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     before = file.read_bytes() if file.is_file() and not _ends_a_line(file) else b""
     cut = before.rpartition(b"\n")[2]
-    with file.open("ab") as stream:
+    with _to_append(file) as stream:
         if cut and _is_json(cut):
             stream.write(b"\n")
         elif cut:
             stream.truncate(len(before) - len(cut))
         stream.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
+def _to_append(file: Path) -> BinaryIO:
+    """The file, open to be added to, in a folder that is made if need be. Raises UserError where that cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file.open("ab")
+    except OSError as error:
+        raise UserError(f"--recordings {file} cannot be written ({error.strerror}); name another") from None
 
 
 def _ends_a_line(file: Path) -> bool:
@@ -392,6 +437,21 @@ def _is_json(text: bytes) -> bool:
     return True
 
 
+def text_in(flag: str, file: str) -> str:
+    """The text of the file that a flag names. Raises UserError where it has none."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{flag} {file} cannot be read ({type(error).__name__}); name a text file") from None
+
+
+def at_least(lowest: int, args: Any, *names: str) -> None:
+    """Raises UserError where one of these arguments is below `lowest`."""
+    for name in names:
+        if getattr(args, name) < lowest:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least {lowest}")
+
+
 def command(main: Callable, args_type: type, doc: str) -> None:
     """Call `main` with the arguments of the command line, as a command that asks a model: one line and exit code 2 for
     what a user can put right. `doc` is the text of the module."""
@@ -401,6 +461,9 @@ def command(main: Callable, args_type: type, doc: str) -> None:
         main(tyro.cli(args_type, description=doc.splitlines()[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of --out, mostly
+        print(f"error: {error}; name a place that can be read and written", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -7,8 +7,8 @@
 Wang et al. (ICML 2024, arXiv 2407.13237). Each iteration asks for `--candidates` pairs of functions, `revise_state` and
 `intrinsic_reward`, checks them in the sandbox, trains algos/lesr.py with each through benchmarks/run.py, and reports
 the returns and the Lipschitz constants of all numbers to the model, whose analysis goes into the next question. The
-best pair of all iterations is best.py. Everything is in one folder: summary.md is the page to read. Interrupted by
-whatever, the same command goes on: what is answered, trained or half trained is not done again.
+best pair of all iterations is best.py. Everything is in one folder: summary.md is the page to read. If it is
+interrupted, run the same command again. It keeps all answers and finished trainings, and continues half-finished ones.
 
 The questions of a later iteration hold numbers that were measured, which differ from machine to machine. So that the
 handwritten recordings are found everywhere, a question to the model `handwritten` has no numbers in it.
@@ -200,7 +200,7 @@ class Writer:
         messages, self.tries = [{"role": "user", "content": question}], 0
         files = [folder / f"candidate-{number}.py" for number in range(1, self.args.candidates + 1)]
         missing = {i: file for i, file in enumerate(files) if not file.is_file()}
-        self.chat.estimate([messages] * len(missing), most=TRIES)
+        self.chat.estimate([messages] * len(missing), most=TRIES, samples=list(missing))
         if self.args.mode == "replay":
             for i in missing:
                 self.chat.ask(messages, i)  # what is not recorded is an error before anything is written
@@ -359,11 +359,8 @@ def score_of(curve: list[float]) -> float:
 
 def run(args: Args) -> Path:
     """Go through the iterations; returns the folder."""
-    for name in ("iterations", "candidates", "total_timesteps", "seeds", "eval_every", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least 1")
-    if args.repairs < 0:
-        raise UserError(f"--repairs is {args.repairs}; it has to be 0 or more")
+    client.at_least(1, args, "iterations", "candidates", "total_timesteps", "seeds", "eval_every", "workers")
+    client.at_least(0, args, "repairs")
     if args.flags.count('"') % 2 or args.flags.count("'") % 2:
         raise UserError(f"--flags={args.flags} has a quote that is not closed")
     if split_id(args.env)[2]:

@@ -99,16 +99,13 @@ def gate(reply: str, task: dict[str, Any]) -> str:
 
 def write(args: Args) -> Path:
     """Ask, check, and write the file; what was asked is kept in the recordings whatever comes of it."""
-    if args.candidates < 1 or args.keep < 1 or args.repairs < 0:
-        raise UserError(f"--candidates {args.candidates}, --keep {args.keep}, --repairs {args.repairs}: they have to "
-                        "be at least 1, 1 and 0")
+    client.at_least(1, args, "candidates", "keep")
+    client.at_least(0, args, "repairs")
     name, task = task_for(args.env)
     if args.out and Path(args.out).suffix != ".json":
         raise UserError(f"--out {args.out}: --knowledge llm:... tells its files by their ending; call it "
                         f"{Path(args.out).with_suffix('.json')}")
-    if args.grammar and not Path(args.grammar).is_file():
-        raise UserError(f"--grammar {args.grammar} does not exist; name a file")
-    extra = {"grammar": Path(args.grammar).read_text()} if args.grammar else None
+    extra = {"grammar": client.text_in("grammar", args.grammar)} if args.grammar else None
     chat = client.Client(args, args.recordings)
     messages = question(task)
     chat.estimate([messages] * args.candidates, extra, most=args.candidates * (args.repairs + 1))

@@ -207,6 +207,9 @@ def test_generated_pairs_run_in_the_sandbox(tmp_path):
     features = load_features(f"llm:{file}", "Pendulum-v1", s)
     x = features.revise(s)
     assert torch.allclose(x, torch.cat([s, s[:, :1].cos()], 1)) and torch.allclose(features.reward(x), x[:, -1] - 0.5)
+    file.with_suffix(".txt").write_text(file.read_text())
+    with pytest.raises(UserError, match="said.txt: there is no such .py file"):  # of which no run would keep a copy
+        load_features(f"llm:{file.with_suffix('.txt')}", "Pendulum-v1", s)
     file.write_text("import os\n\n\ndef revise_state(s):\n    return s\n\n\ndef intrinsic_reward(s):\n    return 0.0\n")
     with pytest.raises(UserError, match="os"):
         load_features(f"llm:{file}", "Pendulum-v1", s)

@@ -13,6 +13,7 @@ from llm import client
 from llm.client import Args, Client, key_of
 
 KEY = "sk-loopback-0123456789"
+OLD_NAME = (400, {}, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
 HELLO = [{"role": "user", "content": "hi"}]
 
 
@@ -24,7 +25,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.requests, self.headers, self.times = [], [], [], []
         self.over = threading.Event()  # what hangs hangs until then
-        self.lock = threading.Lock()
+        self.lock, self.two = threading.Lock(), threading.Barrier(2)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
@@ -43,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
             server.headers.append({name.lower(): value for name, value in self.headers.items()})
             server.times.append(time.monotonic())
         act = server.script[number] if number < len(server.script) else "fine"
+        if act == "an old name, twice at a time":
+            server.two.wait(30)
+            act = OLD_NAME
         if isinstance(act, tuple):
             status, headers, message = act
             return self.send(status, {"error": {"message": message}}, headers)
@@ -62,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
         elif act == "a page":
-            self.send(200, "<html>welcome</html>", {"Content-Type": "text/html"})
+            self.send(200, f"<html>welcome {KEY}</html>", {"Content-Type": "text/html"})
         elif act == "broken JSON":
             self.send(200, '{"choices": [')
         elif act == "no choices":
@@ -71,6 +75,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, {"choices": [{"message": None}], "usage": None})
         elif act == "no text":
             self.send(200, self.answer(None, "stop"))
+        elif act == "a list":
+            self.send(200, self.answer([{"type": "text", "text": "hi"}], "stop"))
+        elif act == "choices by name":
+            self.send(200, {"choices": {"a": 1}, "usage": 7})
+        elif act == "not UTF-8":
+            self.send(200, b'{"choices": [{"message": {"content": "\xff"}}]}')
+        elif act == "all thought":
+            self.send(200, self.answer("", "length"))
         elif act == "truncated":
             self.send(200, self.answer("```python\ndef policy(ob", "length"))
         elif act == "fine":
@@ -84,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
                 "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}}
 
     def send(self, status, body, headers=None):
-        text = (body if isinstance(body, str) else json.dumps(body)).encode()
+        text = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
             self.send_header(name, value)
@@ -153,7 +165,7 @@ def test_off_keeps_nothing(server, tmp_path):
 @pytest.mark.parametrize("trouble", [
     (429, {"Retry-After": "0.25"}, "slow down"), (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, "slow down"),
     (500, {}, "oh"), (503, {}, "loading"), (408, {}, "late"), (409, {}, "conflict"), "no choices", "no text", "hang",
-    "cut", "cut in the middle", "broken JSON"], ids=str)
+    "cut", "cut in the middle", "broken JSON", "a list", "choices by name", "not UTF-8"], ids=str)
 def test_trouble_that_passes(server, tmp_path, trouble):
     server.script = [trouble, trouble, "at last"]
     asked = chat(server, tmp_path, timeout=0.3 if trouble == "hang" else 20.0)
@@ -165,7 +177,8 @@ def test_trouble_that_passes(server, tmp_path, trouble):
 
 @pytest.mark.parametrize("trouble, said", [
     ((500, {}, f"oh, your key {KEY}"), "500"), ("no choices", "without text"), ("cut", "did not answer in 8 tries"),
-    ("broken JSON", "did not answer in 8 tries"), ("odd", "without text")], ids=str)
+    ("broken JSON", "did not answer in 8 tries"), ("odd", "without text"), ("a list", "without text"),
+    ("not UTF-8", "did not answer in 8 tries")], ids=str)
 def test_trouble_that_stays(server, tmp_path, trouble, said):
     server.script = ["before"] + [trouble] * 8 + ["after"]
     asked = chat(server, tmp_path)
@@ -219,10 +232,81 @@ def test_truncated_replies_are_marked(server, tmp_path):
 
 
 def test_newer_name_of_max_tokens(server, tmp_path):
-    server.script = [(400, {}, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."), "a", "b"]
+    server.script = [OLD_NAME, "a", "b"]
     asked = chat(server, tmp_path)
     assert asked.ask(HELLO).text == "a" and asked.ask(HELLO, sample=1).text == "b"
     assert [("max_tokens" in r, "max_completion_tokens" in r) for r in server.requests] == [(1, 0), (0, 1), (0, 1)]
+
+
+def test_newer_name_of_max_tokens_for_many_at_a_time(server, tmp_path):
+    server.script = ["an old name, twice at a time"] * 2
+    questions = [[{"role": "user", "content": c}] for c in "ab"]
+    assert len(list(chat(server, tmp_path, workers=2).ask_all(questions))) == 2
+    assert ["max_tokens" in request for request in server.requests] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", " "])
+def test_a_key_from_a_file_with_an_end_of_line(server, tmp_path, monkeypatch, end):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + end)
+    assert chat(server, tmp_path).ask(HELLO).text == "fine 0" and len(server.requests) == 1
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r", "\u00e9", "\x1b"])
+def test_a_key_that_is_none(server, tmp_path, monkeypatch, inside):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}{inside}{KEY}")
+    with pytest.raises(UserError, match="OPENAI_API_KEY has a character that no key has") as error:
+        chat(server, tmp_path)
+    refused(error)
+
+
+def test_all_tokens_are_used_before_an_answer(server, tmp_path):
+    server.script = ["all thought"] * 8
+    with pytest.raises(UserError, match="all --max-tokens 2048 were used before an answer; raise --max-tokens"):
+        chat(server, tmp_path).ask(HELLO)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("trouble", ["no text", "broken JSON"])
+def test_answers_without_text_count_as_calls(server, tmp_path, trouble):
+    server.script = [trouble] * 8
+    with pytest.raises(UserError, match="--max-calls 3 are used up"):
+        chat(server, tmp_path, max_calls=3).ask(HELLO)
+    assert len(server.requests) == 3
+
+
+def test_half_a_letter_is_kept_as_a_question_mark(server, tmp_path):
+    server.script = ["half \ud83d", "9"]
+    assert chat(server, tmp_path).ask_for(HELLO, int)[0] == 9
+    assert server.requests[1]["messages"][1]["content"] == "half ?"
+    assert Client(Args(model="m"), tmp_path / "recordings" / "some.jsonl").ask_for(HELLO, int)[0] == 9
+
+
+@pytest.mark.parametrize("place", ["file/some.jsonl", "folder"])
+def test_recordings_that_cannot_be_written_are_found_before_a_call(server, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"recordings .*{place} cannot be written") as error:
+        Client(Args(mode="record", model="m", base_url=server.url), tmp_path / place).ask(HELLO)
+    refused(error)
+    assert server.requests == []
+
+
+def test_equal_questions_are_asked_once(server, tmp_path, capsys):
+    questions = [HELLO, HELLO, [{"role": "user", "content": "other"}], HELLO]
+    asked = chat(server, tmp_path)
+    assert asked.estimate(questions, samples=[0] * 4) == 2
+    texts = [reply.text for reply in asked.ask_all(questions)]
+    assert len(server.requests) == asked.calls == 2 and texts[0] == texts[1] == texts[3] != texts[2]
+    replayed = Client(Args(model="m"), tmp_path / "recordings" / "some.jsonl").ask_all(questions)
+    assert [reply.text for reply in replayed] == texts
+    assert capsys.readouterr().err.count(" calls to m at ") == 1
+
+
+def test_a_line_comes_before_the_first_call(server, tmp_path, capsys):
+    asked = chat(server, tmp_path)
+    asked.ask(HELLO), asked.ask(HELLO, sample=1)
+    assert capsys.readouterr().err.startswith("1 questions, 1 calls to m at http://127.0.0.1")
 
 
 def test_repair_tells_the_model_what_was_wrong(server, tmp_path):
@@ -306,6 +390,8 @@ def test_estimate_before_the_first_call(server, tmp_path, capsys):
     ({"mode": "record"}, "name its model"), ({"mode": "off", "model": "m"}, "no key: set OPENAI_API_KEY"),
     ({"mode": "record", "model": "m", "base_url": "localhost:80"}, "is no address"),
     ({"mode": "record", "model": "m", "base_url": "ftp://u:secret@x/"}, "--base-url ftp://x/ is no address"),
+    *(({"mode": "record", "model": "m", "base_url": f"http://u:secret@{rest}/v1"}, "is no address")
+      for rest in ("[::1", "x:port", "x:99999", "a b", "")),
     ({"max_calls": 0}, "--max-calls is 0"), ({"timeout": float("nan")}, "--timeout is nan"),
     ({"temperature": -1.0}, "--temperature is -1.0")])
 def test_flags_that_cannot_be_used(tmp_path, monkeypatch, flags, said):

@@ -184,13 +184,15 @@ def test_a_model_is_told_and_asked_again(server, bench, tmp_path, capsys):  # no
 
 
 @pytest.mark.parametrize("mode", ["record", "off"])
-def test_asking_goes_on_where_it_stopped(server, bench, tmp_path, mode):  # noqa: F811
+def test_asking_goes_on_where_it_stopped(server, bench, tmp_path, mode, capsys):  # noqa: F811
     refusal = (404, {}, "no such model today")
     server.script = [ANSWERS[1], refusal, ANSWERS[2], refusal, *ANSWERS[3:5], refusal, ANSWERS[5]]
-    for done in (0, 2, 2):
+    for done, count, most in ((0, 2, "at most 49 calls"), (2, 1, "at most 49 calls"), (2, 1, "out")):
         with pytest.raises(UserError, match="no such model today") as error:
             lesr.run(flags(server, tmp_path, mode=mode))
         assert "\n" not in str(error.value) and len(bench) == done
+        line = capsys.readouterr().err.splitlines()[0]  # of the pairs that are missing; the third time, of an analysis
+        assert line.startswith(f"{count} questions, {count} calls") and most in line
     lesr.run(flags(server, tmp_path, mode=mode))
     assert len(server.requests) == 8 and len(bench) == 4  # every answer was asked for once
 

@@ -175,7 +175,8 @@ def test_every_model_has_a_file_of_its_own(server, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("words, said", [
     (["--mode", "record", "--model", "m", "--base-url", "URL"], "none of 1 answers of m can be used"),
     (["--model", "m"], "not recorded for model m"), (["--env", "Swimmer-v4"], "Swimmer-v4 has no description"),
-    (["--candidates", "0"], "--candidates 0"), (["--grammar", "none.gbnf"], "none.gbnf does not exist"),
+    (["--candidates", "0"], "--candidates is 0"), (["--grammar", "none.gbnf"], "none.gbnf cannot be"),
+    (["--grammar", "llm"], "llm cannot be read"),
     (["--out", "mine.txt"], "call it mine.json")])
 def test_command_fails_in_one_line(server, tmp_path, words, said):
     server.script = [fenced("return obs[:3]", "import os")] * 3
@@ -234,6 +235,14 @@ def test_a_policy_sees_what_its_description_names(tmp_path):
            "desired_goal": torch.zeros(1, 3)}
     policies = load(f"llm:{tmp_path / 'mine.json'}", "FetchPush-v4", 4, obs)
     assert (30 * knowledge.advise(policies, obs, 4)[0, 0]).tolist() == pytest.approx([0, 23, 24, 24])
+
+
+def test_a_policy_sees_images_whole(tmp_path):
+    (tmp_path / "mine.py").write_text('import numpy as np\n\ndef policy(obs):\n    way = np.eye(7)[obs["direction"]]\n'
+                                      '    return way * (obs["image"].shape == (7, 7, 3))\n')
+    obs = {"image": torch.zeros(2, 7, 7, 3, dtype=torch.uint8), "direction": torch.tensor([0, 3])}
+    policies = load(f"llm:{tmp_path / 'mine.py'}", "MiniGrid-DoorKey-5x5-v0", 7, obs, lowest=0.0)
+    assert knowledge.advise(policies, obs, 7, 0.0)[:, 0].argmax(1).tolist() == [0, 3]
 
 
 def test_a_file_of_ones_own(tmp_path):

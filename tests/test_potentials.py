@@ -1,5 +1,6 @@
 """Potentials and labels: numbers by hand, what a potential must not notice, what is refused."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from knowledge import potentials, preferences, train_preferences
 from knowledge.dataset import Dataset, Recorder, Segment, text_of
 from knowledge.history import History, Past
 from knowledge.registry import KnowledgeError
+from llm import client, sandbox
 from tests.test_babyai_text import THINGS, UP, room, seen
+from tests.test_llm import server  # noqa: F401  (a fixture)
+from tests.test_sandbox import without_seccomp
 
 GRID = "BabyAI-Text-GoToLocal-RedBall-S20"
 WORDS = envs.action_words(GRID)
@@ -223,7 +227,8 @@ def test_hashed_words():
 @pytest.mark.parametrize("text, label", [
     ("[Thoughts]\nA is busy.\n[Rank]\nA > B", 0), ("[Rank] B > A", 1), ("[Rank]\nA = B\n", .5), ("[Rank]\nA>B", 0),
     ("[Thoughts] A > B", -1), ("[Rank]\n", -1), ("[Rank]\nneither", -1), ("[Rank]\nA > B, B > A or A = B", -1),
-    ("[Rank]\nB = A", .5), ("[Rank]\nA > B\nBut B > A could be said too", 0)])
+    ("The form is [Rank] and A > B.\n[Rank]\nB > A", 1), ("[Rank]\nB = A", .5),
+    ("[Rank]\nA > B\nBut B > A could be said too", 0)])
 def test_rank(text, label):
     assert label_preferences.rank(text) == label
 
@@ -237,11 +242,12 @@ def test_a_model_is_asked_in_both_orders(small, tmp_path):
     """Answers of a person stand for those of a model: three pairs, then the same ones the other way round."""
     said = ["[Rank]\nA > B", "[Rank]\nB > A", "[Rank] A = B", "[Rank]\nB > A", "[Rank]\nB > A", "[Rank] A = B"]
     (tmp_path / "answers.md").write_text("\n===\n".join(said))
-    args = label_preferences.Args(dataset=str(small), env=GRID, annotator="model", pairs=3, workers=1,
+    args = label_preferences.Args(dataset=str(small), env=GRID, annotator="model", pairs=3,
                                   by_hand=str(tmp_path / "answers.md"), recordings=str(tmp_path / "said.jsonl"),
                                   out=str(tmp_path / "labels.jsonl"))
     meta, *rows = map(json.loads, label_preferences.main(args).read_text().splitlines())
     assert [row["label"] for row in rows] == [0, -1, 0.5]  # the second pair was judged by its order
+    assert labelling.Chat(args, "").args.workers == 1 < args.workers  # else answers come to other questions
     assert meta["source"] == "handwritten" and meta["contradicts_itself"] == pytest.approx(1 / 3)
     replayed = label_preferences.Args(**{**vars(args), "by_hand": "", "out": str(tmp_path / "again.jsonl")})
     assert label_preferences.main(replayed).read_text() == (tmp_path / "labels.jsonl").read_text()
@@ -359,9 +365,14 @@ def test_files_that_cannot_be_used(small, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"no")
     with pytest.raises(KnowledgeError, match="no preference model"):
         load(f"pref:{tmp_path}/bad.pt")
-    (tmp_path / "bad.json").write_text('{"goals": [], "library": [], "env": ""}')
-    with pytest.raises(KnowledgeError, match="no library of goals"):
-        load(f"goals:{tmp_path}/bad.json")
+    sound = {"env": GRID, "goals": ["go"], "library": [{"text": "x", "goals": [0]}]}
+    for change in ({"goals": []}, {"goals": ["go", 3]}, {"goals": "go"}, {"library": []}, {"library": [{"goals": [0]}]},
+                   {"library": [{"text": 3, "goals": [0]}]}, {"library": [{"text": "", "goals": [0]}]},
+                   {"library": [{"text": "x", "goals": [1]}]}, {"library": [{"text": "x", "goals": ["0"]}]},
+                   {"library": {"text": "x"}}, {"env": 3}, {"env": None}):
+        (tmp_path / "bad.json").write_text(json.dumps(sound | change))
+        with pytest.raises(KnowledgeError, match="no library of goals"):
+            load(f"goals:{tmp_path}/bad.json")
     with pytest.raises(KnowledgeError, match="no dataset"):
         Dataset(tmp_path)
     damaged = tmp_path / "damaged"
@@ -395,8 +406,78 @@ def test_preferences_from_rules_to_a_potential(small, tmp_path):
         label_preferences.main(label_preferences.Args(dataset=str(small), env="Crafter-Text-Reward"))
     with pytest.raises(UserError, match="another dataset"):
         train_preferences.main(train_preferences.Args(labels=str(labels)))
-    with pytest.raises(UserError, match="does not exist"):
-        train_preferences.main(train_preferences.Args(labels="nothing.jsonl"))
+
+
+def test_the_cost_of_a_chain_of_questions_is_said_and_bounded(server, small, tmp_path, capsys):  # noqa: F811
+    """Each question holds the answers before it, so that only the number of questions is known."""
+    flags = dict(mode="record", model="m", base_url=server.url, dataset=str(small), env=GRID, out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="500 calls are more than --max-calls 100"):
+        label_goals.main(label_goals.Args(**flags, recordings=str(tmp_path / "goals.jsonl")))
+    assert server.requests == []
+    server.script = ["- go to a ball", "- turn", "- stop", "- wait"]
+    for situations, said in ((2, "2 questions, 2 calls"), (4, "2 questions, 2 calls"), (4, "")):
+        capsys.readouterr()
+        label_goals.main(label_goals.Args(**flags, recordings=str(tmp_path / "goals.jsonl"), situations=situations))
+        lines = [line for line in capsys.readouterr().err.splitlines() if "calls to m" in line]
+        assert [line.partition(" to m")[0] for line in lines] == [said] * bool(said)
+    assert len(server.requests) == 4
+
+
+def test_code_is_not_blamed_for_a_machine_without_seccomp(server, tmp_path, monkeypatch):  # noqa: F811
+    """One question is asked, not 15; what ships was read by a person, and is replayed all the same."""
+    monkeypatch.setattr(sandbox, "ROOT", without_seccomp(tmp_path))
+    monkeypatch.delenv("ALLOW_GENERATED_CODE", raising=False)
+    server.script = ["```python\ndef compute_reward(obs, past_obs, past_actions):\n    return 1.0, {}\n```"] * 2
+    flags = dict(mode="record", model="m", base_url=server.url, recordings=str(tmp_path / "r.jsonl"))
+    with pytest.raises(sandbox.SandboxUnavailable, match="ALLOW_GENERATED_CODE=1"):
+        label_code.main(label_code.Args(**flags, out=str(tmp_path / "none")))
+    assert len(server.requests) == 1 and not (tmp_path / "none").exists()
+    for env in (GRID, "Crafter-Text-Reward"):
+        label_code.main(label_code.Args(env=env, out=str(tmp_path / "shipped")))
+
+
+RECORD = "--mode record --model m --base-url http://127.0.0.1:1/v1"
+
+
+@pytest.mark.parametrize("command, words, said", [
+    (label_preferences, "--pairs 0", "--pairs is 0; it has to be at least 1"),
+    (label_preferences, "--pairs -1", "--pairs is -1"), (label_preferences, "--seed -1", "--seed is -1"),
+    (label_preferences, "--steps 1000", "no episode of the dataset has 1000 steps, the longest has"),
+    (label_preferences, "--pairs 1 --out FOLDER/text.md/labels.jsonl", "text.md"),
+    (label_preferences, "--pairs 1 --annotator model --by-hand FOLDER/bytes", "bytes cannot be read"),
+    (label_goals, "--by-hand FOLDER/none.md", "none.md cannot be read"), (label_goals, "--situations 0", "is 0"),
+    (label_goals, "--by-hand FOLDER/empty.md --recordings FOLDER/new.jsonl", "empty.md has too few answers"),
+    (label_goals, "--by-hand FOLDER/text.md --model m", "needs --model handwritten"),
+    (label_goals, f"{RECORD} --recordings FOLDER/text.md/r.jsonl", "text.md/r.jsonl cannot be written"),
+    (label_goals, "--mode record --model m --base-url http://[::1/v1", "http://[::1/v1 is no address"),
+    (label_code, "--seed -1", "--seed is -1"), (label_code, "--iterations 0", "--iterations is 0"),
+    (train_preferences, "", "--labels '' does not exist"),
+    (train_preferences, "--labels FOLDER/none.jsonl", "none.jsonl' does not exist"),
+    *((train_preferences, f"--labels FOLDER/without-{name}", "is no file of knowledge.label_preferences")
+      for name in ("steps", "dataset", "source", "env")),
+    *((train_preferences, f"--labels FOLDER/labels {flag}", said) for flag, said in (
+        ("--epochs 0", "--epochs is 0"), ("--batch-size 0", "--batch-size is 0"),
+        ("--validation 1", "--validation is 1.0"), ("--validation nan", "--validation is nan"),
+        ("--size Paper", "Paper"),
+        ("--epochs 1 --out FOLDER/text.md/model.pt", "text.md")))])
+def test_command_fails_in_one_line(command, words, said, small, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty.md").write_text("\n===\n\n")
+    (tmp_path / "text.md").write_text("- go to a ball")
+    meta = {"env": GRID, "dataset": Dataset(small).hash, "steps": 2, "source": "rules"}
+    rows = [json.dumps({"a": [0, 0], "b": [1, 0], "label": k % 2}) for k in range(30)]
+    for name in ("", *meta):
+        left = {key: value for key, value in meta.items() if key != name}
+        file = tmp_path / (f"without-{name}" if name else "labels")
+        file.write_text("\n".join([json.dumps(left), *rows]) + "\n")
+    place = ["--dataset", str(small)] if command is train_preferences else ["--dataset", str(small), "--env", GRID]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *place, *words.replace("FOLDER", str(tmp_path)).split()])
+    with pytest.raises(SystemExit) as stopped:
+        client.command(command.main, command.Args, command.__doc__)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in err and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: ") or "--size" in words  # which tyro refuses, in a frame
 
 
 @pytest.mark.parametrize("family", ["minigrid", "crafter"])

@@ -177,6 +177,9 @@ REFUSED = {
     "strides": "def f(x):\n    x.strides = (1 << 40,)\n    return x",
     "frombuffer": "import numpy as np\ndef f(x):\n    return np.frombuffer(b'12345678')",
     "bmat reads frames": "import numpy as np\ndef f(x):\n    return np.bmat('x')",
+    "r_ reads frames, too": "import numpy as np\ndef f(x):\n    return np.r_['x']",
+    "c_": "import numpy as np\ndef f(x):\n    return np.c_['x']",
+    "resize leaves views of freed memory": "def f(x):\n    x.resize((1,), refcheck=False)\n    return x",
     "seterrcall": "import numpy as np\ndef f(x):\n    np.seterrcall(f)\n    return x",
     "np.testing": "import numpy as np\ndef f(x):\n    return np.testing.run_module_suite()",
     "np.random": "import numpy as np\ndef f(x):\n    return np.random.rand()",
@@ -550,3 +553,9 @@ def test_without_seccomp_code_needs_leave(tmp_path, monkeypatch):
     monkeypatch.setenv("ALLOW_GENERATED_CODE", "1")
     with Sandbox(source + "#\n", ["f"]) as box:
         assert box.call("f", np.array([5.0])) == [10]
+
+
+def test_whether_a_machine_can_shut_code_in_is_said_into_a_file_too(tmp_path):
+    with (tmp_path / "said").open("w") as file:
+        subprocess.run([sys.executable, "-m", "llm.sandbox"], cwd=ROOT, stdout=file, check=True)
+    assert (tmp_path / "said").read_text() == "files, network and processes are blocked for generated code\n"
