@@ -174,10 +174,12 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
 
 
 def in_learners_units(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """Actions (T, d) of a space as those in [-1, 1] that learners have; discrete ones (T,) as they are."""
+    """Actions (n, d) of a space as those in [-1, 1] that learners have, 0 where its bounds are equal; discrete ones
+    (n,) as they are."""
     if isinstance(space, gym.spaces.Discrete):
         return actions
-    return 2 * (actions - space.low) / (space.high - space.low) - 1
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    return (actions - middle) / np.where(half == 0, 1, half)
 
 
 def names_of_actions(env_id: str, space: gym.Space) -> list[str]:
