@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers.utils import RunningMeanStd
 
 import envs
 from algos import sac, stream_ac
@@ -66,6 +67,29 @@ def old_generator(self, seed=None, options=None):
         self.np_random = np.random.RandomState(seed)  # takes 32 bits
     self.x, self.steps = self.np_random.uniform(-1, 1), 0
     return self.look(), {}
+
+
+def kept_inside(self, seed=None, options=None):
+    """Generators and statistics in containers, one of them the environment's own."""
+    Walk.reset(self, seed=seed)
+    if seed is not None:
+        self.kept = {"rng": [np.random.default_rng(seed), np.random.RandomState(seed), RunningMeanStd()]}
+        self.kept["own"] = (np.random.Generator(np.random.SFC64(seed)), self.np_random)
+    *drawn, seen = self.kept["rng"]
+    self.x = sum(rng.uniform(-1, 1) for rng in (*drawn, *self.kept["own"])) + float(seen.mean)
+    seen.update(np.array([self.x]))
+    return self.look(), {}
+
+
+def lacking(self):
+    raise ImportError
+
+
+def ends_in_nan(self, seed=None, options=None):
+    """The observation of the second reset has a NaN."""
+    self.resets = getattr(self, "resets", 0) + 1
+    obs, info = Walk.reset(self, seed=seed)
+    return obs * (np.nan if self.resets == 2 else 1), info
 
 
 @pytest.fixture
@@ -139,10 +163,11 @@ def test_actions_at_the_bounds_are_within_them(register):
 
 
 @pytest.mark.parametrize("make", [
-    variant(reset=own_generator), variant(reset=old_generator), variant(snapshot=lambda self, path: 1 / 0),
+    variant(reset=own_generator), variant(reset=old_generator), variant(reset=kept_inside),
+    variant(snapshot=lambda self, path: 1 / 0),
     lambda: Lag(Walk()), lambda: gym.wrappers.NormalizeObservation(Walk()), lambda: gym.wrappers.TimeLimit(Walk(), 7),
     lambda: gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(Walk(), 4))],
-    ids=["generator", "RandomState", "another snapshot", "lag", "statistics", "two limits", "frames"])
+    ids=["generator", "RandomState", "containers", "another snapshot", "lag", "statistics", "two limits", "frames"])
 def test_what_an_environment_keeps_comes_back(make, register, tmp_path, capsys):
     """Own generators, and wrappers with a memory."""
     env_id = register(make)
