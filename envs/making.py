@@ -35,7 +35,8 @@ def named(env_id: str):
     except (gym.error.Error, ImportError, TypeError) as error:
         if isinstance(error, TypeError) and "keyword argument" not in str(error):
             raise
-        raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EnvError(f"{env_id} cannot be made: {why}") from error
 
 
 def make(env_id: str, **kwargs) -> gym.Env:

@@ -100,9 +100,11 @@ class VectorEnv:
         self.action_space, self.observation_space = env.action_space, env.observation_space
         spaces = env.observation_space.spaces if isinstance(env.observation_space, gym.spaces.Dict) else {}
         self.is_goal_env = "desired_goal" in spaces
-        self.time_feature = time_feature and self.is_goal_env and self.max_episode_steps is not None
+        part = spaces.get("observation")
+        flat = isinstance(part, gym.spaces.Box) and len(part.shape) == 1  # envs.making refuses others
+        self.time_feature = time_feature and self.is_goal_env and flat and self.max_episode_steps is not None
         if self.time_feature:
-            wider = gym.spaces.Box(-np.inf, np.inf, (env.observation_space["observation"].shape[0] + 1,), np.float64)
+            wider = gym.spaces.Box(-np.inf, np.inf, (part.shape[0] + 1,), np.float64)
             self.observation_space = gym.spaces.Dict({**env.observation_space.spaces, "observation": wider})
         self.elapsed = np.zeros(num_envs, np.int64)
         self.ready = False  # whether there is an episode to step: a simulator would step its raw initial state
@@ -143,7 +145,10 @@ class VectorEnv:
         for i in ended:
             self._reset(i, None)
             self.elapsed[i] = 0
-        obs = self._observe_with_time() if len(ended) else final_obs
+        obs = final_obs
+        if len(ended):
+            obs = self._observe_with_time()
+            foreign.check_finite(self.env, obs)
         return obs, reward, terminated, truncated, {"final_obs": final_obs, "success": success}
 
     def to_box(self, action: np.ndarray) -> np.ndarray:
@@ -229,7 +234,7 @@ class GymVectorEnv(VectorEnv):
 
     def render(self) -> np.ndarray:
         """Frame (height, width, 3) uint8 of the first copy; needs `render_mode="rgb_array"`."""
-        return self.envs[0].render()
+        return foreign.render(self.envs[0])
 
     def close(self) -> None:
         self.close_once()
@@ -243,8 +248,8 @@ class GymVectorEnv(VectorEnv):
         steps = [self._play(env, a) for env, a in zip(self.envs, action)]
         self.current = [step[0] for step in steps]
         reward, terminated, truncated = (np.array(column) for column in list(zip(*steps))[1:4])
-        success = [step[4].get("is_success", step[4].get("success", np.nan)) for step in steps]
-        return reward, terminated, truncated, np.array(success, np.float64)
+        success = [foreign.success_of(env, step[4]) for env, step in zip(self.envs, steps)]
+        return reward, terminated.astype(bool), truncated.astype(bool), np.array(success)  # ends may be 0 and 1
 
     def _play(self, env: gym.Env, action) -> tuple:
         obs, total, terminated, truncated, info = foreign.step(env, action)
