@@ -134,8 +134,8 @@ def render(env: gym.Env) -> np.ndarray:
 
 
 def finite(x: np.ndarray) -> bool:
-    """Whether all numbers of an array are finite. Its product with itself tells in one pass; only where that overflows
-    are they looked at one by one."""
+    """Whether all numbers of an array are finite. They are if the sum of their squares is, which is quick to compute.
+    That sum may also be too large for a number; then each of them is looked at."""
     return x.dtype.kind != "f" or math.isfinite(np.vdot(x, x)) or bool(np.isfinite(x).all())
 
 
