@@ -199,8 +199,8 @@ class BabyAITextVectorEnv(MiniGridVectorEnv):
         self._look(i)
 
     def _look(self, i: int) -> None:
-        """Find the targets of copy i. The verifier of minigrid does so at resets and after every drop: a target that
-        has been picked up counts as where it was until then."""
+        """Find the targets of copy i, as minigrid's verifier does at resets and after every drop. Until a drop, a
+        target that was picked up still counts at the place where it lay."""
         held = slice(self.first[i], self.first[i] + self.cells[i].size)
         self.places[:, held] = self.flat[held] == self.wanted[:, i:i + 1]
         self.moved[i] = False

@@ -224,7 +224,7 @@ class World:
         """Make the simulator of copy i that of a task, always from the published model."""
         model, base = self.models[i], self.base
         body, dof = np.full(base.nbody, float(mass)), np.full(base.nv, float(damping))
-        if self.family.legs_apart:  # the published code uses indices of bodies for joints: six of eight are "hind"
+        if self.family.legs_apart:  # as published, with the indices of bodies also for joints: 6 of 8 count as hind
             body[:8], body[8:] = (1, 1, *[mass] * 6), 1 / mass
             dof[:8], dof[8:] = (*[1] * 6, damping, damping), 1 / damping
         model.body_mass[:], model.dof_damping[:] = base.body_mass * body, base.dof_damping * dof

@@ -29,6 +29,7 @@ from envs.ids import EnvError, announce
 from envs.vector import VectorEnv
 
 CODE = 32  # numbers of `random` and `pca`
+SMALLEST = 22  # height and width that the convolutions of `random` need
 FRAMES, EPISODE_STEPS, COPIES = 2000, 50, 10  # what those two see
 LIMIT = 10.0  # codes are clipped to +-this
 LOSSES = {"autoencoder", "vae", "inverse", "forward", "reward", "priors"}  # of algos/srl.py
@@ -104,7 +105,10 @@ class Convolutions(nn.Sequential):
 
 
 def make_random(frames: torch.Tensor) -> Encoder:
-    """An encoder with drawn weights, scaled on frames (n, h, w, c)."""
+    """An encoder with drawn weights, scaled on frames (n, h, w, c). Raises EnvError for too small ones."""
+    if min(frames.shape[1:3]) < SMALLEST:
+        raise EnvError(f"pictures of {frames.shape[1]} x {frames.shape[2]} pixels are too small for the encoder "
+                       f"random, which needs {SMALLEST} x {SMALLEST}; take pca")
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = Convolutions(tuple(frames.shape[1:]))

@@ -1,6 +1,7 @@
 """Evaluation without bias to short episodes, and video without a display."""
 import csv
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -8,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from envs import franka_button, mobile
+from envs import foreign, franka_button, mobile
 from envs.captions import action_words
 from envs.crafter_text import is_crafter
 from envs.encoders import adopt_encoder
@@ -53,6 +54,7 @@ class Evaluator:
             self.said.append(Said(values[0].tolist(), None if std is None else std[0].tolist(), scores))
         return values
 
+    @foreign.global_draws_kept()
     def play(self, act: Act, twice: bool = False) -> dict[str, float]:
         """`args.eval_episodes` episodes, or twice as many, from the same start states every time; see `evaluate`."""
         self._begin()
@@ -66,9 +68,10 @@ class Evaluator:
         self.film(act, Path(self.args.evaluate), names)
         return result
 
+    @foreign.global_draws_kept()
     def film(self, act: Act, folder: Path, names: Sequence[str] = ()) -> None:
-        """Film `args.video` episodes into the run `folder`, and draw what `act` notes of actions; with `names`, also
-        the attention."""
+        """Film `args.video` episodes into the run `folder`, and draw their actions, with what `act` gave to `noted`.
+        With `names` of policies, also draw the attention, which `act` gave to `note`."""
         self._begin()
         self.filming = True
         record(act, self.args.env, self.args.video, 10_000 * self.args.seed + 7_000, folder / "video", names, self.log,
@@ -151,33 +154,41 @@ def record(act: Act, env_id: str, episodes: int, seed: int, folder: Path, names:
     import imageio.v2 as imageio  # slow to import, and only filming needs it
 
     folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with or_no_film():
         vec = make_vec(env_id, 1, fast=False, render_mode="rgb_array", **kwargs)
-    except EnvError as error:  # a film is no reason to end a finished run badly
+        for k in range(episodes):
+            obs, ended, frames, actions, first, first_said = vec.reset(seed + k), False, [], [], len(log), len(said)
+            while not ended:
+                frames.append(vec.render())
+                actions.append(act(obs))
+                obs, _, terminated, truncated, _ = vec.step(actions[-1])
+                ended = bool(terminated[0] or truncated[0])
+            imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=vec.env.metadata.get("render_fps") or 25)
+            draw_actions(frames, in_learners_units(np.concatenate(actions), vec.action_space), said[first_said:],
+                         names_of_actions(resolved, vec.action_space), folder / f"actions-{k}.png", crop=not painted)
+            if names and len(log) > first:  # a policy may act without attention
+                weights, acting = zip(*log[first:])
+                draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png", crop=not painted)
+        vec.close()
+        print(f"filmed into {folder}", file=sys.stderr)
+
+
+@contextmanager
+def or_no_film():
+    """Says in one line what an environment fails with: a film is no reason to end a finished run badly."""
+    try:
+        yield
+    except EnvError as error:
         print(f"no film: {error}", file=sys.stderr)
-        return
-    for k in range(episodes):
-        obs, ended, frames, actions, first, first_said = vec.reset(seed + k), False, [], [], len(log), len(said)
-        while not ended:
-            frames.append(vec.render())
-            actions.append(act(obs))
-            obs, _, terminated, truncated, _ = vec.step(actions[-1])
-            ended = bool(terminated[0] or truncated[0])
-        imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=vec.env.metadata.get("render_fps", 25))
-        draw_actions(frames, in_learners_units(np.concatenate(actions), vec.action_space), said[first_said:],
-                     names_of_actions(resolved, vec.action_space), folder / f"actions-{k}.png", crop=not painted)
-        if names and len(log) > first:  # a policy may act without attention
-            weights, acting = zip(*log[first:])
-            draw_timeline(frames, weights, acting, names, folder / f"attention-{k}.png", crop=not painted)
-    vec.close()
-    print(f"filmed into {folder}", file=sys.stderr)
 
 
 def in_learners_units(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """Actions (T, d) of a space as those in [-1, 1] that learners have; discrete ones (T,) as they are."""
+    """Actions (n, d) of a space as those in [-1, 1] that learners have, 0 where its bounds are equal; discrete ones
+    (n,) as they are."""
     if isinstance(space, gym.spaces.Discrete):
         return actions
-    return 2 * (actions - space.low) / (space.high - space.low) - 1
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    return (actions - middle) / np.where(half == 0, 1, half)
 
 
 def names_of_actions(env_id: str, space: gym.Space) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium_robotics.utils import rotations
 
 from envs.vector import Observation, Threads, VectorEnv, mujoco_restore, mujoco_snapshot, narrow_goals
+from envs.world import check_actions
 
 MOCAP_QUAT_DELTA = np.array([1.0, 0.0, 1.0, 0.0])  # added to the gripper's quaternion at every step, as upstream does
 
@@ -95,6 +96,7 @@ class FetchVectorEnv(VectorEnv):
         self._read(i)
 
     def _step(self, action: np.ndarray):
+        check_actions(action, (self.num_envs, 4))
         action = np.clip(action, -1.0, 1.0)
         displacement = action[:, :3] * action.dtype.type(0.05)  # in the action's own precision, as upstream
         grip = np.zeros(self.num_envs) if self.task.block_gripper else action[:, 3]

@@ -4,6 +4,7 @@ A run that goes on with a NaN, or with the wrong one of two numbers, costs a nig
 """
 import math
 import traceback
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -30,9 +31,19 @@ def make(env_id: str, **kwargs) -> gym.Env:
     return construct(env_id, **kwargs)
 
 
+@contextmanager
+def global_draws_kept():
+    """Numpy's global generator, which environments may draw from, is afterwards as it was before."""
+    drawn = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(drawn)
+
+
+@global_draws_kept()
 def attempt(env: gym.Env) -> None:
     """Play TRIAL steps by random actions, and close it. Raises EnvError for whatever is wrong in them."""
-    drawn = np.random.get_state()  # of numpy's global generator, which it may draw from
     actions, over = env.action_space, False
     try:
         actions.seed(0)
@@ -40,14 +51,14 @@ def attempt(env: gym.Env) -> None:
         for _ in range(TRIAL):
             check_shapes(env, obs)
             parts = obs if isinstance(obs, dict) else {"": obs}
-            check_finite(env, {name: np.asarray(x) for name, x in parts.items()})
+            check_finite(env, {name: np.asarray(x) for name, x in parts.items() if not isinstance(x, tuple)})
             if over:
                 break
-            obs, _, terminated, truncated, _ = step(env, actions.sample())
+            obs, _, terminated, truncated, info = step(env, actions.sample())
+            success_of(env, info)
             over = terminated or truncated
     finally:
         env.close()
-        np.random.set_state(drawn)
 
 
 def construct(env_id: str, **kwargs) -> gym.Env:
@@ -101,9 +112,30 @@ def step(env: gym.Env, action: Any) -> tuple[Any, float, bool, bool, dict]:
     return found
 
 
+def success_of(env: gym.Env, info: dict) -> float:
+    """Success in the info of a step, NaN where it says nothing. Raises EnvError for what is not one number."""
+    found = info.get("is_success", info.get("success", np.nan))
+    try:
+        return float(np.asarray(found, np.float64).reshape(()))
+    except (TypeError, ValueError) as error:
+        raise EnvError(f"{env.spec.id}: info has {found!r} as success, and has to have True or False") from error
+
+
+def render(env: gym.Env) -> np.ndarray:
+    """A picture (height, width, 3) of `env`. Raises EnvError for a failure, and for what is no picture."""
+    try:
+        frame = np.asarray(env.render())
+    except Exception as error:
+        raise failure(env, "render", error) from error
+    if frame.ndim not in (2, 3) or frame.dtype.kind not in "buif":  # two: in grey
+        raise EnvError(f"{env.spec.id}: render returns no picture, and has to return an array (height, width, 3) of "
+                       "bytes")
+    return frame
+
+
 def finite(x: np.ndarray) -> bool:
-    """Whether all numbers of an array are finite. Its product with itself tells in one pass; only where that overflows
-    are they looked at one by one."""
+    """Whether all numbers of an array are finite. They are if the sum of their squares is, which is quick to compute.
+    That sum may also be too large for a number; then each of them is looked at."""
     return x.dtype.kind != "f" or math.isfinite(np.vdot(x, x)) or bool(np.isfinite(x).all())
 
 

@@ -57,7 +57,7 @@ def split_view(env_id: str) -> tuple[str, dict]:
 def resolve(env_id: str) -> str:
     """The registered id behind `env_id`; old versions (FetchPush-v2) become today's (-v4), which stderr is told once.
 
-    MiniGrid ids stay as they are, and stderr is told once where a -v0 is not what its name or its paper says.
+    MiniGrid ids stay as they are. Prints one line on stderr if a -v0 task differs from its name or its paper.
     `my_file:Line-v0` imports my_file.py, of this folder or installed, which registers Line-v0, and
     `dir/my_file.py:Line-v0` imports that file. An encoder behind the id (`split_view`) is left out.
 

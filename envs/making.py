@@ -35,7 +35,8 @@ def named(env_id: str):
     except (gym.error.Error, ImportError, TypeError) as error:
         if isinstance(error, TypeError) and "keyword argument" not in str(error):
             raise
-        raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EnvError(f"{env_id} cannot be made: {why}") from error
 
 
 def make(env_id: str, **kwargs) -> gym.Env:
@@ -92,7 +93,9 @@ def make_plain(env_id: str, resolved: str, num_envs: int, threads: int, fast: bo
     """`num_envs` copies that are observed as they are; see `make_vec`."""
     fast = fast and action_repeat == 1
     with named(env_id):
-        if fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
+        if action_repeat > 1 and (is_crafter(resolved) or is_grid(resolved) or "split" in kwargs):
+            raise EnvError(f"{resolved} takes no action_repeat; leave it out")
+        elif fast and re.fullmatch(r"Fetch(Reach|Push|Slide|PickAndPlace)(Dense)?-v4", resolved):
             vec = FetchVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif fast and resolved in DYNAMICS:
             vec = DynamicsVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
@@ -104,8 +107,6 @@ def make_plain(env_id: str, resolved: str, num_envs: int, threads: int, fast: bo
             vec = ButtonVectorEnv(resolved, num_envs, threads=threads, goal_range=goal_range, **kwargs)
         elif fast and resolved in MOBILE:
             vec = MobileVectorEnv(resolved, num_envs, goal_range=goal_range, **kwargs)
-        elif action_repeat > 1 and (is_crafter(resolved) or is_grid(resolved)):
-            raise EnvError(f"{resolved} takes no action_repeat; leave it out")
         elif is_crafter(resolved):
             vec = CrafterVectorEnv(resolved, num_envs, **kwargs)
         elif fast and resolved.startswith("BabyAI-Text-"):
@@ -123,6 +124,11 @@ def make_plain(env_id: str, resolved: str, num_envs: int, threads: int, fast: bo
                 raise EnvError(f"{env_id} observes {space}; flat arrays are needed (Box of one dimension, or those of "
                                "a goal task), or pictures (height, width, channels) of uint8: "
                                "gymnasium.wrappers.FlattenObservation makes one")
+            if vec.is_goal_env and parts[1].shape != parts[2].shape:
+                raise EnvError(f"{env_id} declares achieved goals of shape {parts[1].shape} and desired ones of shape "
+                               f"{parts[2].shape}; hindsight puts one in the place of the other: make them alike")
+            if vec.is_goal_env and action_repeat > 1:
+                raise EnvError(f"{resolved} takes no action_repeat: hindsight rewards are of one step; leave it out")
             if isinstance(actions, gym.spaces.Box) and not (
                     len(actions.shape) == 1 and actions.dtype.kind == "f" and actions.is_bounded()):
                 raise EnvError(f"{env_id} takes {actions} as actions; bounded numbers in one dimension are needed")

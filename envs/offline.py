@@ -9,6 +9,7 @@ A dataset of Minari is a folder, its data/main_data.hdf5, or the id of one that 
 import json
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -16,11 +17,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from envs.evaluation import in_learners_units
 from envs.features import flatten, to_tensors
 from envs.ids import EnvError, announce
 from envs.vector import Observation, VectorEnv
 
 GRID = (11, 6, 3)  # kinds of objects, colours, states in a cell of MiniGrid
+READ = {"image", "direction"}, {"achieved_goal", "desired_goal", "observation"}  # dicts of observations that are read
 
 
 class Dataset(NamedTuple):
@@ -40,8 +43,12 @@ class Dataset(NamedTuple):
         return np.add.reduceat(self.rew, self.starts[:-1])
 
 
-def features(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
-    """Observations as one float matrix (B, f): a grid's view and direction as zeros and ones, others as `flatten`."""
+def features(obs: torch.Tensor | dict[str, torch.Tensor], whose: str = "the environment") -> torch.Tensor:
+    """Observations as one float matrix (B, f): a grid's view and direction as zeros and ones, others as `flatten`.
+    Raises EnvError, which tells `whose` they are, for a dict of others."""
+    if isinstance(obs, dict) and not any(obs.keys() >= names for names in READ):
+        raise EnvError(f"{whose} observes {', '.join(obs)}; needed are flat arrays, "
+                       "or achieved_goal, desired_goal and observation, or image and direction")
     if not (isinstance(obs, dict) and "image" in obs):
         return flatten(obs)
     image, direction = torch.as_tensor(obs["image"]), torch.as_tensor(obs["direction"])
@@ -93,8 +100,8 @@ def collect(act: Callable[[Observation], np.ndarray], vec: VectorEnv, episodes: 
 
 
 def from_replay(buffer: dict[str, torch.Tensor], num_envs: int, f: int, d: int, vec: VectorEnv) -> Dataset:
-    """The episodes in the replay buffer of a checkpoint, in the order in which they were played: what an agent saw
-    while it learned. Episodes that were open at its end are left out, and so is the rest of one that the ring cut.
+    """The episodes in the replay buffer of a checkpoint, in the order in which they began: what an agent saw while it
+    learned. An episode that had not ended is left out, and so is one of which the buffer has lost the first rows.
 
     `buffer` is what buffers.ReplayBuffer saves: rows obs | action in [-1, 1] | reward | terminated | next obs.
     """
@@ -150,28 +157,45 @@ def load(source: str) -> Dataset:
     Raises EnvError for one that is not there, damaged, or stored in another way."""
     path = Path(source)
     if path.suffix == ".npz" and path.is_file():
-        return _load_npz(path)
+        return _checked(_load_npz(path), path)
     kept = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"), source)
     if not path.exists() and kept.is_dir():
         path = kept
     if not path.exists():
         raise EnvError(f"dataset {source} is not there; make one with benchmarks/offline.py, or get one of Minari's: "
                        "minari download ID")
-    return load_minari(path)
+    return _checked(load_minari(path), path)
+
+
+@contextmanager
+def _reading(file: Path):
+    """What a foreign file fails with while it is read, as EnvError that names the file."""
+    try:
+        yield
+    except (EnvError, MemoryError):
+        raise
+    except Exception as error:  # a cut or foreign file raises anything from KeyError to BadZipFile
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise EnvError(f"{file} is damaged or no dataset ({why:.150}); make it or get it anew") from error
+
+
+def _checked(data: Dataset, path: Path) -> Dataset:
+    """`data` as it is. Raises EnvError where its columns do not fit together, or hold NaN."""
+    with _reading(path):
+        n, starts, columns = len(data.rew), data.starts, data[:5] + (data.policy_id,)
+        fit = {len(column) for column in columns} == {n} and data.obs.ndim == 2 and {x.ndim for x in columns[2:]} == {1}
+        whole = len(starts) > 1 and starts[0] == 0 and starts[-1] == n and (np.diff(starts) > 0).all()
+        if not (fit and whole and isinstance(data.meta, dict)):
+            raise EnvError(f"{path} is damaged: its columns or episodes do not fit together; make it anew")
+        if not all(np.isfinite(column).all() for column in columns[:3]):
+            raise EnvError(f"{path} is damaged: it holds NaN or infinity; make it anew")
+    return data
 
 
 def _load_npz(path: Path) -> Dataset:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = Dataset(file["obs"], file["act"], file["rew"], file["term"], file["trunc"], file["ep_start"],
-                           file["policy_id"], json.loads(str(file["meta"])))
-    except Exception as error:  # a cut or foreign file raises anything from KeyError to BadZipFile
-        raise EnvError(f"{path} is damaged or no dataset ({type(error).__name__}); make it anew") from error
-    n, starts = len(data.rew), data.starts
-    lengths = {len(column) for column in (data.obs, data.act, data.term, data.trunc)}
-    if lengths != {n} or len(starts) < 2 or starts[0] != 0 or starts[-1] != n or (np.diff(starts) < 1).any():
-        raise EnvError(f"{path} is damaged: its columns or episodes do not fit together; make it anew")
-    return data
+    with _reading(path), np.load(path, allow_pickle=False) as file:
+        return Dataset(file["obs"], file["act"], file["rew"], file["term"], file["trunc"], file["ep_start"],
+                       file["policy_id"], json.loads(str(file["meta"])))
 
 
 def load_minari(path: Path) -> Dataset:
@@ -187,60 +211,60 @@ def load_minari(path: Path) -> Dataset:
             inside = ", ".join(sorted(x.name for x in path.rglob("*"))[:5]) or "nothing"
             raise EnvError(f"{path} has no HDF5 file (it holds {inside}); one that is stored as Arrow has to be made "
                            "anew with data_format='hdf5'")
+        if len(found) > 1:
+            raise EnvError(f"{path} has several datasets, {', '.join(map(str, found[:3]))}; name one")
         file = found[0]
-    try:
-        with h5py.File(file, "r") as archive:
-            meta = _minari_meta(file, dict(archive.attrs))
-            limit = meta.get("max_episode_steps")
-            groups = [name for name in archive if re.fullmatch(r"episode_\d+", name)]
-            groups.sort(key=lambda name: int(name.removeprefix("episode_")))  # as numbers: episode_10 after episode_9
-            if not groups:
-                raise EnvError(f"{file} has no group episode_0, episode_1, ..., but {', '.join(list(archive)[:5])}")
-            return from_episodes([_minari_episode(archive[name], file, limit) for name in groups], meta)
-    except OSError as error:
-        raise EnvError(f"{file} cannot be read ({str(error).splitlines()[0]}); get it anew") from error
+    with _reading(file), h5py.File(file, "r") as archive:
+        meta = _minari_meta(file, dict(archive.attrs))
+        limit = meta.get("max_episode_steps")
+        groups = [name for name in archive if re.fullmatch(r"episode_\d+", name)]
+        groups.sort(key=lambda name: int(name.removeprefix("episode_")))  # as numbers: episode_10 after episode_9
+        if not groups:
+            raise EnvError(f"{file} has no group episode_0, episode_1, ..., but {', '.join(list(archive)[:5])}")
+        return from_episodes([_minari_episode(archive[name], file, limit) for name in groups], meta)
 
 
 def _minari_episode(group, file: Path, limit: int | None) -> dict[str, np.ndarray]:
     """One episode: T + 1 observations, of which the last is left out, T of everything else."""
-    if missing := {"observations", "actions", "rewards", "terminations", "truncations"} - set(group):
+    names = "actions", "rewards", "terminations", "truncations"
+    if missing := {"observations", *names} - set(group):
         raise EnvError(f"{file}: {group.name} lacks {', '.join(sorted(missing))}; it has {', '.join(group)}")
     raw = group["observations"]
     parts = np.asarray(raw) if not hasattr(raw, "keys") else {
         name: np.asarray(raw[name]) for name in raw if name != "mission"}
-    actions = np.asarray(group["actions"])
+    actions, reward, term, trunc = (np.asarray(group[name]) for name in names)
     t = len(actions)
+    if t == 0 or {len(reward), len(term), len(trunc)} != {t}:
+        raise EnvError(f"{file}: {group.name} has {t} actions, {len(reward)} rewards, {len(term)} terminations and "
+                       f"{len(trunc)} truncations; one of each for every step is needed, and a step at least")
     if isinstance(parts, dict) and "observation" in parts and limit:  # the time feature that our environments append
         left = 1 - np.arange(t + 1)[:, None] / limit
         parts["observation"] = np.concatenate([parts["observation"], left], 1)
     if isinstance(parts, dict) and any(x.dtype.kind not in "biuf" for x in parts.values()):
         raise EnvError(f"{file} stores observations as JPEG, which changes what is in a grid; make it anew with "
                        "jpeg_encoding=False")
-    obs = features(to_tensors(parts)).numpy()
+    obs = features(to_tensors(parts), str(file)).numpy()
     if len(obs) != t + 1:
         raise EnvError(f"{file}: {group.name} has {len(obs)} observations for {t} actions; Minari stores one more")
     actions = actions.astype(np.int64 if actions.dtype.kind in "iu" and actions.ndim == 1 else np.float32)
-    return {"obs": obs[:-1], "act": actions, "rew": np.asarray(group["rewards"], np.float32),
-            "term": np.asarray(group["terminations"], bool), "trunc": np.asarray(group["truncations"], bool)}
+    return {"obs": obs[:-1], "act": actions, "rew": reward.astype(np.float32), "term": term.astype(bool),
+            "trunc": trunc.astype(bool)}
 
 
 def _minari_meta(file: Path, attributes: dict) -> dict:
     """Environment and reference returns, from metadata.json beside the file, or in older files from its attributes."""
     beside = file.with_name("metadata.json")
-    found = attributes
-    if beside.is_file():
-        try:
-            found = json.loads(beside.read_text())
-        except ValueError as error:
-            raise EnvError(f"{beside} is damaged; get the dataset anew") from error
-    spec = found.get("env_spec")
-    spec = json.loads(spec) if isinstance(spec, str) else spec or {}
-    meta = {"env": spec.get("id"), "policies": [str(found.get("dataset_id", file))],
-            "max_episode_steps": spec.get("max_episode_steps")}
-    for ours, theirs in (("ref_min", "ref_min_score"), ("ref_max", "ref_max_score")):
-        if theirs in found:
-            meta[ours] = float(found[theirs])
-    return meta
+    beside = beside if beside.is_file() else None
+    with _reading(beside or file):
+        found = json.loads(beside.read_text()) if beside else attributes
+        spec = found.get("env_spec")
+        spec = json.loads(spec) if isinstance(spec, str) else spec or {}
+        meta = {"env": spec.get("id"), "policies": [str(found.get("dataset_id", file))],
+                "max_episode_steps": spec.get("max_episode_steps")}
+        for ours, theirs in (("ref_min", "ref_min_score"), ("ref_max", "ref_max_score")):
+            if found.get(theirs) is not None:
+                meta[ours] = float(found[theirs])
+        return meta
 
 
 def load_for(source: str, vec: VectorEnv, share: float = 1.0) -> Dataset:
@@ -252,19 +276,20 @@ def load_for(source: str, vec: VectorEnv, share: float = 1.0) -> Dataset:
         raise EnvError("--dataset is missing: name an .npz of benchmarks/offline.py, or a dataset of Minari's")
     data, space = best_episodes(load(source), share), vec.action_space
     continuous = isinstance(space, gym.spaces.Box)
-    f = features(to_tensors(vec.reset(0))).shape[1]
-    if data.obs.shape[1:] != (f,) or data.act.shape[1:] != (space.shape if continuous else ()):
+    f = features(to_tensors(vec.reset(0)), vec.env.spec.id).shape[1]
+    whole = data.act.ndim == 1 and data.act.dtype.kind in "iu"
+    if data.obs.shape[1] != f or (data.act.shape[1:] != space.shape if continuous else not whole):
+        kind = "discrete" if whole else f"{data.act.dtype} {data.act.shape[1:]}"
         raise EnvError(f"{source} is of {data.meta.get('env')}, with {data.obs.shape[1]} numbers in an observation and "
-                       f"{data.act.shape[1:] or 'discrete'} actions; {vec.env.spec.id} has {f} and {space}: --env "
-                       "names the environment of the dataset")
+                       f"{kind} actions; {vec.env.spec.id} has {f} and {space}: --env names the environment of the "
+                       "dataset")
     if data.meta.get("env") not in (None, vec.env.spec.id):
         announce(f"{source} was played in {data.meta['env']}, and is evaluated in {vec.env.spec.id}")
     if not continuous:
         if data.act.min() < 0 or data.act.max() >= space.n:
             raise EnvError(f"{source} has actions {data.act.min()} to {data.act.max()}; {vec.env.spec.id} has {space}")
         return data
-    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
-    return data._replace(act=np.clip((data.act - middle) / half, -0.999, 0.999).astype(np.float32))
+    return data._replace(act=np.clip(in_learners_units(data.act, space), -0.999, 0.999).astype(np.float32))
 
 
 def without_tails(data: Dataset, tail: int) -> np.ndarray:

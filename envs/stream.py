@@ -20,8 +20,9 @@ import mujoco
 import numpy as np
 
 from envs import foreign
-from envs.evaluation import can_be_filmed, in_learners_units, names_of_actions, tell
+from envs.evaluation import can_be_filmed, in_learners_units, names_of_actions, or_no_film, tell
 from envs.ids import EnvError, resolve, split_view
+from envs.making import named
 from envs.timeline import draw_actions
 from envs.vector import (gym_restore, gym_snapshot, model_restore, model_snapshot, mujoco_restore, mujoco_snapshot,
                          random_state, set_random_state, time_limit, warn_of_statistics)
@@ -58,14 +59,11 @@ class StreamEnv:
         max_episode_steps = max_episode_steps or (CLASSIC_LIMIT if env_id.split("-v")[0] in CLASSIC else 0)
         limit = {"max_episode_steps": max_episode_steps} if max_episode_steps else {}
         self.kind = "atari" if "NoFrameskip" in env_id else "minatar" if env_id.startswith("MinAtar/") else "vector"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # v4 is asked for by name: papers report it
-                self.env = foreign.make(resolve(env_id), **limit, **kwargs)
-                if self.kind == "atari":
-                    self.env = gym.wrappers.AtariPreprocessing(self.env)
-        except (gym.error.Error, ImportError) as error:
-            raise EnvError(f"{env_id} cannot be made: {str(error).splitlines()[0]}") from error
+        with named(env_id), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # v4 is asked for by name: papers report it
+            self.env = foreign.make(resolve(env_id), **limit, **kwargs)
+            if self.kind == "atari":
+                self.env = gym.wrappers.AtariPreprocessing(self.env)
         warn_of_statistics(self.env)
         self.close_once = weakref.finalize(self, self.env.close)  # at the latest when the program ends
         self.action_space, space = self.env.action_space, self.env.observation_space
@@ -241,6 +239,7 @@ class StreamEvaluator:
         self.args, self.kwargs = args, kwargs
         self.env = StreamEnv(args.env, **kwargs)
 
+    @foreign.global_draws_kept()
     def play(self, act: StreamAct, twice: bool = False) -> dict[str, float]:
         """`args.eval_episodes` episodes, or twice as many, from the same start states every time. An episode stops at
         the task's own limit where training has a later one; on MinAtar, which has none, after 10,000 steps. On Atari
@@ -259,6 +258,7 @@ class StreamEvaluator:
         self.film(act, Path(self.args.evaluate))
         return result
 
+    @foreign.global_draws_kept()
     def film(self, act: StreamAct, folder: Path) -> None:
         """Film `args.video` episodes into the run `folder`, and draw the actions; without a working renderer, say what
         to install."""
@@ -272,17 +272,18 @@ class StreamEvaluator:
         import imageio.v2 as imageio  # slow to import, and only filming needs it
 
         folder.mkdir(parents=True, exist_ok=True)
-        env = StreamEnv(env_id, render_mode="rgb_array", **self.kwargs)
-        for k in range(self.args.video):
-            frames, actions = [], []
-            self._episode(act, env, 10_000 * self.args.seed + 7_000 + k, frames, actions)
-            if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
-                frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]
-            imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=env.env.metadata.get("render_fps", 25))
-            draw_actions(frames, in_learners_units(np.array(actions), env.action_space), (),
-                         names_of_actions(env_id, env.action_space), folder / f"actions-{k}.png", crop=False)
-        env.close()
-        print(f"filmed into {folder}", file=sys.stderr)
+        with or_no_film():
+            env = StreamEnv(env_id, render_mode="rgb_array", **self.kwargs)
+            for k in range(self.args.video):
+                frames, actions = [], []
+                self._episode(act, env, 10_000 * self.args.seed + 7_000 + k, frames, actions)
+                if frames[0].dtype != np.uint8:  # MinAtar draws 10x10 pixels with colours in [0, 1]
+                    frames = [(255 * f).astype(np.uint8).repeat(16, 0).repeat(16, 1) for f in frames]
+                imageio.mimwrite(folder / f"episode-{k}.mp4", frames, fps=env.env.metadata.get("render_fps") or 25)
+                draw_actions(frames, in_learners_units(np.array(actions), env.action_space), (),
+                             names_of_actions(env_id, env.action_space), folder / f"actions-{k}.png", crop=False)
+            env.close()
+            print(f"filmed into {folder}", file=sys.stderr)
 
     @staticmethod
     def _episode(act: StreamAct, env: StreamEnv, seed: int, frames: list | None = None, actions: list | None = None
@@ -291,7 +292,7 @@ class StreamEvaluator:
         obs, state, over, total, length = env.reset(seed), None, False, 0.0, 0
         while not over:
             if frames is not None:
-                frames.append(np.asarray(env.env.render()))
+                frames.append(foreign.render(env.env))
             action, state = act(obs, state)
             if actions is not None:
                 actions.append(action)

@@ -100,9 +100,11 @@ class VectorEnv:
         self.action_space, self.observation_space = env.action_space, env.observation_space
         spaces = env.observation_space.spaces if isinstance(env.observation_space, gym.spaces.Dict) else {}
         self.is_goal_env = "desired_goal" in spaces
-        self.time_feature = time_feature and self.is_goal_env and self.max_episode_steps is not None
+        part = spaces.get("observation")
+        flat = isinstance(part, gym.spaces.Box) and len(part.shape) == 1  # envs.making refuses others
+        self.time_feature = time_feature and self.is_goal_env and flat and self.max_episode_steps is not None
         if self.time_feature:
-            wider = gym.spaces.Box(-np.inf, np.inf, (env.observation_space["observation"].shape[0] + 1,), np.float64)
+            wider = gym.spaces.Box(-np.inf, np.inf, (part.shape[0] + 1,), np.float64)
             self.observation_space = gym.spaces.Dict({**env.observation_space.spaces, "observation": wider})
         self.elapsed = np.zeros(num_envs, np.int64)
         self.ready = False  # whether there is an episode to step: a simulator would step its raw initial state
@@ -143,7 +145,10 @@ class VectorEnv:
         for i in ended:
             self._reset(i, None)
             self.elapsed[i] = 0
-        obs = self._observe_with_time() if len(ended) else final_obs
+        obs = final_obs
+        if len(ended):
+            obs = self._observe_with_time()
+            foreign.check_finite(self.env, obs)
         return obs, reward, terminated, truncated, {"final_obs": final_obs, "success": success}
 
     def to_box(self, action: np.ndarray) -> np.ndarray:
@@ -229,7 +234,7 @@ class GymVectorEnv(VectorEnv):
 
     def render(self) -> np.ndarray:
         """Frame (height, width, 3) uint8 of the first copy; needs `render_mode="rgb_array"`."""
-        return self.envs[0].render()
+        return foreign.render(self.envs[0])
 
     def close(self) -> None:
         self.close_once()
@@ -243,8 +248,8 @@ class GymVectorEnv(VectorEnv):
         steps = [self._play(env, a) for env, a in zip(self.envs, action)]
         self.current = [step[0] for step in steps]
         reward, terminated, truncated = (np.array(column) for column in list(zip(*steps))[1:4])
-        success = [step[4].get("is_success", step[4].get("success", np.nan)) for step in steps]
-        return reward, terminated, truncated, np.array(success, np.float64)
+        success = [foreign.success_of(env, step[4]) for env, step in zip(self.envs, steps)]
+        return reward, terminated.astype(bool), truncated.astype(bool), np.array(success)  # ends may be 0 and 1
 
     def _play(self, env: gym.Env, action) -> tuple:
         obs, total, terminated, truncated, info = foreign.step(env, action)
@@ -372,17 +377,31 @@ def to_saved(value):
     raise TypeError(f"{type(value).__name__} cannot be saved")
 
 
-def from_saved(value):
-    """What `to_saved` was given."""
+def from_saved(value, old=None):
+    """What `to_saved` was given. Generators and statistics in `old`, which stands in its place now, are set and kept:
+    others may hold the same ones."""
     if isinstance(value, dict):
         (kind, inside), = value.items()
         if kind == "number":
             return np.asarray(inside)[()]
+        if kind == "rng":
+            made = (np.random.RandomState() if "old" in inside
+                    else np.random.Generator(getattr(np.random, inside["bit_generator"])()))
+            rng = old if type(old) is type(made) else made
+            set_rng_state(rng, inside)
+            return rng
+        if kind == "moments":
+            moments = old if isinstance(old, gym.wrappers.utils.RunningMeanStd) else gym.wrappers.utils.RunningMeanStd()
+            vars(moments).update({key: from_saved(x) for key, x in inside.items()})
+            return moments
         if kind == "dict":
-            return {key: from_saved(x) for key, x in inside.items()}
+            old = old if isinstance(old, dict) else {}
+            return {key: from_saved(x, old.get(key)) for key, x in inside.items()}
         if kind == "deque":
             return deque(map(from_saved, inside[1:]), inside[0])
-        return {"list": list, "tuple": tuple, "set": set}[kind](map(from_saved, inside))
+        container = {"list": list, "tuple": tuple, "set": set}[kind]
+        olds = old if isinstance(old, container) and len(old) == len(inside) else [None] * len(inside)
+        return container(map(from_saved, inside, olds))
     if isinstance(value, list):  # of older checkpoints
         return tuple(value)
     return np.asarray(value).copy() if hasattr(value, "shape") else value
@@ -399,8 +418,8 @@ def gym_restore(env: gym.Env, snapshot: dict) -> None:
     if "plain" in snapshot:
         lost += set_attributes(env, snapshot["plain"])
     if lost:
-        announce(f"{env.spec.id} keeps {', '.join(lost)}, which cannot be saved: where that matters, its episode does "
-                 "not go on as it would have; give it snapshot() and restore(what that returned)")
+        announce(f"{env.spec.id} keeps {', '.join(lost)}, which cannot be saved; if its episodes depend on that, they "
+                 "go on differently; to save it, write the methods snapshot() and restore(snapshot)")
     set_rng_state(env.np_random, snapshot["rng"])
     if "mujoco" in snapshot:
         model_restore(env.model, snapshot.get("model", {}))  # older checkpoints have none
@@ -410,15 +429,7 @@ def gym_restore(env: gym.Env, snapshot: dict) -> None:
 def set_attributes(env: gym.Env, plain: dict) -> list[str]:
     """Give one layer the attributes of `attributes`. Returns the names of those that it has, and that are not there."""
     for name, value in plain.items():
-        kind = next(iter(value)) if isinstance(value, dict) else ""
-        if kind == "rng":  # in place, for others may hold the same generator
-            if getattr(env, name, None) is None:
-                setattr(env, name, np.random.RandomState() if "old" in value["rng"] else np.random.default_rng())
-            set_rng_state(getattr(env, name), value["rng"])
-        elif kind == "moments" and hasattr(env, name):
-            vars(getattr(env, name)).update({key: from_saved(x) for key, x in value["moments"].items()})
-        else:
-            setattr(env, name, from_saved(value))
+        setattr(env, name, from_saved(value, vars(env).get(name)))
     return [name for name, value in vars(env).items() if name not in plain
             and not (callable(value) or isinstance(value, ModuleType) or name == "env")
             and (isinstance(value, (np.ndarray, gym.Env)) or type(value).__module__.split(".")[0] not in STATELESS)]

@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -428,15 +429,71 @@ def test_damaged_and_foreign_datasets_are_one_line(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.hdf5").write_text("no")
-    for source, word in (("", "--dataset"), (tmp_path / "none.npz", "not there"), (tmp_path / "cut.npz", "damaged"),
+    write_minari(tmp_path / "two" / "expert-v0", [3])
+    write_minari(tmp_path / "two" / "random-v0", [3])
+    for source, word in (("", "--dataset"), (tmp_path / "none.npz", "not there"),
+                         (tmp_path / "two", "several datasets, .*expert-v0.*, .*random-v0"),
+                         (tmp_path / "cut.npz", "damaged"),
                          (tmp_path / "other.npz", "damaged"), (tmp_path / "empty", "HDF5"),
-                         (tmp_path / "text.hdf5", "cannot be read")):
+                         (tmp_path / "text.hdf5", "OSError")):
         with pytest.raises(UserError, match=word) as error:
             offline.load_for(str(source), vec)
         assert "\n" not in str(error.value)
     folder = write_minari(tmp_path / "data", [5])
     with pytest.raises(UserError, match="--env names"):
         offline.load_for(str(folder), envs.make_vec("CartPole-v1", 1))
+
+
+@pytest.mark.parametrize("changed, words", [
+    (dict(obs=np.zeros(5)), "do not fit"), (dict(obs=np.full((5, 4), np.nan)), "NaN"),
+    (dict(meta="null"), "do not fit"), (dict(meta="{"), "JSONDecodeError"),
+    (dict(obs=np.full((5, 4), b"x")), "TypeError"), (dict(policy_id=np.zeros(3, int)), "do not fit"),
+    (dict(rew=np.zeros((5, 1))), "do not fit"), (dict(act=np.full(5, 0.5)), "float64")])
+def test_a_file_that_does_not_fit_is_one_line(changed, words, tmp_path):
+    file = tmp_path / "a.npz"
+    columns = dict(obs=np.zeros((5, 4)), act=np.zeros(5, int), rew=np.zeros(5), term=np.zeros(5, bool),
+                   trunc=np.zeros(5, bool), ep_start=np.array([0, 5]), policy_id=np.zeros(5, int), meta="{}")
+    vec = envs.make_vec("CartPole-v1", 1)
+    np.savez(file, **columns)
+    assert len(offline.load_for(str(file), vec).rew) == 5
+    np.savez(file, **columns | changed)
+    with pytest.raises(UserError, match=f"^{file}.*{words}") as error:
+        offline.load_for(str(file), vec)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changed, words", [
+    (dict(observations=np.zeros(6)), "do not fit"), (dict(observations={"pos": np.zeros((6, 2))}), "observes pos"),
+    (dict(observations=np.full((6, 3), b"x")), "TypeError"), (dict(rewards=np.zeros(4)), "5 actions, 4 rewards"),
+    (dict(rewards=np.zeros((5, 1))), "do not fit"), ({"env_spec": "{"}, "metadata.json.*JSONDecodeError"),
+    ([1], "metadata.json.*'list' object"),
+    (dict(observations=np.zeros((1, 3)), actions=np.zeros((0, 1)), rewards=[], terminations=[], truncations=[]),
+     "0 actions.*a step at least")])
+def test_a_dataset_of_minari_that_does_not_fit_is_one_line(changed, words, tmp_path):
+    folder, vec = write_minari(tmp_path / "data", [5]), envs.make_vec("Pendulum-v1", 1)
+    import h5py
+    if "env_spec" in changed or isinstance(changed, list):
+        (folder / "metadata.json").write_text(json.dumps(changed))
+    else:
+        with h5py.File(folder / "main_data.hdf5", "a") as file:
+            for name, value in changed.items():
+                del file[f"episode_0/{name}"]
+                for part, x in value.items() if isinstance(value, dict) else [("", value)]:
+                    file[f"episode_0/{name}/{part}".rstrip("/")] = x
+    with pytest.raises(UserError, match=f"^{folder}.*{words}") as error:
+        offline.load_for(str(folder), vec)
+    assert "\n" not in str(error.value)
+
+
+def test_a_number_that_cannot_vary_and_a_reference_that_is_not_known(tmp_path):
+    folder = write_minari(tmp_path / "data", [2], actions=np.array([[0.0, 0.5], [2.0, 0.5]], np.float32))
+    (folder / "metadata.json").write_text(json.dumps({"ref_min_score": None, "ref_max_score": 3}))
+    vec = envs.make_vec("Pendulum-v1", 1)
+    vec.action_space = gym.spaces.Box(np.array([-4, 0.5], np.float32), np.array([4, 0.5], np.float32))
+    data = offline.load_for(str(folder), vec)
+    assert data.act.tolist() == [[0, 0], [0.5, 0]] and "ref_min" not in data.meta and data.meta["ref_max"] == 3
+    with pytest.raises(UserError, match="Crafter-Symbols-EatCow.* observes .*view"):
+        offline.load_for(str(folder), envs.make_vec("Crafter-Symbols-EatCow", 1))
 
 
 # runs

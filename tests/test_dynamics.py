@@ -237,6 +237,9 @@ def test_every_task_is_played():
     (lambda: envs.make_vec(CHEETAH, 2).reset(1, {"masss": 1}), "unknown option 'masss'"),
     (lambda: envs.make_vec(CHEETAH, 2, seed=1).step(np.full((2, 6), np.nan)), "actions hold nan"),
     (lambda: envs.make_vec(CHEETAH, 2, seed=1).step(np.zeros((2, 5))), "actions have shape"),
+    (lambda: envs.make_vec("FetchReach-v2", 2, seed=1).step(np.full((2, 4), np.nan)), "actions hold nan"),
+    (lambda: envs.make_vec("FetchReach-v2", 2, seed=1).step(np.zeros((2, 3))), "actions have shape"),
+    (lambda: envs.make_vec(f"{FRANKA}:action_repeat=2", 6, split="train"), "takes no action_repeat"),
     (lambda: envs.make_vec(CHEETAH, 2, goal_range=2), "no range of goals"),
     (lambda: envs.make(CHEETAH).unwrapped.render(), "render_mode is None")])
 def test_errors_are_one_line(call, words):

@@ -1,11 +1,13 @@
 """Other people's environments: what is wrong with them is one line, and what they keep comes back."""
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers.utils import RunningMeanStd
 
 import envs
 from algos import sac, stream_ac
@@ -68,6 +70,29 @@ def old_generator(self, seed=None, options=None):
     return self.look(), {}
 
 
+def kept_inside(self, seed=None, options=None):
+    """Generators and statistics in containers, one of them the environment's own."""
+    Walk.reset(self, seed=seed)
+    if seed is not None:
+        self.kept = {"rng": [np.random.default_rng(seed), np.random.RandomState(seed), RunningMeanStd()]}
+        self.kept["own"] = (np.random.Generator(np.random.SFC64(seed)), self.np_random)
+    *drawn, seen = self.kept["rng"]
+    self.x = sum(rng.uniform(-1, 1) for rng in (*drawn, *self.kept["own"])) + float(seen.mean)
+    seen.update(np.array([self.x]))
+    return self.look(), {}
+
+
+def lacking(self):
+    raise ImportError
+
+
+def ends_in_nan(self, seed=None, options=None):
+    """The observation of the second reset has a NaN."""
+    self.resets = getattr(self, "resets", 0) + 1
+    obs, info = Walk.reset(self, seed=seed)
+    return obs * (np.nan if self.resets == 2 else 1), info
+
+
 @pytest.fixture
 def register(monkeypatch):
     def add(make, **kwargs):
@@ -82,6 +107,7 @@ def register(monkeypatch):
     (variant(reset=lambda self: (np.zeros(1, np.float32), {})), "fails in reset: TypeError: .*unexpected keyword"),
     (variant(step=lambda self, action: (self.look(), 0.0, False, {})), "got 4.*; an environment of the old gym"),
     (variant(reward=lambda self: np.array([0.0])), r"the reward array\(\[0\.\]\), and has to return one finite number"),
+    (variant(step=lambda self, action: (self.look(), 0.0, False, False, {"success": "yes"})), "'yes' as success"),
     (variant(reward=lambda self: float("nan")), "the reward nan"), (variant(reward=lambda self: "1"), "the reward '1'"),
     (variant(look=lambda self: np.array([np.nan], np.float32)), "a number that is not finite"),
     (variant(look=lambda self: np.zeros(2, np.float32)), r"declares observations of shape \(1,\) and .* \(2,\)"),
@@ -97,6 +123,9 @@ def test_what_an_environment_does_wrong_is_one_line(make, words, register):
 
 @pytest.mark.parametrize("make, words", [
     (variant(__init__=lambda self: {}["licence"]), "fails in its making: KeyError: 'licence'"),
+    (variant(__init__=lacking), "cannot be made: ImportError"),
+    (variant(observation_space=gym.spaces.Tuple((gym.spaces.Discrete(5), ROW)), look=lambda self: (1, np.zeros(1))),
+     "observes Tuple.*arrays"),
     (variant(observation_space=None), "declares no observation_space"),
     (variant(observation_space=gym.spaces.Box(-1, 1, (0,)), look=lambda self: np.zeros(0)), "as observation_space, which holds nothing"),
     (variant(step=lambda self, action: sys.exit(0)), "fails in step: SystemExit: 0"),
@@ -133,16 +162,66 @@ def test_a_reward_for_every_pair_of_goals(monkeypatch):
             ReplayBuffer(100, 10, 2, 6, 2, 2, vec.compute_reward)
 
 
+@pytest.mark.parametrize("parts, words", [
+    ({}, "flat arrays"), ({"observation": gym.spaces.Discrete(5)}, "flat arrays"),
+    ({"observation": gym.spaces.MultiDiscrete([5])}, "flat arrays"),
+    ({"observation": ROW, "achieved_goal": gym.spaces.Box(-5, 5, (2,))}, r"\(2,\) and desired ones of shape \(1,\)")])
+def test_goals_that_cannot_be_learned_are_said(parts, words, register):
+    space = gym.spaces.Dict({"achieved_goal": ROW, "desired_goal": ROW} | parts)
+    env_id = register(variant(observation_space=space, look=lambda self: space.sample()))
+    with pytest.raises(envs.EnvError, match=f"^Foreign-v0.*{words}"):
+        envs.make_vec(env_id, 1)
+
+
+def test_ends_are_true_or_false_and_the_next_start_is_checked(register):
+    def step(self, action):
+        self.steps += 1
+        return self.look(), 0.0, int(self.steps == 3), 0, {"success": np.array([True])}
+    vec = envs.make_vec(register(variant(step=step, reset=ends_in_nan)), 2, seed=1)
+    _, _, terminated, truncated, info = vec.step(np.zeros((2, 1), np.float32))
+    assert (~terminated).all() and (~truncated).all() and info["success"].tolist() == [1, 1]
+    vec.step(np.zeros((2, 1), np.float32))
+    with pytest.raises(envs.EnvError, match="not finite"):
+        vec.step(np.zeros((2, 1), np.float32))
+
+
+@pytest.mark.parametrize("render, words", [
+    (lambda self: None, "no film: Foreign-v0: render returns no picture"),
+    (lambda self: 1 / 0, "no film: Foreign-v0 fails in render: ZeroDivisionError"),
+    (lambda self: np.zeros((32, 32, 3), np.uint8), "filmed into")])
+def test_a_film_that_fails_is_one_line_and_evaluations_draw_nothing(render, words, register, tmp_path, monkeypatch,
+                                                                    capsys):
+    """Of numpy's global generator, which some tasks draw from, and training goes on with."""
+    for module in (envs.evaluation, envs.stream):
+        monkeypatch.setattr(module, "can_be_filmed", lambda *args: True)
+    env_id = register(variant(
+        __init__=lambda self, render_mode=None: setattr(self, "render_mode", render_mode), render=render,
+        metadata={"render_modes": ["rgb_array"]}, look=lambda self: np.random.uniform(-1, 1, 1).astype(np.float32)))
+    args = SimpleNamespace(env=env_id, eval_episodes=2, evaluate="", seed=1, video=1)
+    still = np.zeros((1, 1), np.float32)
+    for evaluator, act in ((envs.Evaluator(args), lambda obs: np.resize(still, (len(obs), 1))),
+                           (envs.StreamEvaluator(args), lambda obs, state: (still[0], None))):
+        np.random.seed(3)
+        expected = np.random.uniform()
+        np.random.seed(3)
+        evaluator.play(act)
+        evaluator.film(act, tmp_path)
+        assert np.random.uniform() == expected
+        said = [line for line in capsys.readouterr().err.splitlines() if "film" in line]
+        assert len(said) == 1 and said[0].startswith(words)
+
+
 def test_actions_at_the_bounds_are_within_them(register):
     vec = envs.make_vec(register(Walk), 2, seed=1)
     vec.step(vec.to_box(np.array([[-1.0], [1.0]], np.float32)))  # or it raises
 
 
 @pytest.mark.parametrize("make", [
-    variant(reset=own_generator), variant(reset=old_generator), variant(snapshot=lambda self, path: 1 / 0),
+    variant(reset=own_generator), variant(reset=old_generator), variant(reset=kept_inside),
+    variant(snapshot=lambda self, path: 1 / 0),
     lambda: Lag(Walk()), lambda: gym.wrappers.NormalizeObservation(Walk()), lambda: gym.wrappers.TimeLimit(Walk(), 7),
     lambda: gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(Walk(), 4))],
-    ids=["generator", "RandomState", "another snapshot", "lag", "statistics", "two limits", "frames"])
+    ids=["generator", "RandomState", "containers", "another snapshot", "lag", "statistics", "two limits", "frames"])
 def test_what_an_environment_keeps_comes_back(make, register, tmp_path, capsys):
     """Own generators, and wrappers with a memory."""
     env_id = register(make)

@@ -195,8 +195,9 @@ def test_repeated_actions():
     assert vec.step(np.array([X_PLUS]))[1][0] == pytest.approx(-1.5 - 1.4 - 1.3 - 1.2)
     ends = [vec.step(np.array([X_PLUS]))[3][0] for _ in range(62)]
     assert ends == [False] * 61 + [True]
-    with pytest.raises(envs.EnvError, match="takes no action_repeat"):
-        envs.make_vec("MiniGrid-Empty-5x5-v0:action_repeat=2", 1)
+    for env_id in ("MiniGrid-Empty-5x5-v0", "FetchReach-v2", "tests.tasks:Point-v0"):  # hindsight has one step's reward
+        with pytest.raises(envs.EnvError, match="takes no action_repeat"):
+            envs.make_vec(f"{env_id}:action_repeat=2", 1)
 
 
 # encoders
@@ -218,6 +219,9 @@ def test_words_behind_an_id():
                           ("MobileRobot-v0:run:nowhere:frame_stack=2", "is the last word")):
         with pytest.raises(envs.EnvError, match=words):
             envs.make_vec(env_id, 1)
+    with pytest.raises(envs.EnvError, match="21 x 40 pixels are too small"):
+        encoders.make_random(torch.zeros(5, 21, 40, 3, dtype=torch.uint8))
+    assert encoders.make_random(torch.zeros(5, 22, 40, 3, dtype=torch.uint8)).size == 32
     with pytest.raises(envs.EnvError, match="leave out what stands behind the id"):
         envs.StreamEnv("MobileRobot-v0:pca")
     with pytest.raises(envs.EnvError, match="MobileRobotContinuous-v0:pca"):

@@ -176,6 +176,7 @@ NO_MEMORY = "x: there is not enough memory; lower what sizes were given, as --hi
 @pytest.mark.parametrize("error, code, line", [
     (MemoryError(), 2, NO_MEMORY), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, NO_MEMORY),
     (runtime.UserError("no"), 2, "x: no"), (envs.EnvError("none"), 2, "x: none"),
+    (envs.EnvError("no [0. \n  1.]\n at all"), 2, "x: no [0. 1.] at all"),
     (KeyboardInterrupt(), 130, "x: interrupted")])
 def test_one_line_and_an_exit_code(error, code, line, capsys):
     with pytest.raises(SystemExit) as end, runtime.exit_codes("x"):
