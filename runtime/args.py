@@ -19,6 +19,7 @@ from errors import UserError
 
 MAY_BE_ZERO = {"eval_every", "checkpoint_every", "video"}  # 0 switches these off
 ROOT = Path(__file__).resolve().parent.parent
+OURS = ("envs", "tests")  # packages of environments; runs/ below the same root may hold a stranger's code
 MOST_ENVS = 5000  # more would share streams of random numbers with other seeds, or with evaluations
 RESUMED = ("total_timesteps", "device")  # what --resume may change
 EVALUATED = ("eval_episodes", "video", "device")  # what --evaluate may change
@@ -57,7 +58,8 @@ def own_code(args: Any) -> dict[str, str]:
         if field.name == "env":
             module, _, _ = split_id(value)
             files = [ROOT / module.replace(".", "/") / "__init__.py", ROOT / f"{module.replace('.', '/')}.py"]
-            if module and ("/" in module or not any(file.is_file() for file in files)):
+            ours = module.split(".")[0] in OURS and "/" not in module and any(file.is_file() for file in files)
+            if module and not ours:
                 found["env"] = value
         elif isinstance(value, str) and any(".py" in item and not item.startswith("llm:") for item in value.split(",")):
             found[field.name] = value

@@ -114,6 +114,8 @@ def test_a_strangers_run_executes_nothing_before_it_is_named(tmp_path, monkeypat
                                ({"knowledge": "none", "env": "evil.py:Point-v0"}, "--env evil.py:Point-v0"),
                                ({"knowledge": "none", "env": "run/envs.py:Point-v0"}, "--env run/envs.py:Point-v0"),
                                ({"knowledge": "none", "env": "envs.py:Point-v0"}, "--env envs.py:Point-v0"),
+                               ({"knowledge": "none", "env": "runs.evil:Point-v0"}, "--env runs.evil:Point-v0"),
+                               ({"knowledge": "none", "env": "benchmarks.run:X-v0"}, "--env benchmarks.run:X-v0"),
                                ({"knowledge": "none", "init_from": "x,mine.py"}, "--init-from x,mine.py")):
             with pytest.raises(runtime.UserError, match=f"name it again: {how} {folder} {named}$"):
                 go_on(how, **changed)
