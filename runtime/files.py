@@ -12,11 +12,13 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def write_whole(path: Path, write) -> None:
-    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file. Raises
-    OSError where it cannot be written; nothing is left then."""
+    """Call `write` on a temporary path and rename that to `path`, so that a kill or a power cut never leaves half a
+    file. Raises OSError where it cannot be written; nothing is left then."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a rename may come to the disk before the content does
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # torch hides the reason
