@@ -29,9 +29,13 @@ def cli(args_type: type, algo: str, words: Sequence[str] | None = None) -> Any:
     """Arguments from the command line, or from `words`.
 
     With `--resume RUN` or `--evaluate RUN` the arguments of that run are the defaults, so what is not named stays as it
-    was. Raises UserError for both flags at once, for a folder that is no run of this script, and for one that would run
-    code which is not named on the command line: it may be a stranger's.
+    was. Raises UserError for both flags at once, for an empty or foreign folder, and for one that would run code which
+    is not named on the command line: it may be a stranger's.
     """
+    given = [*(sys.argv[1:] if words is None else words)]
+    for flag in ("--resume", "--evaluate"):  # of a shell variable that is not set: it would start a new run
+        if (flag, "") in zip(given, given[1:]) or f"{flag}=" in given:
+            raise UserError(f"{flag} is empty; name the folder of a run")
     asked = tyro.cli(args_type, args=words)
     if asked.resume and asked.evaluate:
         raise UserError("--resume goes on training, --evaluate does not: leave one of them out")

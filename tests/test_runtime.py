@@ -131,6 +131,13 @@ def test_a_strangers_run_executes_nothing_before_it_is_named(tmp_path, monkeypat
     assert "evil" not in sys.modules
 
 
+@pytest.mark.parametrize("words", [["--resume", ""], ["--evaluate="], ["--seed", "2", "--evaluate", ""]])
+def test_an_empty_folder_is_no_new_run(words):
+    """As of a shell variable that is not set."""
+    with pytest.raises(runtime.UserError, match="is empty; name the folder of a run"):
+        runtime.cli(sac.Args, "sac", words)
+
+
 def test_a_folder_of_runs_names_its_last_one(run):
     with pytest.raises(runtime.UserError, match=f"no config.json; the last one in it is {run}$"):
         runtime.cli(sac.Args, "sac", ["--resume", str(run.parent)])
