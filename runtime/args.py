@@ -121,6 +121,8 @@ def _check_kept(args: Any, stored: Any, free: Sequence[str]) -> None:
 
 def _check_number(name: str, value: float, ranges: dict[str, tuple[float, float]]) -> None:
     flag = flag_of(name)
+    if isinstance(value, int) and value >= 2 ** 63 and name != "seed":  # torch and numpy count no further
+        raise UserError(f"{flag} must be below 2 to the power of 63, not {value}")
     if name == "seed":
         if not 0 <= value < 2 ** 63:
             raise UserError(f"--seed must be 0 or more, and below 2 to the power of 63, not {value}")
@@ -209,7 +211,7 @@ def check_archive(path: Path) -> None:
 
 def hidden_layers(text: str) -> list[int]:
     """[256, 256, 256] for "256x3". Raises UserError for anything else than width x depth."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise UserError(f"--hidden is width x depth, as in 256x3, not {text!r}")
+    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,2}", text):
+        raise UserError(f"--hidden is width x depth, as in 256x3, and at most 999999x999, not {text!r}")
     width, depth = map(int, text.split("x"))
     return [width] * depth

@@ -150,10 +150,18 @@ def test_ranges():
             runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
     assert torch.initial_seed() == 2 ** 63 - 1  # the last one: `checked` seeds torch
     for name, values in (("gamma", [1.01]), ("num_envs", [0]), ("seed", [2 ** 63]), ("her_goals", [float("inf")]),
-                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1]), ("num_envs", [10 ** 8])):
+                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1]), ("num_envs", [10 ** 8, 10 ** 400]),
+                         ("buffer_size", [2 ** 63]), ("checkpoint_every", [2 ** 63, 10 ** 400])):
         for value in values:
             with pytest.raises(runtime.UserError, match=f"--{name.replace('_', '-')} must be"):
                 runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
+
+
+@pytest.mark.parametrize("hidden", ["9" * 20 + "x3", "8x1000", "8", "x3", "0x3"])
+def test_layers_that_cannot_be_made(hidden, tmp_path):
+    with pytest.raises(runtime.UserError, match=f"--hidden is width x depth, .* not '{hidden}'$"):
+        sac.main(sac.Args(**(SMALL | {"hidden": hidden}), run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
