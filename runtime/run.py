@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from runtime import policy
-from runtime.args import flag_of, own_code
+from runtime.args import flag_of, lacks_memory, own_code
 from runtime.files import save, to_plain, write_whole
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
@@ -32,7 +32,6 @@ PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "mini
 CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py", "streamnet.py",
         "env_id.py", "errors.py", "start.py"]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no more can be written: the disk, a quota, a limit of file sizes
-NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")  # of torch, CPU and GPU
 
 
 @contextmanager
@@ -46,7 +45,7 @@ def exit_codes(algo: str):
         print(f"{algo}: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
+        if not lacks_memory(error):
             raise
         print(f"{algo}: there is not enough memory; lower what sizes were given, as --hidden, --batch-size, --num-envs",
               file=sys.stderr)
@@ -94,7 +93,10 @@ class Run:
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, env, name))
         while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
             self.folder = self.folder.with_name(f"{self.folder.name}a")
-        self._write_config(algo, env_id)
+        self._write_config(algo, env_id, saved)
+        self.signal, self.stopped = 0, False  # the signal that came; whether it was obeyed
+        heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        self.handlers = {s: signal.signal(s, self._ask) for s in heard}  # nohup ignores SIGHUP, and so do we then
         print(f"run folder: {self.folder}" + (f", from step {self.step} on" if args.resume else ""), file=sys.stderr)
         self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or f"algos/{algo}.py")
         if self.script.stem == algo and self.script.is_file():  # not where something else calls `main`
@@ -120,11 +122,14 @@ class Run:
                 name, keys, *rest = saved["numpy_rng"]
                 np.random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
 
-    def _write_config(self, algo: str, env_id: str) -> None:
-        args = self.args
+    def _write_config(self, algo: str, env_id: str, saved: dict | None) -> None:
+        args, machine = self.args, describe_machine()
         try:
             if args.resume:  # it may have more steps, other code or another machine by now
                 self._lock()
+                if (self.folder / "checkpoint.pt").stat().st_mtime_ns != saved["read_ns"]:
+                    raise UserError(f"another process has gone on with {self.folder} since its checkpoint was read; "
+                                    "give the command again")
                 config = json.loads((self.folder / "config.json").read_text())
                 config["args"]["total_timesteps"], config["finished"] = args.total_timesteps, False
                 config["resumed"] = [*config.get("resumed", []), {"step": self.step, **describe_machine()}]

@@ -2,6 +2,7 @@
 
 test_contract.py has what every script does with it.
 """
+import errno
 import json
 import os
 import resource
@@ -257,6 +258,21 @@ def test_one_process_writes_a_run(run, tmp_path):
     sac.main(runtime.cli(sac.Args, "sac", more))
 
 
+def test_a_run_that_has_gone_on_meanwhile_is_left_as_it_is(run, tmp_path, monkeypatch):
+    """Between the reading of its checkpoint and the lock."""
+    folder, begin = change(run, tmp_path), runtime.Run
+
+    def late(*given):
+        monkeypatch.setattr(runtime, "Run", begin)
+        sac.main(runtime.cli(sac.Args, "sac", ["--resume", folder, "--total-timesteps", "96"]))
+        return begin(*given)
+    monkeypatch.setattr(runtime, "Run", late)
+    with pytest.raises(runtime.UserError, match=f"another process has gone on with {folder} since"):
+        sac.main(runtime.cli(sac.Args, "sac", ["--resume", folder, "--total-timesteps", "64"]))
+    assert runtime.load_run(folder, "sac", sac.Args)[1]["step"] == 96
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["args"]["total_timesteps"] == 96
+
+
 def test_a_checkpoint_with_one_wrong_bit_is_refused(run, tmp_path):
     """Or it holds the same numbers: some bits of the archive say nothing."""
     folder = Path(change(run, tmp_path))
@@ -267,13 +283,33 @@ def test_a_checkpoint_with_one_wrong_bit_is_refused(run, tmp_path):
         damaged[place // 8] ^= 1 << place % 8
         (folder / "checkpoint.pt").write_bytes(damaged)
         try:
-            loaded = runtime.load_run(str(folder), "sac", sac.Args)[1]
+            loaded = runtime.load_run(str(folder), "sac", sac.Args)[1] | {"read_ns": good["read_ns"]}
             assert all(torch.equal(x, y) if isinstance(y, torch.Tensor) else x == y
                        for x, y in zip(tree_leaves(loaded), tree_leaves(good), strict=True))
         except runtime.UserError as error:
             refused += 1
             assert f"{folder / 'checkpoint.pt'} is damaged" in str(error)
     assert refused > 100
+
+
+@pytest.mark.parametrize("error, reason", [
+    (MemoryError(), "there is not enough memory"), (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory"),
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied")])
+def test_what_cannot_be_read_may_be_whole(error, reason, run, monkeypatch):
+    """It is not called damaged."""
+    def fails(*_given, **_kwargs):
+        raise error
+    places = [(torch, "load", "checkpoint.pt")]
+    if isinstance(error, OSError):
+        places.append((Path, "read_text", "config.json"))
+    if isinstance(error, PermissionError):  # of the folder
+        places.append((Path, "is_file", "config.json"))
+    for place, name, file in places:
+        with monkeypatch.context() as patch, pytest.raises(runtime.UserError) as said:
+            patch.setattr(place, name, fails)
+            runtime.load_run(str(run), "sac", sac.Args)
+        assert str(said.value) == f"{run / file} cannot be read ({reason}); put that right, and try again"
 
 
 def test_rows_that_are_lost_are_missed(run, tmp_path, capsys):
@@ -306,7 +342,7 @@ def test_a_resume_goes_on_with_numpys_global_generator(tmp_path):
     first.save_if_due()
     expected = np.random.random(3).tolist()
     first.finish()
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    saved = runtime.load_run(str(tmp_path / "run"), "sac", sac.Args)[1]
     np.random.seed(0)
     again = runtime.Run("sac", replace(args, resume=str(tmp_path / "run"), total_timesteps=8), "Point-v0", saved, {})
     assert np.random.random(3).tolist() == expected
