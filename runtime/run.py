@@ -8,10 +8,11 @@ import platform
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -112,9 +113,6 @@ class Run:
         self.evals = {"eval": self._csv("eval.csv", ["step", "wall_s", *EVALUATION])}  # and those of parts of the tasks
         rows = (self.folder / "eval.csv").read_text().splitlines()[1:]
         self.result = dict(zip(EVALUATION, map(float, rows[-1].split(",")[2:]))) if rows else {}
-        self.signal, self.stopped = 0, False  # the signal that came; whether it was obeyed
-        heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-        self.handlers = {s: signal.signal(s, self._ask) for s in heard}  # nohup ignores SIGHUP, and so do we then
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=not sys.stderr.isatty())
         if saved:
             torch.set_rng_state(saved["rng"])
@@ -132,13 +130,13 @@ class Run:
                                     "give the command again")
                 config = json.loads((self.folder / "config.json").read_text())
                 config["args"]["total_timesteps"], config["finished"] = args.total_timesteps, False
-                config["resumed"] = [*config.get("resumed", []), {"step": self.step, **describe_machine()}]
+                config["resumed"] = [*config.get("resumed", []), {"step": self.step, **machine}]
             else:
                 if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                     raise UserError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock()
-                config = {"algo": algo, "args": asdict(args), "env_id": env_id, "finished": False, **describe_machine()}
+                config = {"algo": algo, "args": asdict(args), "env_id": env_id, "finished": False, **machine}
                 if exact := getattr(self.parts.get("vec"), "exact_id", ""):  # args.env may name the newest of something
                     config["exact_env"] = exact
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
@@ -173,7 +171,15 @@ class Run:
 
     def _ask(self, signum: int, _frame) -> None:
         self.signal = signum
-        signal.signal(signum, self.handlers[signum])  # a second one does not wait
+        if signum != signal.SIGHUP:
+            signal.signal(signum, self.handlers[signum])  # a second one does not wait
+            return
+        signal.signal(signum, signal.SIG_IGN)  # a shell that ends sends one, and the kernel another
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):  # the terminal is gone, or a `tee` that had it: what is written there would be an error
+            with suppress(OSError):  # it was closed before
+                if not stat.S_ISREG(os.fstat(output).st_mode):
+                    os.dup2(nowhere, output)
 
     def _csv(self, name: str, columns: list[str]):
         path, old = self.folder / name, []

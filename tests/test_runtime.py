@@ -5,8 +5,10 @@ test_contract.py has what every script does with it.
 import errno
 import json
 import os
+import pty
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -356,6 +358,37 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         with pytest.raises(runtime.UserError, match="name another --run-dir"):
             sac.main(sac.Args(**SMALL, run_dir=str(folder)))
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_ctrl_c_at_the_very_start_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    folder, board = tmp_path / "run", runtime.run.SummaryWriter
+
+    def interrupted(*given, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        return board(*given, **named)
+    monkeypatch.setattr(runtime.run, "SummaryWriter", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        sac.main(sac.Args(**SMALL, run_dir=str(folder)))
+    assert runtime.load_run(str(folder), "sac", sac.Args)[1]["step"] == 4
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(tmp_path):
+    """What it writes there fails from then on; and the shell and the kernel each send a SIGHUP."""
+    folder, (ours, theirs) = tmp_path / "run", pty.openpty()
+    flags = SMALL | {"eval_every": 4, "total_timesteps": 10 ** 6, "run_dir": folder}
+    del flags["compile"]
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    run = subprocess.Popen([sys.executable, "algos/sac.py", *words, "--no-compile"], cwd=ROOT, stderr=theirs)
+    said = b""
+    while b"step 8:" not in said:
+        said += os.read(ours, 1000)
+    for signum in (signal.SIGSTOP, signal.SIGHUP):
+        run.send_signal(signum)
+    os.close(ours)
+    os.close(theirs)
+    run.send_signal(signal.SIGCONT)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait() == 129 and runtime.load_run(str(folder), "sac", sac.Args)[1]["step"] >= 8
 
 
 def test_ctrl_c_spares_what_is_started_while_finishing():
