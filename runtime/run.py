@@ -20,6 +20,7 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -217,8 +218,8 @@ class Run:
     def log(self, scalars: dict[str, float | torch.Tensor], names: Sequence[str] = ()) -> None:
         """Append scalars to scalars.csv and TensorBoard.
 
-        An element of a vector `x` is written as `x/<name>`. A vector that is shorter than `names` belongs to the last
-        of them. Raises UserError if a loss is not finite: the last checkpoint is then the last good state."""
+        An element of a vector `x` is written as `x/<name>`. If a vector has fewer elements than `names`, it gets the
+        last names. Raises UserError if a loss is not finite: the last checkpoint is then the last good state."""
         wall_s, flat = self.wall_s(), {}
         for key, value in scalars.items():
             values = torch.as_tensor(value).reshape(-1).tolist()
@@ -231,8 +232,12 @@ class Run:
             self.rows["scalars.csv"] += 1
             self.board.add_scalar(name, value, self.step)
             if name.endswith(("loss", "return_mean")) and not math.isfinite(value):
-                raise UserError(f"the run has diverged: {name} is {value} at step {self.step}; lower --learning-rate, "
-                                f"and begin anew ({self.folder} keeps its last checkpoint)")
+                raise self._diverged(f"{name} is {value}")
+
+    def _diverged(self, what: str) -> UserError:
+        kept = f" ({self.folder} keeps its last checkpoint)" if (self.folder / "checkpoint.pt").is_file() else ""
+        return UserError(f"the run has diverged: {what} at step {self.step}; lower --learning-rate, and begin "
+                         f"anew{kept}")
 
     def log_evaluation(self, result: dict[str, float], part: str = "") -> None:
         """Append the result of `envs.evaluate` to eval.csv and show it, with the steps per second since this start.
@@ -255,7 +260,8 @@ class Run:
         tqdm.write(f"step {self.step}: {line}", file=sys.stderr)  # a line that stays, above the bar where there is one
 
     def save_if_due(self) -> None:
-        """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end."""
+        """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end. Raises UserError
+        for an agent with a number that is not finite: the last checkpoint is then the last good state."""
         self.stopped = self.signal != 0
         if self.stopped or self.over or self.due(self.args.checkpoint_every):
             name, keys, *rest = np.random.get_state()  # of numpy's global generator, which some tasks draw from
@@ -263,6 +269,9 @@ class Run:
                           "numpy_rng": [name, keys.astype(np.int64), *rest], "rows": self.rows}
             for name, part in self.parts.items():
                 checkpoint[name] = part.state_dict() if hasattr(part, "state_dict") else part
+            for x in tree_leaves([checkpoint.get("agent"), checkpoint.get("model")]):  # srl.py has a model
+                if isinstance(x, torch.Tensor) and not x.isfinite().all():
+                    raise self._diverged("the agent holds a number that is not finite")
             write_whole(self.folder / "checkpoint.pt", lambda path: save(to_plain(checkpoint), path))
 
     def finish(self, example: Any = None, **functions: Callable) -> None:

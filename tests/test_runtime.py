@@ -242,6 +242,22 @@ def test_a_loss_that_is_no_number_ends_the_run(log_every, words, tmp_path, monke
                           run_dir=str(tmp_path / "run")))
 
 
+def test_an_agent_that_is_no_number_does_not_replace_the_last_good_one(run, tmp_path, monkeypatch):
+    """Where no loss was logged since."""
+    folder, update = Path(change(run, tmp_path)), sac.update
+
+    def ruined(agent, *given):
+        scalars = update(agent, *given)
+        agent["target"]["q.0.weight"][0, 0, 0] = torch.nan
+        return scalars
+    before = (folder / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(sac, "update", ruined)
+    with pytest.raises(runtime.UserError, match="diverged: the agent holds a number that is not finite at step 60; .*"
+                                                f"[(]{folder} keeps its last checkpoint"):
+        sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(folder), "--total-timesteps", "60"]))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
 def test_one_process_writes_a_run(run, tmp_path):
     """A second one is refused, whether it goes on with the run or names its folder, and told who holds it."""
     folder = change(run, tmp_path)
