@@ -311,7 +311,7 @@ def shown(path: str | Path) -> str:
 
 def restore(parts: dict[str, Any], saved: dict | None, only: Sequence[str] | None = None) -> None:
     """Load the checkpoint `saved` into `parts`, in place. With `only`, load these parts alone. Without a checkpoint
-    (None) do nothing. Raises UserError if the checkpoint lacks a part."""
+    (None) do nothing. Raises UserError if the checkpoint lacks a part, or has one of other sizes."""
     for name in [] if saved is None else only or parts:
         if name not in saved:
             raise UserError(f"the checkpoint has no {name}: another version saved it; go on with that one")
@@ -329,7 +329,9 @@ def _restore(part: Any, saved: Any) -> None:
     for name, value in saved.items():
         if isinstance(value, dict) and name in part:
             _restore(part[name], value)
-        elif isinstance(part.get(name), torch.Tensor) and part[name].shape == value.shape:
+        elif isinstance(part.get(name), torch.Tensor):
+            if part[name].shape != value.shape:
+                raise RuntimeError(f"{name} has another shape")
             part[name].copy_(value)
         else:
             part[name] = value

@@ -447,6 +447,14 @@ def test_a_compiler_that_fails_is_one_line_and_runs(monkeypatch, capsys):
                                                         "training is slower but the same"]
 
 
+@pytest.mark.parametrize("part, saved", [
+    (envs.Normalizer(3), envs.Normalizer(2).state_dict()), ({"x": torch.zeros(3)}, {"x": torch.zeros(1)}),
+    ({"inside": {"x": torch.zeros(2)}}, {"inside": {"x": torch.zeros(2, 1)}})])
+def test_a_part_of_other_sizes_is_not_replaced(part, saved):
+    with pytest.raises(runtime.UserError, match="other observations or actions .part has other sizes."):
+        runtime.restore({"part": part}, {"part": saved})
+
+
 def test_means_are_since_the_last_time():
     means = runtime.Means()
     for x in (1.0, 2.0, 6.0):
