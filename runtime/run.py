@@ -58,8 +58,8 @@ def exit_codes(algo: str):
             sys.exit(2)
         if error.errno not in FULL:
             raise
-        print(f"{algo}: {error.strerror}; the last checkpoint is kept: make room, and go on with --resume",
-              file=sys.stderr)
+        print(f"{algo}: {error.strerror}; make room, and go on with --resume if the run has saved a checkpoint: it is "
+              "kept", file=sys.stderr)
         sys.stderr.flush()
         os._exit(2)  # files that are closed now would fail once more, each with a traceback
     except KeyboardInterrupt:

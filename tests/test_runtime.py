@@ -229,7 +229,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, tmp_path, mo
             sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(folder), "--total-timesteps", "60"]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("sac: File too large; the last")
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("sac: File too large; make room")
     assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
 
 
