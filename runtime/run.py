@@ -146,8 +146,9 @@ class Run:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
 
     def _lock(self) -> None:
-        """Hold the folder for as long as this process lives: two that write it would mix their rows. The lock is one of
-        POSIX, so it holds on NFS too; where a file system has none, nothing is held. Raises UserError if it is held."""
+        """Hold the folder for as long as this process lives: two that write it would mix their rows. It is a POSIX
+        lock, which also works on NFS. On a file system without locks, nothing protects the folder. Raises UserError if
+        another process holds it."""
         self.lock = (self.folder / "lock").open("a+")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -293,20 +294,12 @@ class Run:
         what, flags = "finished; score and film it", ["--evaluate", str(self.folder), "--video", "2"]
         if not self.over:
             what, flags = "saved; continue", ["--resume", str(self.folder)]
-        python = "python" if shutil.which("python") == sys.executable else shown(sys.executable)
+        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
         for name, value in own_code(self.args).items():  # which `runtime.cli` wants to be named
             flags += [flag_of(name), value]
-        print(f"{what} with: {shlex.join([python, shown(self.script), *flags])}", file=sys.stderr)
+        print(f"{what} with: {shlex.join([python, os.path.relpath(self.script), *flags])}", file=sys.stderr)
         if not self.over:
             sys.exit(128 + self.signal)
-
-
-def shown(path: str | Path) -> str:
-    """A path as seen from here; as it is where no way leads there, from one Windows drive to another."""
-    try:
-        return os.path.relpath(path)
-    except ValueError:
-        return str(path)
 
 
 def restore(parts: dict[str, Any], saved: dict | None, only: Sequence[str] | None = None) -> None:
