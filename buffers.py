@@ -101,8 +101,8 @@ class TrajectoryBuffer:
     A row is what a policy sees of a step, `width` numbers; an episode of n steps has n + 1 of them. The window of step
     t is rows t - window + 1 to t, zeros where the episode had not begun. Open episodes wait aside, never sampled.
 
-    stored: episodes so far, but only the kept ones count that were loaded from a ring of another size. transitions:
-    steps of those that are kept. length, task (n,) int64, mean_reward (n,): of the episodes that are kept.
+    stored: episodes so far; after a ring of another size was loaded, only the kept ones count. transitions: steps of
+    those that are kept. length, task (n,) int64, mean_reward (n,): one number for each of the n episodes in the buffer.
     """
 
     def __init__(self, capacity: int, horizon: int, window: int, num_envs: int, width: int, d: int,

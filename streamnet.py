@@ -42,7 +42,8 @@ def make_net(kind: str, shape: tuple[int, ...], hidden: list[int], heads: list[i
 def sparse_init(net: Net, sparsity: float) -> torch.Tensor:
     """Flat parameters: weights uniform within 1/sqrt(fan_in), of which every unit loses the same share; biases zero.
 
-    Raises UserError where a unit would lose all its weights; the first layer may, for it learns through the second."""
+    Raises UserError if a unit behind the first layer would lose all its weights. A unit of the first layer may: its
+    gradient comes through the second layer."""
     fan_in = min(math.prod(shape[1:]) for shape in net.weights[1:])
     if math.ceil(sparsity * fan_in) == fan_in:  # biases alone would learn
         raise UserError(f"--sparsity {sparsity} takes all {fan_in} weights of a unit; lower it, or widen --hidden")

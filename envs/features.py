@@ -144,4 +144,6 @@ class Normalizer:
         return {"count": self.count, "mean": self.mean, "square": self.square}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count, self.mean, self.square = state["count"], state["mean"], state["square"]
+        self.count = state["count"]
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])

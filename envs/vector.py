@@ -14,6 +14,7 @@ from typing import Callable
 import gymnasium as gym
 import mujoco
 import numpy as np
+import torch
 
 from envs import foreign
 from envs.ids import EnvError, announce
@@ -317,7 +318,11 @@ def gym_snapshot(env: gym.Env) -> dict:
     env = env.unwrapped
     rng = {"rng": rng_state(env.np_random), "wrappers": wrappers}
     if hasattr(env, "snapshot") and hasattr(env, "restore"):  # ours know what they are made of
-        return rng | {"own": env.snapshot()}
+        try:
+            return rng | {"saved": to_saved(env.snapshot())}
+        except TypeError as error:
+            announce(f"{env.spec.id}: what its snapshot() returns cannot be saved ({error}), so after a resume its "
+                     "episode may not go on as it would have; let it return numbers, texts, arrays, lists and dicts")
     # The simulator aside, a task keeps its state in plain attributes: CartPole's `state`, Reacher's `goal`.
     plain = attributes(env)
     if isinstance(getattr(env, "model", None), mujoco.MjModel):
@@ -364,6 +369,8 @@ def to_saved(value):
         return {"rng": rng_state(value)}
     if isinstance(value, gym.wrappers.utils.RunningMeanStd):
         return {"moments": {name: to_saved(x) for name, x in vars(value).items()}}
+    if isinstance(value, torch.Tensor):
+        return {"tensor": value.detach().clone()}
     if type(value) is deque:
         return {"deque": [value.maxlen, *(to_saved(x) for x in value)]}
     if isinstance(value, (np.ndarray, np.number, np.bool_)) and value.dtype.kind in "biuf":
@@ -394,6 +401,8 @@ def from_saved(value, old=None):
             moments = old if isinstance(old, gym.wrappers.utils.RunningMeanStd) else gym.wrappers.utils.RunningMeanStd()
             vars(moments).update({key: from_saved(x) for key, x in inside.items()})
             return moments
+        if kind == "tensor":
+            return inside.clone()
         if kind == "dict":
             old = old if isinstance(old, dict) else {}
             return {key: from_saved(x, old.get(key)) for key, x in inside.items()}
@@ -413,8 +422,10 @@ def gym_restore(env: gym.Env, snapshot: dict) -> None:
     lost = [f"{name} (of {type(wrapper).__name__})" for wrapper, plain in zip(layers(env), snapshot.get("wrappers", []))
             for name in set_attributes(wrapper, plain)]
     env = env.unwrapped
-    if "own" in snapshot:
+    if "own" in snapshot:  # of older checkpoints
         env.restore(snapshot["own"])
+    if "saved" in snapshot:
+        env.restore(from_saved(snapshot["saved"]))
     if "plain" in snapshot:
         lost += set_attributes(env, snapshot["plain"])
     if lost:

@@ -2,8 +2,8 @@
 
 A run folder holds
 
-    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware; also those of resumes;
-                    whether the run is finished
+    config.json     algorithm, arguments, resolved environment id, commit, versions, hardware; whether the run is
+                    finished; of every resume its first step, commit, versions and hardware
     scalars.csv     step, wall_s, name, value
     eval.csv        step, wall_s, episodes, return_mean, return_std, success_rate, length_mean
     checkpoint.pt   everything `--resume` needs, tensors and plain types only

@@ -1,4 +1,5 @@
 """Arguments of a run: reading them from the command line or from an earlier run, and checking them."""
+import errno
 import json
 import math
 import os
@@ -17,8 +18,10 @@ import tyro
 from env_id import split_id
 from errors import UserError
 
+NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")  # of torch, CPU and GPU
 MAY_BE_ZERO = {"eval_every", "checkpoint_every", "video"}  # 0 switches these off
 ROOT = Path(__file__).resolve().parent.parent
+OURS = ("envs", "tests")  # packages of environments; runs/ below the same root may hold a stranger's code
 MOST_ENVS = 5000  # more would share streams of random numbers with other seeds, or with evaluations
 RESUMED = ("total_timesteps", "device")  # what --resume may change
 EVALUATED = ("eval_episodes", "video", "device")  # what --evaluate may change
@@ -28,9 +31,13 @@ def cli(args_type: type, algo: str, words: Sequence[str] | None = None) -> Any:
     """Arguments from the command line, or from `words`.
 
     With `--resume RUN` or `--evaluate RUN` the arguments of that run are the defaults, so what is not named stays as it
-    was. Raises UserError for both flags at once, for a folder that is no run of this script, and for one that would run
-    code which is not named on the command line: it may be a stranger's.
+    was. Raises UserError for both flags at once, for an empty or foreign folder, and for one that would run code which
+    is not named on the command line: it may be a stranger's.
     """
+    given = [*(sys.argv[1:] if words is None else words)]
+    for flag in ("--resume", "--evaluate"):  # of a shell variable that is not set: it would start a new run
+        if (flag, "") in zip(given, given[1:]) or f"{flag}=" in given:
+            raise UserError(f"{flag} is empty; name the folder of a run")
     asked = tyro.cli(args_type, args=words)
     if asked.resume and asked.evaluate:
         raise UserError("--resume goes on training, --evaluate does not: leave one of them out")
@@ -57,7 +64,8 @@ def own_code(args: Any) -> dict[str, str]:
         if field.name == "env":
             module, _, _ = split_id(value)
             files = [ROOT / module.replace(".", "/") / "__init__.py", ROOT / f"{module.replace('.', '/')}.py"]
-            if module and ("/" in module or not any(file.is_file() for file in files)):
+            ours = module.split(".")[0] in OURS and "/" not in module and any(file.is_file() for file in files)
+            if module and not ours:
                 found["env"] = value
         elif isinstance(value, str) and any(".py" in item and not item.startswith("llm:") for item in value.split(",")):
             found[field.name] = value
@@ -73,8 +81,8 @@ def checked(args: Any, algo: str, ranges: dict[str, tuple[float, float]], anew: 
     """`args`, and the checkpoint to go on from or to evaluate (None for a new run). Seeds torch and numpy.
 
     Every number has to be above 0 and finite; `ranges` gives other limits {field: (low, high)}. A run keeps the
-    arguments that it was started with: total_timesteps may change with --resume; what is shown, the seed of start
-    states, and `anew`, with --evaluate.
+    arguments that it was started with. --resume may change total_timesteps and device. --evaluate may change
+    eval_episodes, video, device and the fields in `anew`, and in scripts that play episodes the seed of start states.
     Where its --env named the newest of something, `args.env` is then the one that the run had.
     Raises UserError for arguments that cannot work.
     """
@@ -115,6 +123,8 @@ def _check_kept(args: Any, stored: Any, free: Sequence[str]) -> None:
 
 def _check_number(name: str, value: float, ranges: dict[str, tuple[float, float]]) -> None:
     flag = flag_of(name)
+    if isinstance(value, int) and value >= 2 ** 63 and name != "seed":  # torch and numpy count no further
+        raise UserError(f"{flag} must be below 2 to the power of 63, not {value}")
     if name == "seed":
         if not 0 <= value < 2 ** 63:
             raise UserError(f"--seed must be 0 or more, and below 2 to the power of 63, not {value}")
@@ -132,7 +142,11 @@ def _check_number(name: str, value: float, ranges: dict[str, tuple[float, float]
 def _read_config(folder: str, algo: str) -> dict:
     """config.json of a run of `algo`. Raises UserError if there is none, or it is another algorithm's, or damaged."""
     config = Path(folder, "config.json")
-    if not config.is_file():
+    try:
+        found = config.is_file()
+    except PermissionError as error:  # to look into the folder
+        raise unreadable(config, error) from error
+    if not found:
         inside = [path for depth in (1, 2, 3) for path in Path(folder).glob("*/" * depth + "config.json")]
         inside.sort(key=os.path.getmtime)
         remedy = f"the last one in it is {inside[-1].parent}" if inside else f"runs are kept under runs/{algo}"
@@ -140,7 +154,9 @@ def _read_config(folder: str, algo: str) -> dict:
     try:
         saved = json.loads(config.read_text())
         made_by, stored = saved["algo"], dict(saved["args"])
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except OSError as error:
+        raise unreadable(config, error) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{config} is damaged ({type(error).__name__}); start the run anew") from error
     if made_by != algo:
         raise UserError(f"{folder} is a run of {made_by}, not of {algo}; use algos/{made_by}.py")
@@ -175,22 +191,39 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def load_run(folder: str, algo: str, args_type: type) -> tuple[Any, dict]:
-    """(arguments, checkpoint) of a run folder. Raises UserError if it is none, another algorithm's, or damaged."""
+    """(arguments, checkpoint) of a run folder. Raises UserError if it is none, another algorithm's, or damaged, or if
+    it cannot be read. What the checkpoint has as `read_ns` tells it from a later one."""
     args, checkpoint = _stored_args(folder, algo, args_type), Path(folder, "checkpoint.pt")
     for path in (*Path(folder).glob("*"), *Path(folder).glob("[!w]*/*")):  # wandb/ has some
         if path.is_symlink():  # what is written to it would be written elsewhere
             raise UserError(f"{path} is a symbolic link; put the file itself there")
     if not checkpoint.is_file():
-        raise UserError(f"{folder} has no checkpoint.pt: it has not come to its first one; if no process is at it any "
-                        "more, start it anew")
+        raise UserError(f"{folder} has no checkpoint.pt: none was saved yet. If the run is not running any more, start "
+                        "a new one")
     try:
+        read_ns = checkpoint.stat().st_mtime_ns  # before it is read: it may be replaced meanwhile
         check_archive(checkpoint)
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, zlib, pickle and torch have many names for it
+        not_read = isinstance(error, OSError) and error.errno != errno.EINVAL  # that one: of a wrong place in the file
+        if not_read or lacks_memory(error):
+            raise unreadable(checkpoint, error) from error
         raise UserError(f"{checkpoint} is damaged ({type(error).__name__}); start the run anew") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
         raise UserError(f"{checkpoint} is no checkpoint of a run; start the run anew")
-    return args, saved
+    return args, saved | {"read_ns": read_ns}
+
+
+def unreadable(path: Path, error: BaseException) -> UserError:
+    """The line for a file that may be whole."""
+    reason = "there is not enough memory" if lacks_memory(error) else error.strerror or error
+    return UserError(f"{path} cannot be read ({reason}); put that right, and try again")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether Python or torch could not get the memory that it asked for."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
+        words in str(error) for words in NO_MEMORY)
 
 
 def check_archive(path: Path) -> None:
@@ -203,7 +236,7 @@ def check_archive(path: Path) -> None:
 
 def hidden_layers(text: str) -> list[int]:
     """[256, 256, 256] for "256x3". Raises UserError for anything else than width x depth."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise UserError(f"--hidden is width x depth, as in 256x3, not {text!r}")
+    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,2}", text):
+        raise UserError(f"--hidden is width x depth, as in 256x3, and at most 999999x999, not {text!r}")
     width, depth = map(int, text.split("x"))
     return [width] * depth

@@ -82,8 +82,8 @@ def compile_for(function: Callable, options: dict, *example: Any) -> Callable:
 
 
 def tell_compiling() -> None:
-    tqdm.write("compiling the update: up to a minute, at the next start less; --no-compile does without, and trains "
-               "slower", file=sys.stderr)  # above a bar
+    tqdm.write("compiling the update: this takes up to a minute, less at the next start. With --no-compile training "
+               "starts at once, but is slower.", file=sys.stderr)  # above a bar
 
 
 def tell_failed(error: Any) -> None:
@@ -95,9 +95,6 @@ def tell_failed(error: Any) -> None:
 def finishing():
     """Delay Ctrl-C until the block is over. Ctrl-C goes to all processes of a terminal, and a compiler process that is
     started in the block would die of it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -6,13 +6,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from errors import UserError
+
+PLAIN = (bool, int, float, str, type(None))
+
 
 def write_whole(path: Path, write) -> None:
-    """Call `write` on a temporary path and rename that to `path`, so that a kill never leaves half a file. Raises
-    OSError where it cannot be written; nothing is left then."""
+    """Call `write` on a temporary path and rename that to `path`, so that a kill or a power cut never leaves half a
+    file. Raises OSError where it cannot be written; nothing is left then."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a rename may come to the disk before the content does
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # torch hides the reason
@@ -27,11 +33,16 @@ def save(tree: Any, path: Path) -> None:
 
 def to_plain(tree: Any) -> Any:
     """Turn the arrays in nested dicts and lists into tensors. `torch.load(weights_only=True)` reads the result without
-    executing code."""
+    executing code. Raises UserError for what it would not read."""
     if isinstance(tree, dict):
         return {key: to_plain(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [to_plain(value) for value in tree]
     if isinstance(tree, np.generic):
         return tree.item()
-    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "biuf":
+        return torch.from_numpy(tree.copy())
+    if type(tree) in PLAIN or isinstance(tree, torch.Tensor):
+        return tree
+    raise UserError(f"the run cannot be saved, for it holds a {type(tree).__name__}, which no checkpoint would give "
+                    "back; keep numbers, texts, arrays, tensors, lists and dicts of these")

@@ -8,10 +8,11 @@ import platform
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +20,13 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
 from runtime import policy
-from runtime.args import flag_of, own_code
+from runtime.args import flag_of, lacks_memory, own_code
 from runtime.files import save, to_plain, write_whole
 
 EVALUATION = ["episodes", "return_mean", "return_std", "success_rate", "length_mean"]
@@ -32,7 +34,6 @@ PACKAGES = ["torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "mini
 CODE = ["algos", "envs", "knowledge", "llm", "runtime", "buffers.py", "networks.py", "pt2.py", "streamnet.py",
         "env_id.py", "errors.py", "start.py"]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no more can be written: the disk, a quota, a limit of file sizes
-NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")  # of torch, CPU and GPU
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def exit_codes(algo: str):
         print(f"{algo}: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
+        if not lacks_memory(error):
             raise
         print(f"{algo}: there is not enough memory; lower what sizes were given, as --hidden, --batch-size, --num-envs",
               file=sys.stderr)
@@ -57,8 +58,8 @@ def exit_codes(algo: str):
             sys.exit(2)
         if error.errno not in FULL:
             raise
-        print(f"{algo}: {error.strerror}; the last checkpoint is kept: make room, and go on with --resume",
-              file=sys.stderr)
+        print(f"{algo}: {error.strerror}; make room, and go on with --resume if the run has saved a checkpoint: it is "
+              "kept", file=sys.stderr)
         sys.stderr.flush()
         os._exit(2)  # files that are closed now would fail once more, each with a traceback
     except KeyboardInterrupt:
@@ -94,7 +95,10 @@ class Run:
         self.folder = Path(args.resume or args.run_dir or Path("runs", algo, env, name))
         while not (args.resume or args.run_dir) and self.folder.exists():  # two starts within a second
             self.folder = self.folder.with_name(f"{self.folder.name}a")
-        self._write_config(algo, env_id)
+        self._write_config(algo, env_id, saved)
+        self.signal, self.stopped = 0, False  # the signal that came; whether it was obeyed
+        heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        self.handlers = {s: signal.signal(s, self._ask) for s in heard}  # nohup ignores SIGHUP, and so do we then
         print(f"run folder: {self.folder}" + (f", from step {self.step} on" if args.resume else ""), file=sys.stderr)
         self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or f"algos/{algo}.py")
         if self.script.stem == algo and self.script.is_file():  # not where something else calls `main`
@@ -110,9 +114,6 @@ class Run:
         self.evals = {"eval": self._csv("eval.csv", ["step", "wall_s", *EVALUATION])}  # and those of parts of the tasks
         rows = (self.folder / "eval.csv").read_text().splitlines()[1:]
         self.result = dict(zip(EVALUATION, map(float, rows[-1].split(",")[2:]))) if rows else {}
-        self.signal, self.stopped = 0, False  # the signal that came; whether it was obeyed
-        heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-        self.handlers = {s: signal.signal(s, self._ask) for s in heard}  # nohup ignores SIGHUP, and so do we then
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=not sys.stderr.isatty())
         if saved:
             torch.set_rng_state(saved["rng"])
@@ -120,20 +121,23 @@ class Run:
                 name, keys, *rest = saved["numpy_rng"]
                 np.random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
 
-    def _write_config(self, algo: str, env_id: str) -> None:
-        args = self.args
+    def _write_config(self, algo: str, env_id: str, saved: dict | None) -> None:
+        args, machine = self.args, describe_machine()
         try:
             if args.resume:  # it may have more steps, other code or another machine by now
                 self._lock()
+                if (self.folder / "checkpoint.pt").stat().st_mtime_ns != saved["read_ns"]:
+                    raise UserError(f"another process has gone on with {self.folder} since its checkpoint was read; "
+                                    "give the command again")
                 config = json.loads((self.folder / "config.json").read_text())
                 config["args"]["total_timesteps"], config["finished"] = args.total_timesteps, False
-                config["resumed"] = [*config.get("resumed", []), {"step": self.step, **describe_machine()}]
+                config["resumed"] = [*config.get("resumed", []), {"step": self.step, **machine}]
             else:
                 if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                     raise UserError(f"{self.folder} is not empty; continue it with --resume, or name another --run-dir")
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock()
-                config = {"algo": algo, "args": asdict(args), "env_id": env_id, "finished": False, **describe_machine()}
+                config = {"algo": algo, "args": asdict(args), "env_id": env_id, "finished": False, **machine}
                 if exact := getattr(self.parts.get("vec"), "exact_id", ""):  # args.env may name the newest of something
                     config["exact_env"] = exact
             write_whole(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
@@ -142,8 +146,9 @@ class Run:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}); {remedy}") from error
 
     def _lock(self) -> None:
-        """Hold the folder for as long as this process lives: two that write it would mix their rows. The lock is one of
-        POSIX, so it holds on NFS too; where a file system has none, nothing is held. Raises UserError if it is held."""
+        """Hold the folder for as long as this process lives: two that write it would mix their rows. It is a POSIX
+        lock, which also works on NFS. On a file system without locks, nothing protects the folder. Raises UserError if
+        another process holds it."""
         self.lock = (self.folder / "lock").open("a+")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,7 +173,15 @@ class Run:
 
     def _ask(self, signum: int, _frame) -> None:
         self.signal = signum
-        signal.signal(signum, self.handlers[signum])  # a second one does not wait
+        if signum != signal.SIGHUP:
+            signal.signal(signum, self.handlers[signum])  # a second one does not wait
+            return
+        signal.signal(signum, signal.SIG_IGN)  # a shell that ends sends one, and the kernel another
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):  # the terminal is gone, or a `tee` that had it: what is written there would be an error
+            with suppress(OSError):  # it was closed before
+                if not stat.S_ISREG(os.fstat(output).st_mode):
+                    os.dup2(nowhere, output)
 
     def _csv(self, name: str, columns: list[str]):
         path, old = self.folder / name, []
@@ -206,8 +219,8 @@ class Run:
     def log(self, scalars: dict[str, float | torch.Tensor], names: Sequence[str] = ()) -> None:
         """Append scalars to scalars.csv and TensorBoard.
 
-        An element of a vector `x` is written as `x/<name>`. A vector that is shorter than `names` belongs to the last
-        of them. Raises UserError if a loss is not finite: the last checkpoint is then the last good state."""
+        An element of a vector `x` is written as `x/<name>`. If a vector has fewer elements than `names`, it gets the
+        last names. Raises UserError if a loss is not finite: the last checkpoint is then the last good state."""
         wall_s, flat = self.wall_s(), {}
         for key, value in scalars.items():
             values = torch.as_tensor(value).reshape(-1).tolist()
@@ -220,8 +233,12 @@ class Run:
             self.rows["scalars.csv"] += 1
             self.board.add_scalar(name, value, self.step)
             if name.endswith(("loss", "return_mean")) and not math.isfinite(value):
-                raise UserError(f"the run has diverged: {name} is {value} at step {self.step}; lower --learning-rate, "
-                                f"and begin anew ({self.folder} keeps its last checkpoint)")
+                raise self._diverged(f"{name} is {value}")
+
+    def _diverged(self, what: str) -> UserError:
+        kept = f" ({self.folder} keeps its last checkpoint)" if (self.folder / "checkpoint.pt").is_file() else ""
+        return UserError(f"the run has diverged: {what} at step {self.step}; lower --learning-rate, and begin "
+                         f"anew{kept}")
 
     def log_evaluation(self, result: dict[str, float], part: str = "") -> None:
         """Append the result of `envs.evaluate` to eval.csv and show it, with the steps per second since this start.
@@ -244,7 +261,8 @@ class Run:
         tqdm.write(f"step {self.step}: {line}", file=sys.stderr)  # a line that stays, above the bar where there is one
 
     def save_if_due(self) -> None:
-        """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end."""
+        """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end. Raises UserError
+        for an agent with a number that is not finite: the last checkpoint is then the last good state."""
         self.stopped = self.signal != 0
         if self.stopped or self.over or self.due(self.args.checkpoint_every):
             name, keys, *rest = np.random.get_state()  # of numpy's global generator, which some tasks draw from
@@ -252,6 +270,9 @@ class Run:
                           "numpy_rng": [name, keys.astype(np.int64), *rest], "rows": self.rows}
             for name, part in self.parts.items():
                 checkpoint[name] = part.state_dict() if hasattr(part, "state_dict") else part
+            for x in tree_leaves([checkpoint.get("agent"), checkpoint.get("model")]):  # srl.py has a model
+                if isinstance(x, torch.Tensor) and not x.isfinite().all():
+                    raise self._diverged("the agent holds a number that is not finite")
             write_whole(self.folder / "checkpoint.pt", lambda path: save(to_plain(checkpoint), path))
 
     def finish(self, example: Any = None, **functions: Callable) -> None:
@@ -273,25 +294,17 @@ class Run:
         what, flags = "finished; score and film it", ["--evaluate", str(self.folder), "--video", "2"]
         if not self.over:
             what, flags = "saved; continue", ["--resume", str(self.folder)]
-        python = "python" if shutil.which("python") == sys.executable else shown(sys.executable)
+        python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
         for name, value in own_code(self.args).items():  # which `runtime.cli` wants to be named
             flags += [flag_of(name), value]
-        print(f"{what} with: {shlex.join([python, shown(self.script), *flags])}", file=sys.stderr)
+        print(f"{what} with: {shlex.join([python, os.path.relpath(self.script), *flags])}", file=sys.stderr)
         if not self.over:
             sys.exit(128 + self.signal)
 
 
-def shown(path: str | Path) -> str:
-    """A path as seen from here; as it is where no way leads there, from one Windows drive to another."""
-    try:
-        return os.path.relpath(path)
-    except ValueError:
-        return str(path)
-
-
 def restore(parts: dict[str, Any], saved: dict | None, only: Sequence[str] | None = None) -> None:
     """Load the checkpoint `saved` into `parts`, in place. With `only`, load these parts alone. Without a checkpoint
-    (None) do nothing. Raises UserError if the checkpoint lacks a part."""
+    (None) do nothing. Raises UserError if the checkpoint lacks a part, or has one of other sizes."""
     for name in [] if saved is None else only or parts:
         if name not in saved:
             raise UserError(f"the checkpoint has no {name}: another version saved it; go on with that one")
@@ -309,7 +322,9 @@ def _restore(part: Any, saved: Any) -> None:
     for name, value in saved.items():
         if isinstance(value, dict) and name in part:
             _restore(part[name], value)
-        elif isinstance(part.get(name), torch.Tensor) and part[name].shape == value.shape:
+        elif isinstance(part.get(name), torch.Tensor):
+            if part[name].shape != value.shape:
+                raise RuntimeError(f"{name} has another shape")
             part[name].copy_(value)
         else:
             part[name] = value

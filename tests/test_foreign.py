@@ -1,5 +1,6 @@
 """Other people's environments: what is wrong with them is one line, and what they keep comes back."""
 import sys
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 import envs
 from algos import sac, stream_ac
 from buffers import ReplayBuffer
-from runtime import to_plain, write_whole
+from runtime import UserError, to_plain, write_whole
 
 ROW = gym.spaces.Box(-5, 5, (1,), np.float32)
 
@@ -216,12 +217,27 @@ def test_actions_at_the_bounds_are_within_them(register):
     vec.step(vec.to_box(np.array([[-1.0], [1.0]], np.float32)))  # or it raises
 
 
+class Phase(Enum):
+    FIRST = 1
+
+
+def snapshot(self):
+    return {"state": (self.x, self.steps, {self.steps}), "row": np.ones(2), "tensor": torch.ones(2)}
+
+
+def restore(self, kept):
+    assert [type(x) for x in kept.values()] == [tuple, np.ndarray, torch.Tensor]
+    self.x, self.steps, steps = kept["state"]
+    assert steps == {self.steps}
+
+
 @pytest.mark.parametrize("make", [
-    variant(reset=own_generator), variant(reset=old_generator), variant(reset=kept_inside),
-    variant(snapshot=lambda self, path: 1 / 0),
+    variant(snapshot=snapshot, restore=restore), variant(reset=own_generator), variant(reset=old_generator),
+    variant(reset=kept_inside), variant(snapshot=lambda self, path: 1 / 0),
     lambda: Lag(Walk()), lambda: gym.wrappers.NormalizeObservation(Walk()), lambda: gym.wrappers.TimeLimit(Walk(), 7),
     lambda: gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(Walk(), 4))],
-    ids=["generator", "RandomState", "containers", "another snapshot", "lag", "statistics", "two limits", "frames"])
+    ids=["own snapshot", "generator", "RandomState", "containers", "another snapshot", "lag", "statistics", "two limits",
+         "frames"])
 def test_what_an_environment_keeps_comes_back(make, register, tmp_path, capsys):
     """Own generators, and wrappers with a memory."""
     env_id = register(make)
@@ -235,6 +251,19 @@ def test_what_an_environment_keeps_comes_back(make, register, tmp_path, capsys):
         ours, theirs = (vec.step(vec.to_box(action.astype(np.float32))) for vec in (other, whole))
         assert all(np.array_equal(ours[k], theirs[k]) for k in range(4))
     assert "cannot be saved" not in capsys.readouterr().err
+
+
+def test_a_snapshot_that_no_checkpoint_gives_back_is_said(register, tmp_path, capsys):
+    """At the first checkpoint, which can be read all the same."""
+    vec = envs.make_vec(register(variant(snapshot=lambda self: {"phase": Phase.FIRST}, restore=restore)), 1, seed=1)
+    torch.save(to_plain(envs.snapshot(vec)), tmp_path / "saved.pt")
+    assert "its snapshot() returns cannot be saved (Phase cannot be saved)" in capsys.readouterr().err
+    other = envs.make_vec("Foreign-v0", 1, seed=2)
+    envs.restore(other, torch.load(tmp_path / "saved.pt", weights_only=True))
+    assert other.env.unwrapped.x == vec.env.unwrapped.x
+    for value in (Phase.FIRST, {"x": [b"bytes"]}, np.array([None])):
+        with pytest.raises(UserError, match="the run cannot be saved, for it holds a"):
+            to_plain(value)
 
 
 def test_running_statistics_of_a_wrapper_are_named(register, capsys):

@@ -2,10 +2,13 @@
 
 test_contract.py has what every script does with it.
 """
+import errno
 import json
 import os
+import pty
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -114,6 +117,8 @@ def test_a_strangers_run_executes_nothing_before_it_is_named(tmp_path, monkeypat
                                ({"knowledge": "none", "env": "evil.py:Point-v0"}, "--env evil.py:Point-v0"),
                                ({"knowledge": "none", "env": "run/envs.py:Point-v0"}, "--env run/envs.py:Point-v0"),
                                ({"knowledge": "none", "env": "envs.py:Point-v0"}, "--env envs.py:Point-v0"),
+                               ({"knowledge": "none", "env": "runs.evil:Point-v0"}, "--env runs.evil:Point-v0"),
+                               ({"knowledge": "none", "env": "benchmarks.run:X-v0"}, "--env benchmarks.run:X-v0"),
                                ({"knowledge": "none", "init_from": "x,mine.py"}, "--init-from x,mine.py")):
             with pytest.raises(runtime.UserError, match=f"name it again: {how} {folder} {named}$"):
                 go_on(how, **changed)
@@ -129,6 +134,13 @@ def test_a_strangers_run_executes_nothing_before_it_is_named(tmp_path, monkeypat
     assert "evil" not in sys.modules
 
 
+@pytest.mark.parametrize("words", [["--resume", ""], ["--evaluate="], ["--seed", "2", "--evaluate", ""]])
+def test_an_empty_folder_is_no_new_run(words):
+    """As of a shell variable that is not set."""
+    with pytest.raises(runtime.UserError, match="is empty; name the folder of a run"):
+        runtime.cli(sac.Args, "sac", words)
+
+
 def test_a_folder_of_runs_names_its_last_one(run):
     with pytest.raises(runtime.UserError, match=f"no config.json; the last one in it is {run}$"):
         runtime.cli(sac.Args, "sac", ["--resume", str(run.parent)])
@@ -141,10 +153,18 @@ def test_ranges():
             runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
     assert torch.initial_seed() == 2 ** 63 - 1  # the last one: `checked` seeds torch
     for name, values in (("gamma", [1.01]), ("num_envs", [0]), ("seed", [2 ** 63]), ("her_goals", [float("inf")]),
-                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1]), ("num_envs", [10 ** 8])):
+                         ("learning_rate", [0.0, 1e39]), ("goal_range", [10.1]), ("num_envs", [10 ** 8, 10 ** 400]),
+                         ("buffer_size", [2 ** 63]), ("checkpoint_every", [2 ** 63, 10 ** 400])):
         for value in values:
             with pytest.raises(runtime.UserError, match=f"--{name.replace('_', '-')} must be"):
                 runtime.checked(replace(args, **{name: value}), "sac", sac.RANGES)
+
+
+@pytest.mark.parametrize("hidden", ["9" * 20 + "x3", "8x1000", "8", "x3", "0x3"])
+def test_layers_that_cannot_be_made(hidden, tmp_path):
+    with pytest.raises(runtime.UserError, match=f"--hidden is width x depth, .* not '{hidden}'$"):
+        sac.main(sac.Args(**(SMALL | {"hidden": hidden}), run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_says_which_code_made_it(tmp_path, monkeypatch, capsys):
@@ -210,7 +230,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, tmp_path, mo
             sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(folder), "--total-timesteps", "60"]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("sac: File too large; the last")
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("sac: File too large; make room")
     assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
 
 
@@ -221,6 +241,22 @@ def test_a_loss_that_is_no_number_ends_the_run(log_every, words, tmp_path, monke
     with pytest.raises(runtime.UserError, match=f"diverged: {words}"):
         sac.main(sac.Args(**(SMALL | {"learning_rate": 1e30, "total_timesteps": 400}), updates_per_step=1.0,
                           run_dir=str(tmp_path / "run")))
+
+
+def test_an_agent_that_is_no_number_does_not_replace_the_last_good_one(run, tmp_path, monkeypatch):
+    """Where no loss was logged since."""
+    folder, update = Path(change(run, tmp_path)), sac.update
+
+    def ruined(agent, *given):
+        scalars = update(agent, *given)
+        agent["target"]["q.0.weight"][0, 0, 0] = torch.nan
+        return scalars
+    before = (folder / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(sac, "update", ruined)
+    with pytest.raises(runtime.UserError, match="diverged: the agent holds a number that is not finite at step 60; .*"
+                                                f"[(]{folder} keeps its last checkpoint"):
+        sac.main(runtime.cli(sac.Args, "sac", ["--resume", str(folder), "--total-timesteps", "60"]))
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_one_process_writes_a_run(run, tmp_path):
@@ -241,6 +277,21 @@ def test_one_process_writes_a_run(run, tmp_path):
     sac.main(runtime.cli(sac.Args, "sac", more))
 
 
+def test_a_run_that_has_gone_on_meanwhile_is_left_as_it_is(run, tmp_path, monkeypatch):
+    """Between the reading of its checkpoint and the lock."""
+    folder, begin = change(run, tmp_path), runtime.Run
+
+    def late(*given):
+        monkeypatch.setattr(runtime, "Run", begin)
+        sac.main(runtime.cli(sac.Args, "sac", ["--resume", folder, "--total-timesteps", "96"]))
+        return begin(*given)
+    monkeypatch.setattr(runtime, "Run", late)
+    with pytest.raises(runtime.UserError, match=f"another process has gone on with {folder} since"):
+        sac.main(runtime.cli(sac.Args, "sac", ["--resume", folder, "--total-timesteps", "64"]))
+    assert runtime.load_run(folder, "sac", sac.Args)[1]["step"] == 96
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["args"]["total_timesteps"] == 96
+
+
 def test_a_checkpoint_with_one_wrong_bit_is_refused(run, tmp_path):
     """Or it holds the same numbers: some bits of the archive say nothing."""
     folder = Path(change(run, tmp_path))
@@ -251,13 +302,33 @@ def test_a_checkpoint_with_one_wrong_bit_is_refused(run, tmp_path):
         damaged[place // 8] ^= 1 << place % 8
         (folder / "checkpoint.pt").write_bytes(damaged)
         try:
-            loaded = runtime.load_run(str(folder), "sac", sac.Args)[1]
+            loaded = runtime.load_run(str(folder), "sac", sac.Args)[1] | {"read_ns": good["read_ns"]}
             assert all(torch.equal(x, y) if isinstance(y, torch.Tensor) else x == y
                        for x, y in zip(tree_leaves(loaded), tree_leaves(good), strict=True))
         except runtime.UserError as error:
             refused += 1
             assert f"{folder / 'checkpoint.pt'} is damaged" in str(error)
     assert refused > 100
+
+
+@pytest.mark.parametrize("error, reason", [
+    (MemoryError(), "there is not enough memory"), (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory"),
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied")])
+def test_what_cannot_be_read_may_be_whole(error, reason, run, monkeypatch):
+    """It is not called damaged."""
+    def fails(*_given, **_kwargs):
+        raise error
+    places = [(torch, "load", "checkpoint.pt")]
+    if isinstance(error, OSError):
+        places.append((Path, "read_text", "config.json"))
+    if isinstance(error, PermissionError):  # of the folder
+        places.append((Path, "is_file", "config.json"))
+    for place, name, file in places:
+        with monkeypatch.context() as patch, pytest.raises(runtime.UserError) as said:
+            patch.setattr(place, name, fails)
+            runtime.load_run(str(run), "sac", sac.Args)
+        assert str(said.value) == f"{run / file} cannot be read ({reason}); put that right, and try again"
 
 
 def test_rows_that_are_lost_are_missed(run, tmp_path, capsys):
@@ -290,7 +361,7 @@ def test_a_resume_goes_on_with_numpys_global_generator(tmp_path):
     first.save_if_due()
     expected = np.random.random(3).tolist()
     first.finish()
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    saved = runtime.load_run(str(tmp_path / "run"), "sac", sac.Args)[1]
     np.random.seed(0)
     again = runtime.Run("sac", replace(args, resume=str(tmp_path / "run"), total_timesteps=8), "Point-v0", saved, {})
     assert np.random.random(3).tolist() == expected
@@ -304,6 +375,37 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         with pytest.raises(runtime.UserError, match="name another --run-dir"):
             sac.main(sac.Args(**SMALL, run_dir=str(folder)))
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_ctrl_c_at_the_very_start_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    folder, board = tmp_path / "run", runtime.run.SummaryWriter
+
+    def interrupted(*given, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        return board(*given, **named)
+    monkeypatch.setattr(runtime.run, "SummaryWriter", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        sac.main(sac.Args(**SMALL, run_dir=str(folder)))
+    assert runtime.load_run(str(folder), "sac", sac.Args)[1]["step"] == 4
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(tmp_path):
+    """What it writes there fails from then on; and the shell and the kernel each send a SIGHUP."""
+    folder, (ours, theirs) = tmp_path / "run", pty.openpty()
+    flags = SMALL | {"eval_every": 4, "total_timesteps": 10 ** 6, "run_dir": folder}
+    del flags["compile"]
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    run = subprocess.Popen([sys.executable, "algos/sac.py", *words, "--no-compile"], cwd=ROOT, stderr=theirs)
+    said = b""
+    while b"step 8:" not in said:
+        said += os.read(ours, 1000)
+    for signum in (signal.SIGSTOP, signal.SIGHUP):
+        run.send_signal(signum)
+    os.close(ours)
+    os.close(theirs)
+    run.send_signal(signal.SIGCONT)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait() == 129 and runtime.load_run(str(folder), "sac", sac.Args)[1]["step"] >= 8
 
 
 def test_ctrl_c_spares_what_is_started_while_finishing():
@@ -344,6 +446,14 @@ def test_a_compiler_that_fails_is_one_line_and_runs(monkeypatch, capsys):
     assert [call("abc"), call("ab")] == [3, 2]
     assert capsys.readouterr().err.splitlines()[1:] == ["the update is not compiled (RuntimeError: C++ compile error): "
                                                         "training is slower but the same"]
+
+
+@pytest.mark.parametrize("part, saved", [
+    (envs.Normalizer(3), envs.Normalizer(2).state_dict()), ({"x": torch.zeros(3)}, {"x": torch.zeros(1)}),
+    ({"inside": {"x": torch.zeros(2)}}, {"inside": {"x": torch.zeros(2, 1)}})])
+def test_a_part_of_other_sizes_is_not_replaced(part, saved):
+    with pytest.raises(runtime.UserError, match="other observations or actions .part has other sizes."):
+        runtime.restore({"part": part}, {"part": saved})
 
 
 def test_means_are_since_the_last_time():
