@@ -303,7 +303,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, dict
         clipped_value = batch.value + (value - batch.value).clamp(-args.clip, args.clip)
         value_error = value_error.max((clipped_value - batch.target_value).square())
     value_loss = value_error.mean() + (output.int_value - batch.target_int_value).square().mean()
-    learns = torch.rand(len(value)).to(value.device) < PREDICTED
+    learns = torch.rand(len(value), device=value.device) < PREDICTED
     curiosity = agent.curiosity(batch.z)
     predictor_loss = 2 * (curiosity * learns).sum() / learns.sum().clamp(min=1) / WIDTH  # mean squared error
     entropy = -(log_probs.exp() * log_probs).sum(1).mean()

@@ -189,7 +189,7 @@ def main(args: Args) -> dict[str, float]:
     example = envs.example_of(vec, obs)
     potential = potentials.load(args.knowledge, args.env, envs.clauses, (), kept_in=args.resume or args.evaluate)
     potential(as_history(envs.flatten(obs), g))  # an unfit one raises an error, before a run folder is made
-    if potential.invalid == args.num_envs:  # what is no number counts as 0, so this would be SAC
+    if potential.invalid == args.num_envs and not saved:  # what is no number counts as 0, so this would be SAC
         raise runtime.UserError(f"potential {args.knowledge} gives no number in any of the first {args.num_envs} "
                                 "states; correct it")
     agent = make_agent(args, f, d, device)

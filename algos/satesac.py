@@ -205,7 +205,7 @@ def actor_loss(actor: dict, critic: dict, alpha: torch.Tensor, obs: torch.Tensor
 
 def make_agent(args: Args, f: int, d: int, c: int, device: torch.device) -> dict:
     """Fresh parameters and optimiser state."""
-    if args.estimator == "softmax" and args.contrast_trajectories < 3:
+    if args.estimator == "softmax" and args.contrast_trajectories < 3 and not (args.resume or args.evaluate):
         raise runtime.UserError("--contrast-trajectories 2: --estimator softmax needs two positive ones; use 3 or more")
     hidden = runtime.hidden_layers(args.hidden)
     critic = init_mlp("q", [f + c + d, *hidden, 1], stack=(2,))

@@ -76,7 +76,10 @@ def seen(obs: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def time_limit_of(vec: VectorEnv) -> int:
-    """Steps of an episode. Raises EnvError where there is no limit, for hindsight stores whole episodes."""
+    """Steps of an episode, for hindsight. Raises EnvError where there is no limit, and for repeated actions."""
+    if getattr(vec, "action_repeat", 1) > 1:
+        raise EnvError(f"{vec.env.spec.id} with action_repeat: rewards for hindsight goals are those of one step; "
+                       "leave it out, or use --her-goals 0")
     if vec.max_episode_steps is None:
         raise EnvError(f"{vec.env.spec.id} has no time limit: hindsight stores whole episodes; use --her-goals 0")
     return vec.max_episode_steps

@@ -96,6 +96,7 @@ class FetchVectorEnv(VectorEnv):
         self._read(i)
 
     def _step(self, action: np.ndarray):
+        action = np.asarray(action)
         check_actions(action, (self.num_envs, 4))
         action = np.clip(action, -1.0, 1.0)
         displacement = action[:, :3] * action.dtype.type(0.05)  # in the action's own precision, as upstream

@@ -127,8 +127,6 @@ def make_plain(env_id: str, resolved: str, num_envs: int, threads: int, fast: bo
             if vec.is_goal_env and parts[1].shape != parts[2].shape:
                 raise EnvError(f"{env_id} declares achieved goals of shape {parts[1].shape} and desired ones of shape "
                                f"{parts[2].shape}; hindsight puts one in the place of the other: make them alike")
-            if vec.is_goal_env and action_repeat > 1:
-                raise EnvError(f"{resolved} takes no action_repeat: hindsight rewards are of one step; leave it out")
             if isinstance(actions, gym.spaces.Box) and not (
                     len(actions.shape) == 1 and actions.dtype.kind == "f" and actions.is_bounded()):
                 raise EnvError(f"{env_id} takes {actions} as actions; bounded numbers in one dimension are needed")

@@ -49,7 +49,8 @@ class SplitEvaluator:
         """`args` are those of a script; `kwargs` go to the environments. Every task is played as often as fits into
         `args.eval_episodes`, at least once. Raises UserError for a training that would leave out tasks."""
         buckets = num_buckets(args.env)
-        if not args.evaluate and args.num_envs < buckets:  # environment i plays bucket i modulo their number
+        # environment i plays bucket i modulo their number; an older run may go on as it was
+        if not (args.evaluate or args.resume) and args.num_envs < buckets:
             raise UserError(f"--num-envs {args.num_envs}: {args.env} has {buckets} buckets of training tasks; use at "
                             f"least {buckets}")
         if not args.evaluate and args.num_envs % buckets:

@@ -6,7 +6,7 @@ episode and the true next observation is in `info["final_obs"]`. Here `final_obs
 """
 import contextlib
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Callable
@@ -379,7 +379,10 @@ def to_saved(value):
         return {type(value).__name__: [to_saved(x) for x in value]}
     if type(value) is dict and all(isinstance(key, (str, int)) for key in value):
         return {"dict": {key: to_saved(x) for key, x in value.items()}}
-    if type(value) in (bool, int, float, str, type(None)):
+    if type(value) in (dict, OrderedDict):  # keys may be places (x, y)
+        kind = "pairs" if type(value) is dict else "ordered"
+        return {kind: [[to_saved(key), to_saved(x)] for key, x in value.items()]}
+    if type(value) in (bool, int, float, str, bytes, type(None)):
         return value
     raise TypeError(f"{type(value).__name__} cannot be saved")
 
@@ -392,20 +395,25 @@ def from_saved(value, old=None):
         if kind == "number":
             return np.asarray(inside)[()]
         if kind == "rng":
-            made = (np.random.RandomState() if "old" in inside
-                    else np.random.Generator(getattr(np.random, inside["bit_generator"])()))
-            rng = old if type(old) is type(made) else made
-            set_rng_state(rng, inside)
-            return rng
+            if not isinstance(old, np.random.RandomState if "old" in inside else np.random.Generator):
+                old = (np.random.RandomState() if "old" in inside
+                       else np.random.Generator(getattr(np.random, inside["bit_generator"])()))
+            set_rng_state(old, inside)
+            return old
         if kind == "moments":
             moments = old if isinstance(old, gym.wrappers.utils.RunningMeanStd) else gym.wrappers.utils.RunningMeanStd()
             vars(moments).update({key: from_saved(x) for key, x in inside.items()})
             return moments
         if kind == "tensor":
+            if isinstance(old, torch.Tensor) and old.shape == inside.shape:  # it keeps its device
+                old.data.copy_(inside)
+                return old
             return inside.clone()
         if kind == "dict":
             old = old if isinstance(old, dict) else {}
             return {key: from_saved(x, old.get(key)) for key, x in inside.items()}
+        if kind in ("pairs", "ordered"):
+            return (dict if kind == "pairs" else OrderedDict)((from_saved(key), from_saved(x)) for key, x in inside)
         if kind == "deque":
             return deque(map(from_saved, inside[1:]), inside[0])
         container = {"list": list, "tuple": tuple, "set": set}[kind]

@@ -1,5 +1,6 @@
 """Files that are written whole, in plain types."""
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from errors import UserError
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 def write_whole(path: Path, write) -> None:
@@ -17,7 +18,7 @@ def write_whole(path: Path, write) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file, suppress(OSError):  # some file systems have no fsync
             os.fsync(file.fileno())  # a rename may come to the disk before the content does
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -33,7 +34,7 @@ def save(tree: Any, path: Path) -> None:
 
 def to_plain(tree: Any) -> Any:
     """Turn the arrays in nested dicts and lists into tensors. `torch.load(weights_only=True)` reads the result without
-    executing code. Raises UserError for what it would not read."""
+    executing code. Raises UserError for other types."""
     if isinstance(tree, dict):
         return {key: to_plain(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -44,5 +45,5 @@ def to_plain(tree: Any) -> Any:
         return torch.from_numpy(tree.copy())
     if type(tree) in PLAIN or isinstance(tree, torch.Tensor):
         return tree
-    raise UserError(f"the run cannot be saved, for it holds a {type(tree).__name__}, which no checkpoint would give "
-                    "back; keep numbers, texts, arrays, tensors, lists and dicts of these")
+    raise UserError(f"the run cannot be saved, for it holds a {type(tree).__name__}; keep numbers, texts, bytes, "
+                    "arrays, tensors, lists and dicts of these")

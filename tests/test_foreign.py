@@ -1,5 +1,6 @@
 """Other people's environments: what is wrong with them is one line, and what they keep comes back."""
 import sys
+from collections import OrderedDict
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,11 +223,13 @@ class Phase(Enum):
 
 
 def snapshot(self):
-    return {"state": (self.x, self.steps, {self.steps}), "row": np.ones(2), "tensor": torch.ones(2)}
+    return {"state": (self.x, self.steps, {self.steps}), "row": np.ones(2), "tensor": torch.ones(2),
+            "places": {(1, 2): b"wall"}, "order": OrderedDict(a=1)}
 
 
 def restore(self, kept):
-    assert [type(x) for x in kept.values()] == [tuple, np.ndarray, torch.Tensor]
+    assert [type(x) for x in kept.values()] == [tuple, np.ndarray, torch.Tensor, dict, OrderedDict]
+    assert kept["places"] == {(1, 2): b"wall"}
     self.x, self.steps, steps = kept["state"]
     assert steps == {self.steps}
 
@@ -261,7 +264,7 @@ def test_a_snapshot_that_no_checkpoint_gives_back_is_said(register, tmp_path, ca
     other = envs.make_vec("Foreign-v0", 1, seed=2)
     envs.restore(other, torch.load(tmp_path / "saved.pt", weights_only=True))
     assert other.env.unwrapped.x == vec.env.unwrapped.x
-    for value in (Phase.FIRST, {"x": [b"bytes"]}, np.array([None])):
+    for value in (Phase.FIRST, {"x": [1j]}, np.array([None])):
         with pytest.raises(UserError, match="the run cannot be saved, for it holds a"):
             to_plain(value)
 

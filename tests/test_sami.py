@@ -462,7 +462,7 @@ def test_evaluation_plays_every_task():
 def test_buckets_are_trained_alike_or_it_is_said(num_envs, evaluate, said, monkeypatch):
     lines = []
     monkeypatch.setattr(splits, "announce", lines.append)
-    envs.SplitEvaluator(SimpleNamespace(env=CHEETAH, seed=1, num_envs=num_envs, eval_episodes=1, evaluate=evaluate))
+    envs.SplitEvaluator(SimpleNamespace(env=CHEETAH, seed=1, num_envs=num_envs, eval_episodes=1, evaluate=evaluate, resume=""))
     assert len(lines) == said
 
 
