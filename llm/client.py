@@ -44,6 +44,7 @@ from llm.sandbox import SandboxUnavailable
 HANDWRITTEN = "handwritten"  # the model and the source of answers that a person wrote
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 TRIES = 8  # of one call, while the server says to come again
+TRIES_CUT = 3  # of one call, while all tokens are used before an answer
 NO_TEXT = "an answer without text"
 HOST = re.compile(r"[\w.:%-]+")
 LONGEST_WAIT = 60.0  # seconds between two tries, and the longest Retry-After that is waited for
@@ -269,7 +270,7 @@ class Client:
 
     def _call(self, messages: list[Message], extra: dict | None) -> dict[str, Any]:
         """Ask the server, and again while it says that it is busy; the entries of the recording that come from it."""
-        openai, reason = self._openai, ""
+        openai, reason, cut = self._openai, "", 0
         for attempt in range(TRIES):
             if reason.startswith(NO_TEXT):
                 self._count()  # an answer that cannot be used is paid for, too
@@ -288,8 +289,11 @@ class Client:
                     return {"answer": text, "finish_reason": finish_reason, "usage": usage,
                             "reported_model": said.model or self.args.model}
                 if finish_reason == "length":
-                    raise UserError(f"all --max-tokens {self.args.max_tokens} were used before an answer; raise "
-                                    "--max-tokens")
+                    cut += 1
+                if cut == TRIES_CUT:
+                    raise UserError(f"all --max-tokens {self.args.max_tokens} were used before an answer, {cut} times; "
+                                    "run the same again, which asks this one anew; another --max-tokens asks "
+                                    "everything anew")
                 reason = NO_TEXT
             except openai.BadRequestError as error:
                 if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":

@@ -261,10 +261,21 @@ def test_a_key_that_is_none(server, tmp_path, monkeypatch, inside):
 
 
 def test_all_tokens_are_used_before_an_answer(server, tmp_path):
-    server.script = ["all thought"] * 8
-    with pytest.raises(UserError, match="all --max-tokens 2048 were used before an answer; raise --max-tokens"):
-        chat(server, tmp_path).ask(HELLO)
-    assert len(server.requests) == 1
+    """A question is asked three times, each of which counts; what was answered before is not asked again."""
+    server.script = ["before", "all thought", "all thought", "at last", *["all thought"] * 3, "after"]
+    asked = chat(server, tmp_path, max_calls=8)
+    assert [asked.ask(HELLO, sample).text for sample in (0, 1)] == ["before", "at last"] and asked.calls == 4
+    with pytest.raises(UserError, match="all --max-tokens 2048 were used before an answer, 3 times; run the same "
+                                        "again, which asks this one anew; another --max-tokens asks everything anew"
+                       ) as error:
+        asked.ask(HELLO, sample=2)
+    refused(error)
+    assert len(server.requests) == asked.calls == 7
+    assert [chat(server, tmp_path).ask(HELLO, sample).text for sample in (0, 1, 2)] == ["before", "at last", "after"]
+    server.script += ["all thought"] * 3
+    with pytest.raises(UserError, match="--max-calls 2 are used up"):
+        chat(server, tmp_path, max_calls=2).ask(HELLO, sample=3)
+    assert len(server.requests) == 10
 
 
 @pytest.mark.parametrize("trouble", ["no text", "broken JSON"])
