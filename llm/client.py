@@ -22,6 +22,7 @@ asked for, and a result made with them says so.
 The key comes from OPENAI_API_KEY, the server from --base-url or OPENAI_BASE_URL; neither key nor passwords in an
 address reach a file or a message.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -118,8 +119,6 @@ class Client:
         self._told = False  # what the calls will cost
         if args.mode != "replay":
             self._connect()
-        if args.mode == "record":
-            _to_append(self.file).close()  # before anything is paid for
 
     def _connect(self) -> None:
         """Make the connection; nothing is sent."""
@@ -166,6 +165,8 @@ class Client:
                 missing[key] = sum(len(message["content"]) for message in messages) // 4 + 4 * len(messages)
         if self.args.mode == "replay" or not missing:
             return 0
+        if self.args.mode == "record":
+            check_writable(self.file)  # before anything is paid for
         self._told = True
         replies = len(missing) * min(self.args.max_tokens, TOKENS_PER_REPLY)
         again = ""
@@ -194,9 +195,8 @@ class Client:
             raise UserError(f"not recorded for model {self.args.model} in {self.file}: {key[:16]}, \"{last}\"; record "
                             "it with --mode record --model NAME --base-url URL")
         with self._lock:
-            told, self._told = self._told, True
-        if not told:
-            self.estimate([messages], extra, samples=[sample])
+            if not self._told:
+                self.estimate([messages], extra, samples=[sample])
         self._count()
         record = {"key": key, "source": "api", "model": self.args.model, "server": self.server,
                   "time": _now(), "messages": messages, "params": params, **self._call(messages, extra)}
@@ -416,6 +416,18 @@ def append(file: Path, record: dict[str, Any]) -> None:
         elif cut:
             stream.truncate(len(before) - len(cut))
         stream.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
+def check_writable(file: Path) -> None:
+    """Raises UserError where nothing can be added to the file. An empty one, or a folder, is not left behind."""
+    made = [path for path in (file.absolute(), *file.absolute().parents) if not os.path.lexists(path)]
+    _to_append(file).close()
+    with contextlib.suppress(OSError):  # another command has put something there
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+            elif not path.stat().st_size:
+                path.unlink()
 
 
 def _to_append(file: Path) -> BinaryIO:

@@ -303,6 +303,29 @@ def test_recordings_that_cannot_be_written_are_found_before_a_call(server, tmp_p
     assert server.requests == []
 
 
+def test_no_empty_recordings_are_left_behind(server, tmp_path):
+    server.script = [(404, {}, "no such model")] * 3
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    for place in ("new/folder/some.jsonl", "folder/some.jsonl", "empty"):
+        with pytest.raises(UserError, match="no such model"):
+            Client(Args(mode="record", model="m", base_url=server.url), tmp_path / place).ask(HELLO)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "folder"]  # which were there before
+
+
+def test_only_what_is_added_to_has_to_be_writable(server, tmp_path, monkeypatch):
+    chat(server, tmp_path).ask(HELLO)
+
+    def read_only(file):
+        raise UserError("a disk that is read-only")
+    monkeypatch.setattr(client, "_to_append", read_only)
+    complete = chat(server, tmp_path)
+    assert complete.estimate([HELLO]) == 0 and complete.ask(HELLO).text == "fine 0"
+    with pytest.raises(UserError, match="read-only"):
+        complete.ask(HELLO, sample=1)
+    assert len(server.requests) == 1
+
+
 def test_equal_questions_are_asked_once(server, tmp_path, capsys):
     questions = [HELLO, HELLO, [{"role": "user", "content": "other"}], HELLO]
     asked = chat(server, tmp_path)
