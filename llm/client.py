@@ -282,7 +282,7 @@ class Client:
                     **{limit: self.args.max_tokens}, extra_body=extra)
                 if isinstance(said, str):
                     raise UserError(self._hidden(f"{self.server} is no chat completions server, it answers "
-                                                 f"'{_short(said)}'; --base-url mostly ends in /v1"))
+                                                 f"'{_short(self._hidden(said))}'; --base-url mostly ends in /v1"))
                 text, finish_reason = _said(said)
                 if text:
                     usage = said.usage.model_dump(exclude_none=True) if hasattr(said.usage, "model_dump") else {}

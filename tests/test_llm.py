@@ -67,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif act == "a page":
             self.send(200, f"<html>welcome {KEY}</html>", {"Content-Type": "text/html"})
+        elif act == "a page with the key at its cut":
+            self.send(200, f"{'.' * 50} {KEY}", {"Content-Type": "text/html"})
         elif act == "broken JSON":
             self.send(200, '{"choices": [')
         elif act == "no choices":
@@ -204,6 +206,13 @@ def test_an_address_that_is_no_such_server(server, tmp_path):
     with pytest.raises(UserError, match="no chat completions server, it answers '<html>welcome") as error:
         chat(server, tmp_path).ask(HELLO)
     assert "/v1" in refused(error) and len(server.requests) == 1
+
+
+def test_a_key_is_hidden_before_a_page_is_cut(server, tmp_path):
+    server.script = ["a page with the key at its cut"]
+    with pytest.raises(UserError, match=r"answers '\.{50} \*\*\*'; --base-url") as error:
+        chat(server, tmp_path).ask(HELLO)
+    assert KEY[:5] not in refused(error)
 
 
 def test_a_wait_of_hours_ends_the_command(server, tmp_path):
