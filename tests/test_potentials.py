@@ -228,7 +228,9 @@ def test_hashed_words():
     ("[Thoughts]\nA is busy.\n[Rank]\nA > B", 0), ("[Rank] B > A", 1), ("[Rank]\nA = B\n", .5), ("[Rank]\nA>B", 0),
     ("[Thoughts] A > B", -1), ("[Rank]\n", -1), ("[Rank]\nneither", -1), ("[Rank]\nA > B, B > A or A = B", -1),
     ("The form is [Rank] and A > B.\n[Rank]\nB > A", 1), ("[Rank]\nB = A", .5),
-    ("[Rank]\nA > B\nBut B > A could be said too", 0)])
+    ("[Rank]\nA > B\nBut B > A could be said too", 0), ("[Rank]\nA > B\n[Rank]", 0),
+    ("[Rank]\nB > A\n\nThis is my [Rank].\n", 1), ("[Rank]\nA > B, B > A or A = B\n[Rank]\nneither", -1),
+    ("I give [Rank]\nA > B, B > A or A = B\n</think>\n[Thoughts]\nB is busy.\n[Rank]\nB > A", 1)])
 def test_rank(text, label):
     assert label_preferences.rank(text) == label
 
