@@ -127,7 +127,8 @@ class Client:
         if self.args.model == HANDWRITTEN:
             raise UserError(f"--mode {self.args.mode} asks a server: name its model, --model NAME; '{HANDWRITTEN}' "
                             "stands for answers that a person wrote")
-        url = self.args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        url = (self.args.base_url.strip() or os.environ.get("OPENAI_BASE_URL", "").strip()  # of a file with line ends
+               or "https://api.openai.com/v1")
         if not _is_address(url):
             raise UserError(f"--base-url {_without_password(url)} is no address; an address is, for example, "
                             "http://127.0.0.1:8080/v1")
@@ -361,15 +362,17 @@ def _seconds(header: str | None) -> float:
 
 def _is_address(url: str) -> bool:
     try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and parts.port != 0 and bool(HOST.fullmatch(parts.hostname or ""))
+        parts = urlsplit(url)  # which leaves out line breaks
+        return url.isprintable() and parts.scheme in ("http", "https") and parts.port != 0 and bool(HOST.fullmatch(parts.hostname or ""))
     except ValueError:  # a bracket or a port that is none
         return False
 
 
 def _without_password(url: str) -> str:
-    """An address as it may be shown: without user, password and query."""
-    return re.sub(r"[?#].*", "", re.sub(r"^(\w+://)?[^/]*@", r"\1", url))
+    """An address as it may be shown: in one line, without user, password and query. All up to the last @ goes, because
+    a password may have a slash."""
+    shown = re.sub(r"^(\w+://)?.*@", r"\1", re.sub(r"[?#].*", "", url, flags=re.S), flags=re.S)
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:

@@ -261,6 +261,25 @@ def test_a_key_from_a_file_with_an_end_of_line(server, tmp_path, monkeypatch, en
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", " "])
+@pytest.mark.parametrize("flag", [True, False])
+def test_an_address_from_a_file_with_an_end_of_line(server, tmp_path, monkeypatch, end, flag):
+    monkeypatch.setenv("OPENAI_BASE_URL", end if flag else server.url + end)
+    made = Client(Args(mode="off", model="m", base_url=server.url + end if flag else end), tmp_path / "a.jsonl")
+    assert made.ask(HELLO).text == "fine 0" and made.server == server.url
+    monkeypatch.setenv("OPENAI_BASE_URL", end)  # none at all
+    assert Client(Args(mode="off", model="m"), tmp_path / "a.jsonl").server == "https://api.openai.com/v1"
+
+
+@pytest.mark.parametrize("url, shown", [
+    ("http://user:word@h/v1", "http://h/v1"), ("http://user:w/rd@h/v1", "http://h/v1"),
+    ("http://user:w@rd@h/v1", "http://h/v1"), ("http://h?k=a@b", "http://h"), ("http://h/v1#a@b", "http://h/v1"),
+    ("http://h/v1?k=a/b@c", "http://h/v1"), ("user:w/rd@h", "h"), ("http://user:w\nrd@h/v1?k=a\nb@c", "http://h/v1"),
+    ("http://h\n/v1", "http://h?/v1"), ("http://127.0.0.1:8080/v1", "http://127.0.0.1:8080/v1")])
+def test_an_address_is_shown_without_what_is_secret(url, shown):
+    assert client._without_password(url) == shown
+
+
 @pytest.mark.parametrize("inside", ["\n", "\r", "\u00e9", "\x1b"])
 def test_a_key_that_is_none(server, tmp_path, monkeypatch, inside):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}{inside}{KEY}")
@@ -434,7 +453,8 @@ def test_estimate_before_the_first_call(server, tmp_path, capsys):
     ({"mode": "record", "model": "m", "base_url": "localhost:80"}, "is no address"),
     ({"mode": "record", "model": "m", "base_url": "ftp://u:secret@x/"}, "--base-url ftp://x/ is no address"),
     *(({"mode": "record", "model": "m", "base_url": f"http://u:secret@{rest}/v1"}, "is no address")
-      for rest in ("[::1", "x:port", "x:99999", "a b", "")),
+      for rest in ("[::1", "x:port", "x:99999", "a b", "", "a\nb", "a\rb", "a\x1bb", "a/\u2028b")),
+    ({"mode": "record", "model": "m", "base_url": "http://u:sec/secret@x/v1"}, "--base-url http://x/v1 is no address"),
     ({"max_calls": 0}, "--max-calls is 0"), ({"timeout": float("nan")}, "--timeout is nan"),
     ({"temperature": -1.0}, "--temperature is -1.0")])
 def test_flags_that_cannot_be_used(tmp_path, monkeypatch, flags, said):
