@@ -63,7 +63,7 @@ class Args:
     base_url: str = ""  # OpenAI-compatible server, ending in /v1; empty: OPENAI_BASE_URL, else OpenAI's own
     temperature: float = 1.0  # of sampling
     max_tokens: int = 2048  # longest reply, in tokens
-    max_calls: int = 100  # calls of one command, after which it stops; what was answered is kept
+    max_calls: int = 100  # calls of one command; one that needs more is refused, or stops; mode record keeps the answers
     timeout: float = 120.0  # seconds without a sign of the server until a call counts as failed
     workers: int = 4  # calls at a time
 
