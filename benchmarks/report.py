@@ -129,8 +129,8 @@ def ends(curves: list[Curve], limit: float = np.inf) -> str:
 
 
 def last_scores(curves: list[Curve]) -> tuple[list[float], str]:
-    """The last score of each curve, and where that is. If their ends differ by more than 1 %, all are read at the end of
-    the shortest one: a mean over several lengths says nothing. One of two evaluations is read at its own end."""
+    """The last score of each curve, and where that is. If their ends differ by more than 1 %, all are read at the end
+    of the shortest one: a mean over several lengths says nothing. One of two evaluations is read at its own end."""
     end = shared_budget({"": curves})
     if all(c.steps[-1] <= 1.01 * end for c in curves):
         return [c.scores[-1] for c in curves], ends(curves)

@@ -63,7 +63,7 @@ class Args:
     base_url: str = ""  # OpenAI-compatible server, ending in /v1; empty: OPENAI_BASE_URL, else OpenAI's own
     temperature: float = 1.0  # of sampling
     max_tokens: int = 2048  # longest reply, in tokens
-    max_calls: int = 100  # calls of one command; one that needs more is refused, or stops; mode record keeps the answers
+    max_calls: int = 100  # calls of one command; one that needs more is refused, or stops; mode record keeps answers
     timeout: float = 120.0  # seconds without a sign of the server until a call counts as failed
     workers: int = 4  # calls at a time
 
@@ -129,7 +129,7 @@ class Client:
                             "stands for answers that a person wrote")
         url = (self.args.base_url.strip() or os.environ.get("OPENAI_BASE_URL", "").strip()  # of a file with line ends
                or "https://api.openai.com/v1")
-        if not _is_address(url):
+        if not (url.isprintable() and _is_address(url)):  # urlsplit leaves out line breaks
             raise UserError(f"--base-url {_without_password(url)} is no address; an address is, for example, "
                             "http://127.0.0.1:8080/v1")
         parts = urlsplit(url)
@@ -362,8 +362,8 @@ def _seconds(header: str | None) -> float:
 
 def _is_address(url: str) -> bool:
     try:
-        parts = urlsplit(url)  # which leaves out line breaks
-        return url.isprintable() and parts.scheme in ("http", "https") and parts.port != 0 and bool(HOST.fullmatch(parts.hostname or ""))
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and parts.port != 0 and bool(HOST.fullmatch(parts.hostname or ""))
     except ValueError:  # a bracket or a port that is none
         return False
 
