@@ -123,18 +123,18 @@ def with_interval(value: float, ends: tuple[float, float]) -> str:
     return number(value) + (f" [{number(ends[0])}, {number(ends[1])}]" if ends[0] == ends[0] else "")
 
 
-def ends(curves: list[Curve]) -> str:
-    """Where these curves end."""
-    return ", ".join(thousands(step) for step in sorted({c.steps[-1] // 1000 * 1000 for c in curves}))
+def ends(curves: list[Curve], limit: float = np.inf) -> str:
+    """Where these curves end, or are read up to `limit`."""
+    return ", ".join(map(thousands, sorted({min(c.steps[-1], limit) // 1000 * 1000 for c in curves})))
 
 
 def last_scores(curves: list[Curve]) -> tuple[list[float], str]:
-    """The last score of each curve, and where that is. If their ends differ by more than 1 %, all are read at the end of
-    the shortest one: a mean over several lengths says nothing."""
-    end = min(c.steps[-1] for c in curves)
+    """The last score of each curve, and where that is. If their ends differ by more than 1 %, all are read at the end
+    of the shortest one: a mean over several lengths says nothing. One of two evaluations is read at its own end."""
+    end = shared_budget({"": curves})
     if all(c.steps[-1] <= 1.01 * end for c in curves):
         return [c.scores[-1] for c in curves], ends(curves)
-    return [float(np.interp(end, c.steps, c.scores)) for c in curves], thousands(end // 1000 * 1000)
+    return [float(np.interp(end, c.steps, c.scores)) for c in curves], ends(curves, end)
 
 
 def how_many(curves: list[Curve]) -> str:

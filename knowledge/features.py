@@ -103,7 +103,8 @@ def _from_file(path: Path, file: Path) -> Features:
 def _generated(path: Path, file: Path) -> Features:
     """Of `file`, which is `path` or a copy of it."""
     if not file.is_file() or path.suffix not in (".py", ".json"):  # a run keeps no others
-        raise KnowledgeError(f"features llm:{path}: there is no such .py file; check the path")
+        trouble = "it does not end in .py" if file.is_file() else "there is no such file"
+        raise KnowledgeError(f"features llm:{path}: {trouble}; --features llm: takes a .py file")
     try:
         box = Sandbox(file.read_text(errors="replace"), FUNCTIONS)
     except SandboxError as error:

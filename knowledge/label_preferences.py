@@ -37,14 +37,15 @@ class Args(labelling.Args):
 
 
 def rank(text: str) -> float:
-    """0 for "A > B" on the first line after the last [Rank], 1 for "B > A", 0.5 for "A = B", -1 for anything else."""
-    _, tag, after = text.rpartition("[Rank]")
-    if not tag or not after.strip():
-        return INVALID
-    line = after.strip().splitlines()[0]
-    said = {re.sub(r"\s", "", relation) for relation in re.findall(r"A\s*[>=]\s*B|B\s*[>=]\s*A", line)}
+    """0 for "A > B", 1 for "B > A", 0.5 for "A = B" on the first line after a [Rank]: after the last one whose line has
+    exactly one of these. -1 where there is none."""
     meaning = {"A>B": 0.0, "B>A": 1.0, "A=B": 0.5, "B=A": 0.5}
-    return meaning[said.pop()] if len(said) == 1 else INVALID
+    for after in reversed(text.split("[Rank]")[1:]):
+        line = after.strip().partition("\n")[0]
+        said = {re.sub(r"\s", "", relation) for relation in re.findall(r"A\s*[>=]\s*B|B\s*[>=]\s*A", line)}
+        if len(said) == 1:
+            return meaning[said.pop()]
+    return INVALID
 
 
 def pairs_of(dataset: Dataset, args: Args) -> list[tuple[Segment, Segment]]:

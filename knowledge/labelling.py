@@ -29,6 +29,7 @@ class Chat(client.Client):
             args = replace(args, workers=1)  # answers are for the questions in their order
         super().__init__(args, args.recordings or ROOT / "llm" / "recordings" / f"{name}.jsonl")
         self.answers = []
+        self._rest_told = False  # what all the conversations will cost, which a line about one question does not say
         if args.by_hand:
             if args.model != client.HANDWRITTEN:
                 raise UserError(f"--by-hand {args.by_hand} needs --model {client.HANDWRITTEN}")
@@ -46,7 +47,8 @@ class Chat(client.Client):
     def estimate_rest(self, messages: list[client.Message], sample: int, left: int, tries: int) -> None:
         """Say before the first call what `left` conversations cost, each of which goes on from the one before it. They
         are pruned to --budget tokens, which all but the first have."""
-        if not self._told and (self.args.mode == "off" or self.key(messages, sample) not in self.recorded):
+        if not self._rest_told and (self.args.mode == "off" or self.key(messages, sample) not in self.recorded):
+            self._rest_told = True
             self.estimate([[{"role": "user", "content": "x" * 4 * self.args.budget}]] * left, most=left * tries)
 
 

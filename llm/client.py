@@ -22,6 +22,7 @@ asked for, and a result made with them says so.
 The key comes from OPENAI_API_KEY, the server from --base-url or OPENAI_BASE_URL; neither key nor passwords in an
 address reach a file or a message.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ from llm.sandbox import SandboxUnavailable
 HANDWRITTEN = "handwritten"  # the model and the source of answers that a person wrote
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 TRIES = 8  # of one call, while the server says to come again
+TRIES_CUT = 3  # of one call, while all tokens are used before an answer
 NO_TEXT = "an answer without text"
 HOST = re.compile(r"[\w.:%-]+")
 LONGEST_WAIT = 60.0  # seconds between two tries, and the longest Retry-After that is waited for
@@ -61,7 +63,7 @@ class Args:
     base_url: str = ""  # OpenAI-compatible server, ending in /v1; empty: OPENAI_BASE_URL, else OpenAI's own
     temperature: float = 1.0  # of sampling
     max_tokens: int = 2048  # longest reply, in tokens
-    max_calls: int = 100  # calls of one command, after which it stops; what was answered is kept
+    max_calls: int = 100  # calls of one command; one that needs more is refused, or stops; mode record keeps answers
     timeout: float = 120.0  # seconds without a sign of the server until a call counts as failed
     workers: int = 4  # calls at a time
 
@@ -117,8 +119,6 @@ class Client:
         self._told = False  # what the calls will cost
         if args.mode != "replay":
             self._connect()
-        if args.mode == "record":
-            _to_append(self.file).close()  # before anything is paid for
 
     def _connect(self) -> None:
         """Make the connection; nothing is sent."""
@@ -127,8 +127,9 @@ class Client:
         if self.args.model == HANDWRITTEN:
             raise UserError(f"--mode {self.args.mode} asks a server: name its model, --model NAME; '{HANDWRITTEN}' "
                             "stands for answers that a person wrote")
-        url = self.args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        if not _is_address(url):
+        url = (self.args.base_url.strip() or os.environ.get("OPENAI_BASE_URL", "").strip()  # of a file with line ends
+               or "https://api.openai.com/v1")
+        if not (url.isprintable() and _is_address(url)):  # urlsplit leaves out line breaks
             raise UserError(f"--base-url {_without_password(url)} is no address; an address is, for example, "
                             "http://127.0.0.1:8080/v1")
         parts = urlsplit(url)
@@ -165,6 +166,8 @@ class Client:
                 missing[key] = sum(len(message["content"]) for message in messages) // 4 + 4 * len(messages)
         if self.args.mode == "replay" or not missing:
             return 0
+        if self.args.mode == "record":
+            check_writable(self.file)  # before anything is paid for
         self._told = True
         replies = len(missing) * min(self.args.max_tokens, TOKENS_PER_REPLY)
         again = ""
@@ -193,9 +196,8 @@ class Client:
             raise UserError(f"not recorded for model {self.args.model} in {self.file}: {key[:16]}, \"{last}\"; record "
                             "it with --mode record --model NAME --base-url URL")
         with self._lock:
-            told, self._told = self._told, True
-        if not told:
-            self.estimate([messages], extra, samples=[sample])
+            if not self._told:
+                self.estimate([messages], extra, samples=[sample])
         self._count()
         record = {"key": key, "source": "api", "model": self.args.model, "server": self.server,
                   "time": _now(), "messages": messages, "params": params, **self._call(messages, extra)}
@@ -269,7 +271,7 @@ class Client:
 
     def _call(self, messages: list[Message], extra: dict | None) -> dict[str, Any]:
         """Ask the server, and again while it says that it is busy; the entries of the recording that come from it."""
-        openai, reason = self._openai, ""
+        openai, reason, cut = self._openai, "", 0
         for attempt in range(TRIES):
             if reason.startswith(NO_TEXT):
                 self._count()  # an answer that cannot be used is paid for, too
@@ -281,15 +283,18 @@ class Client:
                     **{limit: self.args.max_tokens}, extra_body=extra)
                 if isinstance(said, str):
                     raise UserError(self._hidden(f"{self.server} is no chat completions server, it answers "
-                                                 f"'{_short(said)}'; --base-url mostly ends in /v1"))
+                                                 f"'{_short(self._hidden(said))}'; --base-url mostly ends in /v1"))
                 text, finish_reason = _said(said)
                 if text:
                     usage = said.usage.model_dump(exclude_none=True) if hasattr(said.usage, "model_dump") else {}
                     return {"answer": text, "finish_reason": finish_reason, "usage": usage,
                             "reported_model": said.model or self.args.model}
                 if finish_reason == "length":
-                    raise UserError(f"all --max-tokens {self.args.max_tokens} were used before an answer; raise "
-                                    "--max-tokens")
+                    cut += 1
+                if cut == TRIES_CUT:
+                    raise UserError(f"all --max-tokens {self.args.max_tokens} were used before an answer, {cut} times; "
+                                    "run the same again, which asks this one anew; another --max-tokens asks "
+                                    "everything anew")
                 reason = NO_TEXT
             except openai.BadRequestError as error:
                 if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
@@ -364,8 +369,10 @@ def _is_address(url: str) -> bool:
 
 
 def _without_password(url: str) -> str:
-    """An address as it may be shown: without user, password and query."""
-    return re.sub(r"[?#].*", "", re.sub(r"^(\w+://)?[^/]*@", r"\1", url))
+    """An address as it may be shown: in one line, without user, password and query. All up to the last @ goes, because
+    a password may have a slash."""
+    shown = re.sub(r"^(\w+://)?.*@", r"\1", re.sub(r"[?#].*", "", url, flags=re.S), flags=re.S)
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
@@ -412,6 +419,18 @@ def append(file: Path, record: dict[str, Any]) -> None:
         elif cut:
             stream.truncate(len(before) - len(cut))
         stream.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
+def check_writable(file: Path) -> None:
+    """Raises UserError where nothing can be added to the file. An empty one, or a folder, is not left behind."""
+    made = [path for path in (file.absolute(), *file.absolute().parents) if not os.path.lexists(path)]
+    _to_append(file).close()
+    with contextlib.suppress(OSError):  # another command has put something there
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+            elif not path.stat().st_size:
+                path.unlink()
 
 
 def _to_append(file: Path) -> BinaryIO:

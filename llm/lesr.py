@@ -396,7 +396,8 @@ def run(args: Args) -> Path:
 def same_loop(args: Args, out: Path) -> None:
     """Raises UserError where the folder is another loop's, or none."""
     if not (out / "loop.json").is_file():
-        if out.exists() and any(out.iterdir()):
+        recordings = Path(args.recordings).resolve()  # they may be in it, with answers that could not be used
+        if out.exists() and any(path != recordings for path in out.iterdir()):
             raise UserError(f"{out} is not empty, and no loop; name another --out")
         return
     for name, value in json.loads((out / "loop.json").read_text()).items():

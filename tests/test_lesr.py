@@ -208,8 +208,10 @@ def test_generated_pairs_run_in_the_sandbox(tmp_path):
     x = features.revise(s)
     assert torch.allclose(x, torch.cat([s, s[:, :1].cos()], 1)) and torch.allclose(features.reward(x), x[:, -1] - 0.5)
     file.with_suffix(".txt").write_text(file.read_text())
-    with pytest.raises(UserError, match="said.txt: there is no such .py file"):  # of which no run would keep a copy
-        load_features(f"llm:{file.with_suffix('.txt')}", "Pendulum-v1", s)
+    with pytest.raises(UserError, match="said.txt: it does not end in .py; --features llm: takes a .py file"):
+        load_features(f"llm:{file.with_suffix('.txt')}", "Pendulum-v1", s)  # of which no run would keep a copy
+    with pytest.raises(UserError, match="none.py: there is no such file; --features llm: takes a .py file"):
+        load_features(f"llm:{tmp_path / 'none.py'}", "Pendulum-v1", s)
     file.write_text("import os\n\n\ndef revise_state(s):\n    return s\n\n\ndef intrinsic_reward(s):\n    return 0.0\n")
     with pytest.raises(UserError, match="os"):
         load_features(f"llm:{file}", "Pendulum-v1", s)

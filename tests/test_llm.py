@@ -67,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif act == "a page":
             self.send(200, f"<html>welcome {KEY}</html>", {"Content-Type": "text/html"})
+        elif act == "a page with the key at its cut":
+            self.send(200, f"{'.' * 50} {KEY}", {"Content-Type": "text/html"})
         elif act == "broken JSON":
             self.send(200, '{"choices": [')
         elif act == "no choices":
@@ -206,6 +208,13 @@ def test_an_address_that_is_no_such_server(server, tmp_path):
     assert "/v1" in refused(error) and len(server.requests) == 1
 
 
+def test_a_key_is_hidden_before_a_page_is_cut(server, tmp_path):
+    server.script = ["a page with the key at its cut"]
+    with pytest.raises(UserError, match=r"answers '\.{50} \*\*\*'; --base-url") as error:
+        chat(server, tmp_path).ask(HELLO)
+    assert KEY[:5] not in refused(error)
+
+
 def test_a_wait_of_hours_ends_the_command(server, tmp_path):
     server.script = [(429, {"Retry-After": "7200"}, "quota")]
     with pytest.raises(UserError, match="asks to wait 7200 s") as error:
@@ -252,6 +261,25 @@ def test_a_key_from_a_file_with_an_end_of_line(server, tmp_path, monkeypatch, en
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", " "])
+@pytest.mark.parametrize("flag", [True, False])
+def test_an_address_from_a_file_with_an_end_of_line(server, tmp_path, monkeypatch, end, flag):
+    monkeypatch.setenv("OPENAI_BASE_URL", end if flag else server.url + end)
+    made = Client(Args(mode="off", model="m", base_url=server.url + end if flag else end), tmp_path / "a.jsonl")
+    assert made.ask(HELLO).text == "fine 0" and made.server == server.url
+    monkeypatch.setenv("OPENAI_BASE_URL", end)  # none at all
+    assert Client(Args(mode="off", model="m"), tmp_path / "a.jsonl").server == "https://api.openai.com/v1"
+
+
+@pytest.mark.parametrize("url, shown", [
+    ("http://user:word@h/v1", "http://h/v1"), ("http://user:w/rd@h/v1", "http://h/v1"),
+    ("http://user:w@rd@h/v1", "http://h/v1"), ("http://h?k=a@b", "http://h"), ("http://h/v1#a@b", "http://h/v1"),
+    ("http://h/v1?k=a/b@c", "http://h/v1"), ("user:w/rd@h", "h"), ("http://user:w\nrd@h/v1?k=a\nb@c", "http://h/v1"),
+    ("http://h\n/v1", "http://h?/v1"), ("http://127.0.0.1:8080/v1", "http://127.0.0.1:8080/v1")])
+def test_an_address_is_shown_without_what_is_secret(url, shown):
+    assert client._without_password(url) == shown
+
+
 @pytest.mark.parametrize("inside", ["\n", "\r", "\u00e9", "\x1b"])
 def test_a_key_that_is_none(server, tmp_path, monkeypatch, inside):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}{inside}{KEY}")
@@ -261,10 +289,21 @@ def test_a_key_that_is_none(server, tmp_path, monkeypatch, inside):
 
 
 def test_all_tokens_are_used_before_an_answer(server, tmp_path):
-    server.script = ["all thought"] * 8
-    with pytest.raises(UserError, match="all --max-tokens 2048 were used before an answer; raise --max-tokens"):
-        chat(server, tmp_path).ask(HELLO)
-    assert len(server.requests) == 1
+    """A question is asked three times, each of which counts; what was answered before is not asked again."""
+    server.script = ["before", "all thought", "all thought", "at last", *["all thought"] * 3, "after"]
+    asked = chat(server, tmp_path, max_calls=8)
+    assert [asked.ask(HELLO, sample).text for sample in (0, 1)] == ["before", "at last"] and asked.calls == 4
+    with pytest.raises(UserError, match="all --max-tokens 2048 were used before an answer, 3 times; run the same "
+                                        "again, which asks this one anew; another --max-tokens asks everything anew"
+                       ) as error:
+        asked.ask(HELLO, sample=2)
+    refused(error)
+    assert len(server.requests) == asked.calls == 7
+    assert [chat(server, tmp_path).ask(HELLO, sample).text for sample in (0, 1, 2)] == ["before", "at last", "after"]
+    server.script += ["all thought"] * 3
+    with pytest.raises(UserError, match="--max-calls 2 are used up"):
+        chat(server, tmp_path, max_calls=2).ask(HELLO, sample=3)
+    assert len(server.requests) == 10
 
 
 @pytest.mark.parametrize("trouble", ["no text", "broken JSON"])
@@ -290,6 +329,29 @@ def test_recordings_that_cannot_be_written_are_found_before_a_call(server, tmp_p
         Client(Args(mode="record", model="m", base_url=server.url), tmp_path / place).ask(HELLO)
     refused(error)
     assert server.requests == []
+
+
+def test_no_empty_recordings_are_left_behind(server, tmp_path):
+    server.script = [(404, {}, "no such model")] * 3
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    for place in ("new/folder/some.jsonl", "folder/some.jsonl", "empty"):
+        with pytest.raises(UserError, match="no such model"):
+            Client(Args(mode="record", model="m", base_url=server.url), tmp_path / place).ask(HELLO)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "folder"]  # which were there before
+
+
+def test_only_what_is_added_to_has_to_be_writable(server, tmp_path, monkeypatch):
+    chat(server, tmp_path).ask(HELLO)
+
+    def read_only(file):
+        raise UserError("a disk that is read-only")
+    monkeypatch.setattr(client, "_to_append", read_only)
+    complete = chat(server, tmp_path)
+    assert complete.estimate([HELLO]) == 0 and complete.ask(HELLO).text == "fine 0"
+    with pytest.raises(UserError, match="read-only"):
+        complete.ask(HELLO, sample=1)
+    assert len(server.requests) == 1
 
 
 def test_equal_questions_are_asked_once(server, tmp_path, capsys):
@@ -391,7 +453,8 @@ def test_estimate_before_the_first_call(server, tmp_path, capsys):
     ({"mode": "record", "model": "m", "base_url": "localhost:80"}, "is no address"),
     ({"mode": "record", "model": "m", "base_url": "ftp://u:secret@x/"}, "--base-url ftp://x/ is no address"),
     *(({"mode": "record", "model": "m", "base_url": f"http://u:secret@{rest}/v1"}, "is no address")
-      for rest in ("[::1", "x:port", "x:99999", "a b", "")),
+      for rest in ("[::1", "x:port", "x:99999", "a b", "", "a\nb", "a\rb", "a\x1bb", "a/\u2028b")),
+    ({"mode": "record", "model": "m", "base_url": "http://u:sec/secret@x/v1"}, "--base-url http://x/v1 is no address"),
     ({"max_calls": 0}, "--max-calls is 0"), ({"timeout": float("nan")}, "--timeout is nan"),
     ({"temperature": -1.0}, "--temperature is -1.0")])
 def test_flags_that_cannot_be_used(tmp_path, monkeypatch, flags, said):

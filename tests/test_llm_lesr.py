@@ -197,6 +197,19 @@ def test_asking_goes_on_where_it_stopped(server, bench, tmp_path, mode, capsys):
     assert len(server.requests) == 8 and len(bench) == 4  # every answer was asked for once
 
 
+def test_recordings_in_the_folder_of_the_loop(server, bench, tmp_path):  # noqa: F811
+    """It can be used again after a run without an answer, and after one whose only answer could not be used."""
+    refusal = (404, {}, "no such model today")
+    server.script = [refusal, ANSWERS[0], refusal, *ANSWERS[1:]]
+    args = flags(server, tmp_path, recordings=str(tmp_path / "loop" / "said.jsonl"))
+    for left in ([], ["said.jsonl"]):
+        with pytest.raises(UserError, match="no such model today"):
+            lesr.run(args)
+        assert [path.name for path in (tmp_path / "loop").glob("*")] == left
+    lesr.run(args)
+    assert len(server.requests) == 8 and len(bench) == 4
+
+
 def test_answers_that_cannot_be_used_are_asked_for_anew_up_to_a_number(server, bench, tmp_path, capsys):  # noqa: F811
     server.script = [HOSTILE] * 3 + ANSWERS[1:3] + ["sorry"] * 99
     with pytest.raises(UserError, match="too few pairs that can be used in 49 answers") as error:

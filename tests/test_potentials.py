@@ -228,7 +228,9 @@ def test_hashed_words():
     ("[Thoughts]\nA is busy.\n[Rank]\nA > B", 0), ("[Rank] B > A", 1), ("[Rank]\nA = B\n", .5), ("[Rank]\nA>B", 0),
     ("[Thoughts] A > B", -1), ("[Rank]\n", -1), ("[Rank]\nneither", -1), ("[Rank]\nA > B, B > A or A = B", -1),
     ("The form is [Rank] and A > B.\n[Rank]\nB > A", 1), ("[Rank]\nB = A", .5),
-    ("[Rank]\nA > B\nBut B > A could be said too", 0)])
+    ("[Rank]\nA > B\nBut B > A could be said too", 0), ("[Rank]\nA > B\n[Rank]", 0),
+    ("[Rank]\nB > A\n\nThis is my [Rank].\n", 1), ("[Rank]\nA > B, B > A or A = B\n[Rank]\nneither", -1),
+    ("I give [Rank]\nA > B, B > A or A = B\n</think>\n[Thoughts]\nB is busy.\n[Rank]\nB > A", 1)])
 def test_rank(text, label):
     assert label_preferences.rank(text) == label
 
@@ -421,6 +423,21 @@ def test_the_cost_of_a_chain_of_questions_is_said_and_bounded(server, small, tmp
         lines = [line for line in capsys.readouterr().err.splitlines() if "calls to m" in line]
         assert [line.partition(" to m")[0] for line in lines] == [said] * bool(said)
     assert len(server.requests) == 4
+
+
+def test_a_chain_that_stopped_in_a_repair_is_bounded_too(server, small, tmp_path, capsys):  # noqa: F811
+    """The line about the one question that is missing there does not stand for the line about the rest."""
+    flags = dict(mode="record", model="m", base_url=server.url, dataset=str(small), env=GRID, out=str(tmp_path / "out"),
+                 recordings=str(tmp_path / "goals.jsonl"))
+    server.script = ["no list", (404, {}, "not today"), "- go to a ball"]
+    with pytest.raises(UserError, match="not today"):
+        label_goals.main(label_goals.Args(**flags, situations=2))
+    capsys.readouterr()
+    with pytest.raises(UserError, match="499 calls are more than --max-calls 100"):
+        label_goals.main(label_goals.Args(**flags))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "calls to m" in line]
+    assert [line.partition(" calls")[0] for line in lines] == ["1 questions, 1", "499 questions, 499"]
+    assert len(server.requests) == 3
 
 
 def test_code_is_not_blamed_for_a_machine_without_seccomp(server, tmp_path, monkeypatch):  # noqa: F811

@@ -199,6 +199,10 @@ def test_last_scores_of_seeds_are_compared_at_one_step(tmp_path):
     head, (kian, plain) = report.summarise(variants, report.Reading("success_rate"))
     assert head[-3:] == ["last (at step)", "worst seed", "code"]
     assert kian[-3:-1] == ["0.60 (10k)", "0.50"] and plain[-3:-1] == ["0.75 (20k)", "0.60"]
+    cut = [("kian", 3, 0, 0, 0.0, 0), ("kian", 3, 2000, 1, 0.3, 0)]  # too short to decide where the others are read
+    with_cut = curves.load_curves(write(tmp_path / "cut.csv", rows + cut), "success_rate")["kian"]
+    assert report.last_scores(with_cut) == (pytest.approx([0.7, 0.5, 0.3]), "2k, 10k")
+    assert report.last_scores(with_cut[1:]) == ([0.5, 0.3], "2k, 10k") and report.last_scores(with_cut[2:])[1] == "2k"
     head, (kian,) = report.summarise({"kian": variants["kian"]}, report.Reading("success_rate"))
     assert head[2:] == ["success at 10k", "mean up to 10k", "worst seed", "code"] and kian[-2] == "0.50"
 
