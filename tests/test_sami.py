@@ -426,7 +426,7 @@ def test_windows_that_are_compared(script):
 def test_evaluation_plays_every_task():
     """From the same start states every time, as often as it is told; a player that knows its task from its context does
     something else with another's."""
-    args = SimpleNamespace(env=CHEETAH, seed=1, num_envs=3, eval_episodes=80, video=0, evaluate="")
+    args = SimpleNamespace(env=CHEETAH, seed=1, num_envs=3, eval_episodes=80, video=0, evaluate="", resume="")
     evaluator = envs.SplitEvaluator(args, max_episode_steps=12)
 
     def player(num, tasks, wrong=False):
@@ -462,7 +462,8 @@ def test_evaluation_plays_every_task():
 def test_buckets_are_trained_alike_or_it_is_said(num_envs, evaluate, said, monkeypatch):
     lines = []
     monkeypatch.setattr(splits, "announce", lines.append)
-    envs.SplitEvaluator(SimpleNamespace(env=CHEETAH, seed=1, num_envs=num_envs, eval_episodes=1, evaluate=evaluate, resume=""))
+    envs.SplitEvaluator(SimpleNamespace(env=CHEETAH, seed=1, num_envs=num_envs, eval_episodes=1, evaluate=evaluate,
+                                        resume=""))
     assert len(lines) == said
 
 
