@@ -205,7 +205,8 @@ class Run:
         if self.over or self.stopped:
             return False
         self.before, self.step = self.step, self.step + steps
-        self.bar.update(steps)
+        with suppress(OSError):  # a terminal that is closed just now is no reason to lose the run
+            self.bar.update(steps)
         return True
 
     def due(self, every: int) -> bool:
@@ -255,10 +256,12 @@ class Run:
         success = result["success_rate"]
         line = f"{part} return {result['return_mean']:.2f}".strip()
         line += "" if math.isnan(success) else f", success {success:.2f}"
-        self.bar.set_postfix_str(line)
-        if (steps := self.step - self.start_step) > 0:
-            line += f" ({steps / (time.monotonic() - self.began):.0f} steps/s)"
-        tqdm.write(f"step {self.step}: {line}", file=sys.stderr)  # a line that stays, above the bar where there is one
+        speed, steps = "", self.step - self.start_step
+        if steps > 0:
+            speed = f" ({steps / (time.monotonic() - self.began):.0f} steps/s)"
+        with suppress(OSError):  # as above
+            self.bar.set_postfix_str(line)
+            tqdm.write(f"step {self.step}: {line}{speed}", file=sys.stderr)  # a line that stays, above any bar
 
     def save_if_due(self) -> None:
         """Write the checkpoint if one is due, if the run is over, or if a signal asks the run to end. Raises UserError
