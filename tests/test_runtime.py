@@ -395,7 +395,8 @@ def test_a_run_whose_terminal_is_closed_is_saved(tmp_path):
     flags = SMALL | {"eval_every": 4, "total_timesteps": 10 ** 6, "run_dir": folder}
     del flags["compile"]
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    run = subprocess.Popen([sys.executable, "algos/sac.py", *words, "--no-compile"], cwd=ROOT, stderr=theirs)
+    run = subprocess.Popen([sys.executable, "algos/sac.py", *words, "--no-compile"], cwd=ROOT, stderr=theirs,
+                           preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # under nohup it is ignored
     said = b""
     while b"step 8:" not in said:
         said += os.read(ours, 1000)
@@ -405,7 +406,7 @@ def test_a_run_whose_terminal_is_closed_is_saved(tmp_path):
     os.close(theirs)
     run.send_signal(signal.SIGCONT)
     run.send_signal(signal.SIGHUP)
-    assert run.wait() == 129 and runtime.load_run(str(folder), "sac", sac.Args)[1]["step"] >= 8
+    assert run.wait(60) == 129 and runtime.load_run(str(folder), "sac", sac.Args)[1]["step"] >= 8
 
 
 def test_ctrl_c_spares_what_is_started_while_finishing():
