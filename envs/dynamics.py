@@ -134,7 +134,8 @@ def all_tasks(env_id: str, split: str) -> list[dict]:
 def num_buckets(env_id: str) -> int:
     """How many buckets of training tasks there are. Raises EnvError for an id without splits."""
     all_tasks(env_id, "train")
-    return len(FAMILIES[IDS[env_id]].splits["train"] if env_id in IDS else FRANKA["train"])
+    buckets = FAMILIES[IDS[env_id]].splits["train"] if env_id in IDS else FRANKA["train"]
+    return len(buckets)
 
 
 def horizon_of(env_id: str, at_most: int = 0) -> int:

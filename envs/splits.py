@@ -162,13 +162,13 @@ def play(act: Callable, vec: VectorEnv, share: int, seed: int) -> Episodes:
     total, length, finished = (np.zeros(vec.num_envs, kind) for kind in (np.float64, np.int64, np.int64))
     rows, contexts, observations, step = [], [], [], 0
     while (finished < share).any():
-        seen = flatten(obs)
+        before = obs
         action, context = act(obs, began)
         obs, reward, terminated, truncated, info = vec.step(action)
         total, length, step = total + reward, length + 1, step + 1
         if step % EVERY == 0:
             contexts.append(context)
-            observations.append(seen)
+            observations.append(flatten(before))
         began = terminated | truncated
         for i in np.flatnonzero(began):
             if finished[i] < share:
@@ -179,7 +179,7 @@ def play(act: Callable, vec: VectorEnv, share: int, seed: int) -> Episodes:
     rows.sort(key=lambda row: row[0])
     columns = list(zip(*rows))
     return Episodes(*map(np.array, columns[:5]), torch.stack(columns[5]), torch.stack(contexts or [context]),
-                    torch.stack(observations or [seen]))
+                    torch.stack(observations or [flatten(before)]))
 
 
 def summary(episodes: Episodes) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Files that are written whole, in plain types."""
+import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,21 @@ def write_whole(path: Path, write) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        with temporary.open("r+b") as file, suppress(OSError):  # some file systems have no fsync
-            os.fsync(file.fileno())  # a rename may come to the disk before the content does
+        with temporary.open("r+b") as file:
+            flush(file.fileno())  # a rename may come to the disk before the content does
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # torch hides the reason
     os.replace(temporary, path)
+
+
+def flush(file: int) -> None:
+    """os.fsync, where the file system has it. Other errors are of the disk: a network's may be full only now."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def save(tree: Any, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 test_contract.py has what every script does with it.
 """
+import contextlib
 import errno
 import json
 import os
@@ -232,6 +233,20 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, tmp_path, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("sac: File too large; make room")
     assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number, content", [(errno.EINVAL, "new"), (errno.ENOTSUP, "new"), (errno.ENOSPC, "old")])
+def test_a_disk_that_is_full_at_the_flush_keeps_the_old_file(number, content, tmp_path, monkeypatch):
+    """And one without a flush takes the new one."""
+    def fsync(_file):
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if content == "new" else pytest.raises(OSError):
+        runtime.write_whole(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("log_every, words", [(4, "critic_loss is nan at step"), (1000, "lower")])
